@@ -8,26 +8,66 @@
 The rooms, in reading order. A room may use the rooms above it, never below.
      1 Tables           protocol words and limits; nothing computed
      2 Errors           every way a request can fail, and who is told what
-     3 Vocabulary       what a request and an answer are, in nobody's JSON
-     4 From the client  OpenAI's bodies become a Request, or a BadRequest that names the field
-     5 To Gemini        a Request becomes a generateContent body
-     6 From Gemini      bytes become Events: the only stream machine
-     7 To the client    Events become OpenAI's chunks and objects
-     8 Command line     what a person types
+     3 Config           the accounts file becomes frozen dataclasses
+     4 Vocabulary       what a request and an answer are, in nobody's JSON
+     5 From the client  OpenAI's bodies become a Request, or a BadRequest that names the field
+     6 Model mapping    which Gemini model a name means
+     7 Account pool     who is asked next, who rests until when
+     8 To Gemini        a Request becomes a generateContent body
+     9 From Gemini      bytes become Events: the only stream machine
+    10 To the client    Events become OpenAI's chunks and objects
+    11 Upstream         HTTP to Gemini, and the one retry loop
+    12 Web              auth, routes, handlers
+    13 Command line     what a person types
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import hmac
+import importlib
 import json
+import logging
+import math
+import os
+import random
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import Any, ClassVar, Literal, assert_never
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, assert_never
+from urllib.parse import quote
 
 import click
+
+
+class _Lazy:
+    """A module that is imported at its first use, so that --help stays fast."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(importlib.import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value
+
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import aiohttp
+    from aiohttp import web
+else:
+    asyncio, aiohttp, web = _Lazy("asyncio"), _Lazy("aiohttp"), _Lazy("aiohttp.web")
+
+log = logging.getLogger("agproxy")
 
 __version__ = "0.1.0"
 
@@ -55,8 +95,14 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
+COOLDOWN_S_DEFAULT = 30.0
+ATTEMPTS_MAX = 3
+BODY_BYTES_MAX = 64 << 20
+CONNECT_S = 10.0
+IDLE_S = 300.0
+DRAIN_S = 30.0
 STOPS_MAX = 4
-CHOICES_MAX = 8
+GEMINI_URL = "https://generativelanguage.googleapis.com"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
@@ -69,6 +115,8 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
+# ├── Unauthorized, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
+# ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
 #     ├── RateLimited       this account, for now
@@ -102,6 +150,36 @@ class BadRequest(GatewayError):
     status = 400
     type = "invalid_request_error"
     default_code = None
+
+
+class Unauthorized(GatewayError):
+    status = 401
+    type = "invalid_request_error"
+    default_code = "invalid_api_key"
+
+
+class ModelNotFound(GatewayError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "model_not_found"
+
+
+class UnknownUrl(GatewayError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = "unknown_url"
+
+
+class MethodNotAllowed(GatewayError):
+    status = 405
+    type = "invalid_request_error"
+    default_code = "method_not_supported"
+
+
+class BodyTooLarge(GatewayError):
+    status = 413
+    type = "invalid_request_error"
+    default_code = "request_too_large"
 
 
 class UpstreamError(GatewayError):
@@ -147,8 +225,141 @@ class UpstreamBroken(UpstreamError):
     remedy = "same_account"
 
 
+class PoolExhausted(GatewayError):
+    """Nobody could answer: the class of the last refusal, and why each account could not."""
+
+    def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
+        super().__init__(message, code=last.code, retry_after_s=retry_after_s)
+        self.last = last
+
+
 # ==============================================================================
-# 3. Vocabulary
+# 3. Config
+# ==============================================================================
+
+
+class ConfigError(Exception):
+    """The accounts file, or what stands in its place, cannot be used; the text says where and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    name: str
+    api_key: str = field(repr=False)
+    base_url: str = GEMINI_URL
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    accounts: tuple[Account, ...]
+    host: str = "127.0.0.1"
+    port: int = 8045
+    auth_mode: str = "auto"
+    api_key: str | None = field(default=None, repr=False)
+    allow_lan_access: bool = False
+    default_model: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def auth(self) -> str:
+        """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
+        if self.auth_mode != "auto":
+            return self.auth_mode
+        return "all_except_health" if self.allow_lan_access else "off"
+
+
+SECTIONS = ("proxy", "models", "accounts")
+PROXY_KEYS = ("host", "port", "auth_mode", "api_key", "allow_lan_access")
+MODELS_KEYS = ("default", "map")
+ACCOUNT_KEYS = ("name", "email", "kind", "enabled", "api_key", "base_url")
+AUTH_MODES = ("off", "strict", "all_except_health", "auto")
+
+
+def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
+    """The accounts file as a Config. Raises ConfigError with file:line and the nearest known key."""
+    import yaml
+
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source}:1: the file must hold the keys {', '.join(SECTIONS)}.")
+    check_keys(node, SECTIONS, source)
+    known = {"proxy": PROXY_KEYS, "models": MODELS_KEYS}
+    for key, value in node.value if node else ():
+        entries = value.value if key.value == "accounts" else [value]
+        for entry in entries:
+            check_keys(entry, known.get(key.value, ACCOUNT_KEYS), source)
+    proxy, models = data.get("proxy") or {}, data.get("models") or {}
+    config = Config(
+        accounts=tuple(
+            load_account(entry, f"{source}: accounts[{i}]", env)
+            for i, entry in enumerate(data.get("accounts") or [])
+            if entry.get("enabled", True)
+        ),
+        default_model=models.get("default"),
+        aliases=models.get("map") or {},
+        **{key: value for key, value in proxy.items() if value is not None},
+    )
+    return checked(config, source)
+
+
+def check_keys(node: Any, known: Sequence[str], source: str) -> None:
+    if node is None or node.tag == "tag:yaml.org,2002:null":
+        return
+    if node.tag != "tag:yaml.org,2002:map":
+        raise ConfigError(f"{source}:{node.start_mark.line + 1}: expected keys with values here ({', '.join(known)}).")
+    for key, _ in node.value:
+        if key.value not in known:
+            near = difflib.get_close_matches(key.value, known, 1)
+            hint = f" ({near[0]}?)" if near else f" (known: {', '.join(known)})"
+            raise ConfigError(f"{source}:{key.start_mark.line + 1}: unknown key '{key.value}'{hint}")
+
+
+def load_account(entry: Mapping[str, Any], where: str, env: Mapping[str, str]) -> Account:
+    name = entry.get("name") or entry.get("email")
+    if not isinstance(name, str):
+        raise ConfigError(f"{where}: a `name` or an `email` is needed.")
+    if entry.get("kind", "gemini") != "gemini":
+        raise ConfigError(f"{where}: kind '{entry['kind']}' is not served; use `kind: gemini`.")
+    key = from_environment(entry.get("api_key"), f"{where}.api_key", env)
+    return Account(name, key, str(entry.get("base_url") or GEMINI_URL).rstrip("/"))
+
+
+def from_environment(value: Any, where: str, env: Mapping[str, str]) -> str:
+    if not isinstance(value, str) or not value:
+        raise ConfigError(f"{where}: a text is needed: the key itself, ${{NAME}} or env:NAME.")
+    match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)
+    if match is None:
+        return value
+    name = match[1] or match[2]
+    if not env.get(name):
+        raise ConfigError(f"{where}: the environment variable {name} is not set.")
+    return env[name]
+
+
+def checked(config: Config, source: str) -> Config:
+    """The config, or a ConfigError where its values cannot be right or safe."""
+    if not isinstance(config.port, int) or not 0 <= config.port <= 65535:
+        raise ConfigError(f"{source}: proxy.port must be a number from 0 to 65535.")
+    if config.auth_mode not in AUTH_MODES:
+        raise ConfigError(f"{source}: proxy.auth_mode must be one of {', '.join(AUTH_MODES)} (quote 'off').")
+    if config.auth != "off" and not config.api_key:
+        raise ConfigError(f"{source}: proxy.auth_mode asks for a key, but proxy.api_key is not set.")
+    if not config.allow_lan_access and config.host not in ("127.0.0.1", "localhost", "::1"):
+        raise ConfigError(
+            f"{source}: host {config.host} is not loopback; set proxy.allow_lan_access: true to allow it."
+        )
+    names = [account.name for account in config.accounts]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise ConfigError(f"{source}: two accounts are named {doubled.pop()}; give each its own `name`.")
+    return config
+
+
+# ==============================================================================
+# 4. Vocabulary
 # ==============================================================================
 
 
@@ -338,7 +549,7 @@ def dumps(value: Any) -> str:
 
 
 # ==============================================================================
-# 4. From the client
+# 5. From the client
 # ==============================================================================
 
 
@@ -545,7 +756,7 @@ def parse_image(part: Fields) -> Media:
     value = part.value.get("image_url")
     url = Fields(value, part.at("image_url")).needed_text("url") if isinstance(value, dict) else value
     match = DATA_URL.match(url) if isinstance(url, str) else None
-    if match is None:
+    if match is None or not isinstance(url, str):
         raise invalid_image(part, "must be a data: URL with base64 content")
     data = url[match.end() :]
     payload = data.encode("ascii", "replace").rstrip(b"=")
@@ -573,7 +784,94 @@ def parse_call(call: Fields) -> ToolCall:
 
 
 # ==============================================================================
-# 5. To Gemini
+# 6. Model mapping
+# ==============================================================================
+
+# Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
+BUILTIN_ALIASES: Mapping[str, str] = {
+    "gpt-4o": "gemini-2.5-flash",
+    "*mini*": "gemini-2.5-flash-lite",
+    "*nano*": "gemini-2.5-flash-lite",
+    "gpt-5*": "gemini-2.5-pro",
+    "gpt-*": "gemini-2.5-flash",
+    "chatgpt-*": "gemini-2.5-flash",
+    "o1*": "gemini-2.5-pro",
+    "o3*": "gemini-2.5-pro",
+    "o4*": "gemini-2.5-pro",
+    "codex*": "gemini-2.5-pro",
+    "text-davinci-*": "gemini-2.5-flash",
+    "claude-*haiku*": "gemini-2.5-flash-lite",
+    "claude-*": "gemini-2.5-pro",
+}
+STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite")
+
+
+def map_model(name: str, config: Config) -> str:
+    """The upstream's name: user exact > user wildcard > built-in > gemini-* as it is > default.
+
+    Raises ModelNotFound with near names.
+    """
+    bare = re.sub(r"^(models|openai|google)/", "", name)
+    for table in (config.aliases, BUILTIN_ALIASES):
+        if target := look_up(bare, table):
+            return target
+    if bare.startswith("gemini-"):
+        return bare
+    if config.default_model:
+        return config.default_model
+    near = difflib.get_close_matches(bare, [*config.aliases, *STATIC_MODELS, *BUILTIN_ALIASES], 3, 0.4)
+    hint = f" Near names: {', '.join(near)}." if near else ""
+    raise ModelNotFound(f"The model '{name}' is not known.{hint} Add it under models.map.", param="model")
+
+
+def look_up(name: str, table: Mapping[str, str]) -> str | None:
+    if name in table:
+        return table[name]
+    hits = [p for p in table if "*" in p and re.fullmatch(".*".join(map(re.escape, p.split("*"))), name)]
+    best = max(hits, key=lambda p: (len(p.replace("*", "")), len(p.split("*")[0])), default=None)
+    return table[best] if best is not None else None
+
+
+# ==============================================================================
+# 7. Account pool
+# ==============================================================================
+
+
+class AccountPool:
+    """Who is asked next, and who rests until when. Told the time; never waits."""
+
+    def __init__(self, accounts: Sequence[Account]) -> None:
+        self.accounts = tuple(accounts)
+        self._next = 0
+        self._rests: dict[tuple[str, str], tuple[float, UpstreamError]] = {}
+
+    def acquire(self, model: str, tried: Sequence[Account], now: float) -> Account | None:
+        """The next account in turn that is neither tried nor resting for this model, or None."""
+        for i in range(len(self.accounts)):
+            account = self.accounts[(self._next + i) % len(self.accounts)]
+            if account not in tried and self._rests.get((account.name, model), (0.0,))[0] <= now:
+                self._next = (self._next + i + 1) % len(self.accounts)
+                return account
+        return None
+
+    def failed(self, account: Account, model: str, error: UpstreamError, now: float) -> None:
+        if error.remedy == "next_account":
+            self._rests[account.name, model] = (now + (error.retry_after_s or COOLDOWN_S_DEFAULT), error)
+
+    def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
+        """The class of the last refusal, the wait until the soonest account, and the reason of each."""
+        rests = {a.name: r for a in self.accounts if (r := self._rests.get((a.name, model))) and r[0] > now}
+        reasons = {name: error for name, (_, error) in rests.items()} | dict(refusals)
+        if not reasons:
+            return PoolExhausted("No account is configured.", Overloaded("no account"), None)
+        wait = min((until - now for until, _ in rests.values()), default=None)
+        text = "; ".join(f"{name}: {error.message}" for name, error in reasons.items())
+        last = list((refusals or reasons).values())[-1]
+        return PoolExhausted(f"No account could answer. {text}", last, wait or last.retry_after_s)
+
+
+# ==============================================================================
+# 8. To Gemini
 # ==============================================================================
 
 
@@ -693,7 +991,7 @@ def build_result(call: ToolCall, result: ToolResult | None) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 6. From Gemini
+# 9. From Gemini
 # ==============================================================================
 
 
@@ -912,7 +1210,7 @@ def retry_after(error: Mapping[str, Any]) -> float | None:
 
 
 # ==============================================================================
-# 7. To the client
+# 10. To the client
 # ==============================================================================
 
 DONE = "data: [DONE]\n\n"
@@ -1025,7 +1323,272 @@ class ChatRenderer:
 
 
 # ==============================================================================
-# 8. Command line
+# 11. Upstream
+# ==============================================================================
+
+
+@dataclass(slots=True)
+class Trace:
+    """What happened to one request, for its headers and its log line."""
+
+    id: str
+    route: str
+    started: float
+    model: str = "-"
+    mapped_model: str = ""
+    account: str = ""
+    attempts: int = 0
+    spare: bool = True
+
+    def headers(self) -> dict[str, str]:
+        headers = {"X-Request-Id": self.id}
+        if self.mapped_model:
+            headers |= {"X-Mapped-Model": self.mapped_model, "X-Attempts": str(self.attempts)}
+        return headers | ({"X-Account-Email": masked(self.account)} if self.account else {})
+
+
+def masked(name: str) -> str:
+    """An e-mail with its first letter and domain left; any other name as it is."""
+    return re.sub(r"^(.)[^@]*@", r"\1***@", name)
+
+
+class Answer:
+    """One answer that has begun: its first events are known, so nobody retries any more."""
+
+    def __init__(self, reader: GeminiReader, response: aiohttp.ClientResponse, first: list[Event]) -> None:
+        self._reader = reader
+        self._response = response
+        self._first = first
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """The events of each read, in order; a broken upstream ends them with Failed."""
+        yield self._first
+        try:
+            async for data in self._response.content.iter_any():
+                if events := self._reader.feed(data):
+                    yield events
+        except (aiohttp.ClientError, TimeoutError):
+            pass  # the reader knows whether the answer was whole
+        yield self._reader.close()
+
+    def close(self) -> None:
+        self._response.close()
+
+
+class Upstream:
+    """The accounts' Gemini: HTTP, and the one retry loop."""
+
+    def __init__(self, config: Config, pool: AccountPool, session: aiohttp.ClientSession) -> None:
+        self._config = config
+        self._pool = pool
+        self._session = session
+
+    async def ask(self, request: Request, trace: Trace) -> Answer:
+        """An answer that has begun. Raises the error that ended the last attempt, or PoolExhausted."""
+        body = dumps(build_generate_content(request)).encode()
+        refusals: dict[str, UpstreamError] = {}
+        tried: list[Account] = []
+        while trace.attempts < ATTEMPTS_MAX:
+            account = self._pool.acquire(trace.mapped_model, tried, time.monotonic())
+            if account is None and tried and refusals[tried[-1].name].remedy == "same_account" and trace.spare:
+                trace.spare = False
+                await asyncio.sleep(random.uniform(0.2, 1.0))
+                account = tried[-1]
+            if account is None:
+                break
+            trace.attempts += 1
+            trace.account = account.name
+            tried.append(account)
+            try:
+                return await self._attempt(account, trace.mapped_model, body)
+            except UpstreamError as error:
+                if error.remedy == "give_up":
+                    raise
+                refusals[account.name] = error
+                self._pool.failed(account, trace.mapped_model, error, time.monotonic())
+        raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
+
+    async def _attempt(self, account: Account, model: str, body: bytes) -> Answer:
+        url = f"{account.base_url}/v1beta/models/{quote(model)}:streamGenerateContent?alt=sse"
+        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
+        try:
+            response = await self._session.post(url, data=body, headers=headers)
+        except TimeoutError:
+            raise UpstreamTimeout("Gemini did not answer in time.") from None
+        except aiohttp.ClientError as error:
+            raise UpstreamBroken(f"Gemini could not be reached ({type(error).__name__}).") from None
+        try:
+            return await self._first_events(response)
+        except BaseException:
+            response.close()
+            raise
+
+    async def _first_events(self, response: aiohttp.ClientResponse) -> Answer:
+        reader = GeminiReader(lambda: f"call_{secrets.token_hex(12)}")
+        try:
+            if response.status != 200:
+                raise classify_error(response.status, parse_json(await response.read()))
+            events: list[Event] = []
+            async for data in response.content.iter_any():
+                if events := reader.feed(data):
+                    break
+            else:
+                events = reader.close()
+        except TimeoutError:
+            raise UpstreamTimeout("Gemini sent nothing in time.") from None
+        except aiohttp.ClientError:
+            raise UpstreamBroken("Gemini broke the connection.") from None
+        if events and isinstance(events[0], Failed) and isinstance(events[0].error, UpstreamError):
+            raise events[0].error
+        return Answer(reader, response, events)
+
+
+def parse_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except ValueError:
+        return None
+
+
+# ==============================================================================
+# 12. Web
+# ==============================================================================
+
+ROUTE = re.compile(
+    r"(?:/(?:v1|chat/completions|completions|responses|models))*/(?P<route>chat/completions|healthz|models)/?"
+)
+
+
+class Gateway:
+    """The handlers, and what outlives a request."""
+
+    def __init__(self, config: Config, upstream: Upstream) -> None:
+        self._config = config
+        self._upstream = upstream
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Every request: named, let in or not, answered, and told the truth where it fails."""
+        trace = Trace(f"req_{secrets.token_hex(12)}", request.path, time.monotonic())
+        response: web.StreamResponse | None = None
+        try:
+            response = await self._route(request, trace)
+        except GatewayError as error:
+            response = error_response(error, trace)
+        except web.HTTPRequestEntityTooLarge:
+            response = error_response(BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX} bytes."), trace)
+        except Exception:
+            log.exception("%s failed", trace.id)
+            response = error_response(GatewayError("The gateway failed; its log says why."), trace)
+        finally:
+            log_line(trace, response.status if response else 499)
+        return response
+
+    async def _route(self, request: web.Request, trace: Trace) -> web.StreamResponse:
+        match = ROUTE.fullmatch(re.sub("/{2,}", "/", request.path))
+        route = match["route"] if match else None
+        if request.method == "OPTIONS":
+            return web.Response(status=204, headers=trace.headers())
+        self._let_in(request.headers, route)
+        if route is None:
+            raise UnknownUrl(f"Invalid URL ({request.method} {request.path}). The base URL ends in /v1.")
+        method = "POST" if route == "chat/completions" else "GET"
+        if request.method != method and not (method == "GET" and request.method == "HEAD"):
+            raise MethodNotAllowed(f"{request.method} is not served here; use {method}.")
+        if route == "healthz":
+            return json_response({"status": "ok", "version": __version__}, trace)
+        if route == "models":
+            return json_response(self._models(), trace)
+        return await self._chat(request, trace)
+
+    def _let_in(self, headers: Mapping[str, str], route: str | None) -> None:
+        mode = self._config.auth
+        if mode == "off" or (mode == "all_except_health" and route == "healthz"):
+            return
+        given = [re.sub(r"(?i)^bearer +", "", headers.get("Authorization", "").strip())]
+        given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
+        wanted = (self._config.api_key or "").encode()
+        right = [hmac.compare_digest(key.encode("utf-8", "replace"), wanted) for key in given]
+        if not any(right):
+            raise Unauthorized("The API key is missing or wrong. Send proxy.api_key as 'Authorization: Bearer KEY'.")
+
+    def _models(self) -> dict[str, Any]:
+        names = [*STATIC_MODELS, *(alias for alias in self._config.aliases if "*" not in alias)]
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "google"} for name in names]
+        return {"object": "list", "data": data}
+
+    async def _chat(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+        body = parse_json(await http.read())
+        if body is None:
+            raise BadRequest("The body is not valid JSON.")
+        request = parse_chat(body)
+        trace.model = request.model
+        trace.mapped_model = map_model(request.model, self._config)
+        names: dict[str, Any] = {"id": f"chatcmpl-{trace.id[4:]}", "created": int(time.time()), "model": request.model}
+        answer = await self._upstream.ask(request, trace)
+        try:
+            if not request.stream:
+                events = [event async for batch in answer.batches() for event in batch]
+                return json_response(render_chat(collect(events), **names), trace)
+            renderer = ChatRenderer(**names, include_usage=request.include_usage)
+            return await self._stream(http, trace, answer, renderer)
+        finally:
+            answer.close()
+
+    async def _stream(
+        self, http: web.Request, trace: Trace, answer: Answer, renderer: ChatRenderer
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers=trace.headers() | {"Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+        await response.prepare(http)
+        async for events in answer.batches():
+            if frames := "".join(map(renderer.render, events)):
+                await response.write(frames.encode())
+        await response.write_eof()
+        return response
+
+
+def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
+    return web.Response(
+        body=dumps(body).encode(), status=status, content_type="application/json", headers=trace.headers()
+    )
+
+
+def error_response(error: GatewayError, trace: Trace) -> web.Response:
+    status = error.status
+    if isinstance(error, PoolExhausted):
+        status = error.last.status
+    response = json_response(error_body(error), trace, status)
+    if status in (429, 503):
+        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+    return response
+
+
+def log_line(trace: Trace, status: int) -> None:
+    """One line a finished request; never a prompt, control characters escaped."""
+    total_ms = round((time.monotonic() - trace.started) * 1000)
+    fields = (trace.id, trace.route, f"{trace.model} -> {trace.mapped_model}", trace.account or "-")
+    text = f"{' '.join(fields)} attempts={trace.attempts} status={status} ms={total_ms}"
+    log.info("%s", text.encode("unicode_escape").decode())
+
+
+async def create_app(config: Config) -> web.Application:
+    """The gateway as an aiohttp application; its session closes with it."""
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=IDLE_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    session = aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    gateway = Gateway(config, Upstream(config, AccountPool(config.accounts), session))
+    app.router.add_route("*", "/{tail:.*}", gateway.handle)
+
+    async def close(_: web.Application) -> None:
+        await session.close()
+
+    app.on_cleanup.append(close)
+    return app
+
+
+# ==============================================================================
+# 13. Command line
 # ==============================================================================
 
 
@@ -1034,10 +1597,83 @@ def file_fingerprint() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
+def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
+    """The config by flag, $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME, or one key from the environment."""
+    home = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "agproxy" / "accounts.yaml"
+    named = accounts or env.get("AGPROXY_ACCOUNTS")
+    path = Path(named) if named else next((p for p in (Path("accounts.yaml"), home) if p.exists()), None)
+    if path is not None:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
+        return load_config(text, str(path), env)
+    if key := env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY"):
+        return Config(accounts=(Account("environment", key),))
+    raise ConfigError("No accounts. Give --accounts FILE, write ./accounts.yaml, or set GEMINI_API_KEY.")
+
+
+class Unusable(click.ClickException):
+    """What the user gave cannot be used."""
+
+    exit_code = 2
+
+
+def configured(accounts: str | None, **flags: Any) -> Config:
+    try:
+        config = find_config(accounts, os.environ)
+        if (port := os.environ.get("AGPROXY_PORT", "")).isdigit():
+            config = replace(config, port=int(port))
+        return checked(replace(config, **{k: v for k, v in flags.items() if v is not None}), "command line")
+    except ConfigError as error:
+        raise Unusable(str(error)) from None
+
+
 @click.group()
-@click.version_option(message=f"agproxy {__version__} (file {file_fingerprint()})")
+@click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
 def main() -> None:
     """An OpenAI-compatible gateway in front of Gemini, in one file."""
+
+
+@main.command()
+@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+@click.option("--port", type=int, help="Port to listen on.  [default: 8045]")
+@click.option("--accounts", help="The accounts file.")
+@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
+def serve(host: str | None, port: int | None, accounts: str | None, log_level: str) -> None:
+    """Start the gateway."""
+    config = configured(accounts, host=host, port=port)
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", stream=sys.stderr)
+    click.echo(
+        f"agproxy {__version__}: http://{config.host}:{config.port}/v1, "
+        f"{len(config.accounts)} account(s), auth {config.auth}",
+        err=True,
+    )
+    try:
+        web.run_app(
+            create_app(config),
+            host=config.host,
+            port=config.port,
+            print=None,
+            access_log=None,
+            handler_cancellation=True,  # aiohttp's default goes on asking Gemini for a client that is gone
+            shutdown_timeout=DRAIN_S,
+        )
+    except OSError as error:
+        raise click.ClickException(f"Cannot listen on {config.host}:{config.port}: {error.strerror}.") from None
+
+
+@main.command("env")
+@click.option("--host")
+@click.option("--port", type=int)
+@click.option("--accounts")
+def print_env(host: str | None, port: int | None, accounts: str | None) -> None:
+    """Print what a shell needs: eval "$(agproxy env)"."""
+    config = configured(accounts, host=host, port=port)
+    base = f"http://{config.host}:{config.port}/v1"
+    values = {"OPENAI_BASE_URL": base, "OPENAI_API_BASE": base, "OPENAI_API_KEY": config.api_key or "not-needed"}
+    for name, value in values.items():
+        click.echo(f"export {name}={shlex.quote(value)}")
 
 
 if __name__ == "__main__":

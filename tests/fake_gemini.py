@@ -1,0 +1,54 @@
+"""A scripted Gemini: checks every body with Google's structure and answers 400 as Google would."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+sys.path.insert(0, str(Path(__file__).parent / "gemini_schema"))
+from check_gemini import validate
+
+Step = list[dict[str, Any]] | tuple[int, dict[str, Any]]
+
+
+def error(code: int, status: str, message: str, *details: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    return code, {"error": {"code": code, "status": status, "message": message, "details": list(details)}}
+
+
+def said(*texts: str, reason: str | None = "STOP") -> list[dict[str, Any]]:
+    chunks: list[dict[str, Any]] = [
+        {"candidates": [{"content": {"role": "model", "parts": [{"text": text}]}, "index": 0}]} for text in texts
+    ]
+    if reason:
+        usage = {"promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 7}
+        chunks.append({"candidates": [{"finishReason": reason, "index": 0}], "usageMetadata": usage})
+    return chunks
+
+
+class FakeGemini:
+    """Plays `script`, one step a call; `keys` and `bodies` hold what was received."""
+
+    def __init__(self) -> None:
+        self.script: list[Step] = []
+        self.keys: list[str] = []
+        self.bodies: list[dict[str, Any]] = []
+        self.app = web.Application()
+        self.app.router.add_post("/v1beta/models/{model_and_method:.+}", self.handle)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        model = request.match_info["model_and_method"].split(":")[0]
+        self.keys.append(request.headers.get("x-goog-api-key", ""))
+        self.bodies.append(body)
+        if findings := validate(body, "GenerateContentRequest", model=model):
+            return web.json_response(error(400, "INVALID_ARGUMENT", findings[0].server)[1], status=400)
+        step = self.script.pop(0)
+        if isinstance(step, tuple):
+            return web.json_response(step[1], status=step[0])
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for chunk in step:
+            await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
+        return response

@@ -1,0 +1,173 @@
+"""What only HTTP shows, against a scripted Gemini and through the real openai package."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import openai
+import pytest
+from aiohttp.test_utils import TestClient, TestServer
+from fake_gemini import FakeGemini, error, said
+
+import antigravity_proxy as agproxy
+
+Start = Callable[..., Awaitable[TestClient]]
+RETRY_INFO = {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "33s"}
+RATE_LIMITED = error(429, "RESOURCE_EXHAUSTED", "Slow down.", RETRY_INFO)
+HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture
+async def gemini() -> AsyncIterator[tuple[FakeGemini, str]]:
+    fake = FakeGemini()
+    async with TestServer(fake.app) as server:
+        yield fake, str(server.make_url("")).rstrip("/")
+
+
+@pytest.fixture
+async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any) -> Start:
+    async def start(**settings: Any) -> TestClient:
+        accounts = tuple(agproxy.Account(name, f"key-{name}", gemini[1]) for name in ("a", "b"))
+        return await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, **settings)))
+
+    return start
+
+
+@pytest.fixture
+async def sdk() -> AsyncIterator[Callable[[TestClient], openai.AsyncOpenAI]]:
+    async with contextlib.AsyncExitStack() as stack:
+
+        def sdk(client: TestClient) -> openai.AsyncOpenAI:
+            made = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0)
+            stack.push_async_callback(made.close)
+            return made
+
+        yield sdk
+
+
+async def test_health_and_models(start: Start) -> None:
+    client = await start()
+    assert (await (await client.get("/healthz")).json())["status"] == "ok"
+    listed = await (await client.get("/v1/models")).json()
+    assert listed["object"] == "list"
+    assert "gemini-2.5-flash" in [model["id"] for model in listed["data"]]
+
+
+async def test_chat_by_the_sdk(start: Start, gemini: Any, sdk: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("Hel", "lo")]
+    raw = await sdk(client).chat.completions.with_raw_response.create(**HELLO)
+    answer = raw.parse()
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "stop")
+    assert (answer.model, raw.headers["x-mapped-model"]) == ("gpt-4o", "gemini-2.5-flash")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 7
+
+
+async def test_a_stream_by_the_sdk(start: Start, gemini: Any, sdk: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("Hel", "lo \u2028 wörld")]
+    texts = []
+    async for chunk in await sdk(client).chat.completions.create(**HELLO, stream=True):
+        texts.append(chunk.choices[0].delta.content or "")
+    assert "".join(texts) == "Hello \u2028 wörld"
+
+
+async def test_a_stream_ends_with_done(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("x")]
+    response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    assert (await response.text()).endswith("data: [DONE]\n\n")
+
+
+async def test_a_tool_call_there_and_back(start: Start, gemini: Any, sdk: Any) -> None:
+    client = await start()
+    call = {"functionCall": {"name": "ls", "args": {"path": "/"}}, "thoughtSignature": "c2ln"}
+    gemini[0].script = [
+        [{"candidates": [{"content": {"role": "model", "parts": [call]}, "finishReason": "STOP"}]}],
+        said("two files"),
+    ]
+    tools: Any = [
+        {
+            "type": "function",
+            "function": {"name": "ls", "parameters": {"type": "object", "properties": {"path": {"type": "string"}}}},
+        }
+    ]
+    messages: list[Any] = list(HELLO["messages"])
+    first = await sdk(client).chat.completions.create(model="gemini-3-pro-preview", messages=messages, tools=tools)
+    assert first.choices[0].finish_reason == "tool_calls"
+    message = first.choices[0].message.model_dump(exclude_none=True)
+    made = message["tool_calls"][0]
+    messages += [message, {"role": "tool", "tool_call_id": made["id"], "content": "a b"}]
+    second = await sdk(client).chat.completions.create(model="gemini-3-pro-preview", messages=messages, tools=tools)
+    assert second.choices[0].message.content == "two files"
+    assert gemini[0].bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
+
+
+async def test_a_rate_limited_account_is_followed_by_the_next(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [RATE_LIMITED, said("b answers")]
+    response = await client.post("/v1/chat/completions", json=HELLO)
+    assert (response.status, response.headers["X-Attempts"]) == (200, "2")
+    assert gemini[0].keys == ["key-a", "key-b"]
+
+
+async def test_all_rate_limited_is_one_clean_429(start: Start, gemini: Any, sdk: Any) -> None:
+    client = await start()
+    gemini[0].script = [RATE_LIMITED, RATE_LIMITED]
+    with pytest.raises(openai.RateLimitError) as caught:
+        await sdk(client).chat.completions.create(**HELLO)
+    assert caught.value.response.headers["retry-after"] in ("32", "33")
+    assert caught.value.code == "rate_limit_exceeded"
+
+
+async def test_a_cut_stream_ends_with_an_error_and_no_done(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("half", reason=None)]
+    response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    text = await response.text()
+    assert json.loads(text.strip().split("\n\n")[-1][6:])["error"]["code"] == "upstream_error"
+    assert "[DONE]" not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/v1/models", {}, 401),
+        ("/v1/models", {"Authorization": "Bearer wrong"}, 401),
+        ("/v1/models", {"Authorization": "bearer right"}, 200),
+        ("/v1/models", {"Authorization": "Bearer wrong", "x-api-key": "right"}, 200),
+        ("/healthz", {}, 200),
+    ],
+)
+async def test_the_key(start: Start, path: str, headers: dict[str, str], status: int) -> None:
+    client = await start(auth_mode="all_except_health", api_key="right")
+    assert (await client.get(path, headers=headers)).status == status
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [("/models", 200), ("/v1/v1/models/", 200), ("/v1/chat/completions/models", 200), ("/v1/nothing", 404)],
+)
+async def test_paths_as_clients_stack_them(start: Start, path: str, status: int) -> None:
+    response = await (await start()).get(path)
+    assert response.status == status
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"model": "gpt-4o"}, "messages", "missing_required_parameter"),
+        (HELLO | {"temperature": 3}, "temperature", "decimal_above_max_value"),
+        (HELLO | {"stream": "yes"}, "stream", "invalid_type"),
+        (HELLO | {"tools": [5]}, "tools[0]", "invalid_type"),
+        ({"model": "gpt-4o", "messages": [{"role": "elf", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        (HELLO | {"model": "nobody-knows"}, "model", "model_not_found"),
+        ([], None, "invalid_type"),
+    ],
+)
+async def test_bad_input_names_the_field(start: Start, body: Any, param: str | None, code: str) -> None:
+    response = await (await start()).post("/v1/chat/completions", json=body)
+    told = (await response.json())["error"]
+    assert (response.status in (400, 404), told["param"], told["code"]) == (True, param, code)
