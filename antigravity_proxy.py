@@ -131,8 +131,8 @@ Remedy = Literal["give_up", "next_account", "same_account"]
 class GatewayError(Exception):
     """A failure that the client is told about; the class answers status, type, code and remedy."""
 
-    status: ClassVar[int] = 500
-    type: ClassVar[str] = "server_error"
+    status: int = 500
+    type: str = "server_error"
     remedy: ClassVar[Remedy] = "give_up"
     default_code: ClassVar[str | None] = "server_error"
 
@@ -230,7 +230,7 @@ class PoolExhausted(GatewayError):
 
     def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
         super().__init__(message, code=last.code, retry_after_s=retry_after_s)
-        self.last = last
+        self.status, self.type = last.status, last.type
 
 
 # ==============================================================================
@@ -301,7 +301,8 @@ def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
         ),
         default_model=models.get("default"),
         aliases=models.get("map") or {},
-        **{key: value for key, value in proxy.items() if value is not None},
+        **{key: value for key, value in proxy.items() if value is not None and key != "api_key"},
+        api_key=from_environment(proxy["api_key"], f"{source}: proxy.api_key", env) if proxy.get("api_key") else None,
     )
     return checked(config, source)
 
@@ -1554,11 +1555,8 @@ def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
-    status = error.status
-    if isinstance(error, PoolExhausted):
-        status = error.last.status
-    response = json_response(error_body(error), trace, status)
-    if status in (429, 503):
+    response = json_response(error_body(error), trace, error.status)
+    if error.status in (429, 503):
         response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
     return response
 
