@@ -1,5 +1,6 @@
 """What only HTTP shows, against a scripted Gemini and through the real openai package."""
 
+import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -7,6 +8,7 @@ from typing import Any
 
 import openai
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from fake_gemini import FakeGemini, error, said
 
@@ -171,3 +173,32 @@ async def test_bad_input_names_the_field(start: Start, body: Any, param: str | N
     response = await (await start()).post("/v1/chat/completions", json=body)
     told = (await response.json())["error"]
     assert (response.status in (400, 404), told["param"], told["code"]) == (True, param, code)
+
+
+async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
+    closed = asyncio.Event()
+
+    async def never_ends(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"data: " + json.dumps(said("x")[0]).encode() + b"\n\n")
+        try:
+            await asyncio.sleep(60)
+        finally:
+            closed.set()
+        return response
+
+    slow = web.Application()
+    slow.router.add_post("/{tail:.*}", never_ends)
+    upstream = TestServer(slow)
+    await upstream.start_server()
+    async with upstream:
+        account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
+        app = await agproxy.create_app(agproxy.Config((account,)))
+        server = TestServer(app)
+        await server.start_server()
+        async with TestClient(server) as client:
+            response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+            assert await response.content.readline()
+            response.close()
+            await asyncio.wait_for(closed.wait(), 1)
