@@ -833,6 +833,25 @@ def look_up(name: str, table: Mapping[str, str]) -> str | None:
     return table[best] if best is not None else None
 
 
+VERSION = re.compile(r"gemini-(\d+)(?:\.(\d+))?")
+NEWEST = (4, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a model can and must do; asked here, never by its name in passing."""
+
+    signatures: bool
+    """Refuses a function call in the history that has no thought signature."""
+
+
+def traits_of(model: str) -> Traits:
+    """Traits by the parsed version; a name without one counts as the newest."""
+    match = VERSION.search(model)
+    version = (int(match[1]), int(match[2] or 0)) if match else NEWEST
+    return Traits(signatures=version >= (3, 0))
+
+
 # ==============================================================================
 # 7. Account pool
 # ==============================================================================
@@ -876,12 +895,12 @@ class AccountPool:
 # ==============================================================================
 
 
-def build_generate_content(request: Request) -> dict[str, Any]:
+def build_generate_content(request: Request, traits: Traits) -> dict[str, Any]:
     """The generateContent body for a request.
 
     Source: https://ai.google.dev/api/generate-content#request-body
     """
-    body: dict[str, Any] = {"contents": build_contents(request.messages)}
+    body: dict[str, Any] = {"contents": build_contents(request.messages, traits)}
     if request.system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in request.system]}
     if request.tools:
@@ -920,7 +939,7 @@ def build_generation_config(request: Request) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def build_contents(messages: Sequence[Message]) -> list[dict[str, Any]]:
+def build_contents(messages: Sequence[Message], traits: Traits) -> list[dict[str, Any]]:
     """Turns as Gemini takes them: neighbours of one role merged, and each turn of calls answered by exactly one turn
     of results, in call order, whatever order the client sent.
 
@@ -936,7 +955,7 @@ def build_contents(messages: Sequence[Message]) -> list[dict[str, Any]]:
             add_turn(contents, "user", [{"text": orphan.text} for orphan in orphans if orphan.text])
             continue
         role = "model" if message.role == "assistant" else "user"
-        add_turn(contents, role, build_parts(message.parts))
+        add_turn(contents, role, build_parts(message.parts, traits))
         if calls:
             contents.append({"role": "user", "parts": [build_result(call, results.get(call.id)) for call in calls]})
             answered |= {call.id for call in calls}
@@ -955,10 +974,10 @@ def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, An
         contents.append({"role": role, "parts": parts})
 
 
-def build_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
+def build_parts(parts: Sequence[Part], traits: Traits) -> list[dict[str, Any]]:
     built = [built for part in parts if (built := build_part(part))]
     first_call = next((part for part in built if "functionCall" in part), None)
-    if first_call is not None:
+    if first_call is not None and traits.signatures:
         first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
     return built
 
@@ -1386,7 +1405,7 @@ class Upstream:
 
     async def ask(self, request: Request, trace: Trace) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, or PoolExhausted."""
-        body = dumps(build_generate_content(request)).encode()
+        body = dumps(build_generate_content(request, traits_of(trace.mapped_model))).encode()
         refusals: dict[str, UpstreamError] = {}
         tried: list[Account] = []
         while trace.attempts < ATTEMPTS_MAX:
@@ -1456,7 +1475,7 @@ def parse_json(body: bytes) -> Any:
 # ==============================================================================
 
 ROUTE = re.compile(
-    r"(?:/(?:v1|chat/completions|completions|responses|models))*/(?P<route>chat/completions|healthz|models)/?"
+    r"(?:/(?:v1|chat/completions|completions|responses|models))*/(?P<route>chat/completions|healthz|models)(?:(?<=models)/(?P<id>.+?))?/?"
 )
 
 
@@ -1498,7 +1517,7 @@ class Gateway:
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
-            return json_response(self._models(), trace)
+            return json_response(self._model(match["id"]) if match and match["id"] else self._models(), trace)
         return await self._chat(request, trace)
 
     def _let_in(self, headers: Mapping[str, str], route: str | None) -> None:
@@ -1516,6 +1535,13 @@ class Gateway:
         names = [*STATIC_MODELS, *(alias for alias in self._config.aliases if "*" not in alias)]
         data = [{"id": name, "object": "model", "created": 0, "owned_by": "google"} for name in names]
         return {"object": "list", "data": data}
+
+    def _model(self, name: str) -> dict[str, Any]:
+        known = {model["id"]: model for model in self._models()["data"]}
+        if name not in known:
+            raise ModelNotFound(f"The model '{name}' is not listed; GET /v1/models lists what is.", param="model")
+        found: dict[str, Any] = known[name]
+        return found
 
     async def _chat(self, http: web.Request, trace: Trace) -> web.StreamResponse:
         body = parse_json(await http.read())

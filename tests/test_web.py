@@ -150,7 +150,14 @@ async def test_the_key(start: Start, path: str, headers: dict[str, str], status:
 
 @pytest.mark.parametrize(
     ("path", "status"),
-    [("/models", 200), ("/v1/v1/models/", 200), ("/v1/chat/completions/models", 200), ("/v1/nothing", 404)],
+    [
+        ("/models", 200),
+        ("/v1/models/gemini-2.5-pro", 200),
+        ("/v1/models/none", 404),
+        ("/v1/v1/models/", 200),
+        ("/v1/chat/completions/models", 200),
+        ("/v1/nothing", 404),
+    ],
 )
 async def test_paths_as_clients_stack_them(start: Start, path: str, status: int) -> None:
     response = await (await start()).get(path)
