@@ -1687,6 +1687,22 @@ def serve(host: str | None, port: int | None, accounts: str | None, log_level: s
         raise click.ClickException(f"Cannot listen on {config.host}:{config.port}: {error.strerror}.") from None
 
 
+@main.command()
+@click.option("--accounts", help="The accounts file.")
+def check(accounts: str | None) -> None:
+    """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
+    config = configured(accounts)
+    width = max([len("account"), *(len(account.name) for account in config.accounts)])
+    click.echo(f"{'account':{width}}  key           upstream")
+    for account in config.accounts:
+        click.echo(f"{account.name:{width}}  {masked_key(account.api_key):12}  {account.base_url}")
+
+
+def masked_key(key: str) -> str:
+    """Enough of a key to tell two apart, too little to use one."""
+    return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
+
+
 @main.command("env")
 @click.option("--host")
 @click.option("--port", type=int)
