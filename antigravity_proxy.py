@@ -1375,7 +1375,7 @@ def masked(name: str) -> str:
 class Answer:
     """One answer that has begun: its first events are known, so nobody retries any more."""
 
-    def __init__(self, reader: GeminiReader, response: aiohttp.ClientResponse, first: list[Event]) -> None:
+    def __init__(self, reader: GeminiReader | None, response: aiohttp.ClientResponse, first: list[Event]) -> None:
         self._reader = reader
         self._response = response
         self._first = first
@@ -1383,6 +1383,8 @@ class Answer:
     async def batches(self) -> AsyncIterator[list[Event]]:
         """The events of each read, in order; a broken upstream ends them with Failed."""
         yield self._first
+        if self._reader is None:
+            return
         try:
             async for data in self._response.content.iter_any():
                 if events := self._reader.feed(data):
@@ -1420,7 +1422,7 @@ class Upstream:
             trace.account = account.name
             tried.append(account)
             try:
-                return await self._attempt(account, trace.mapped_model, body)
+                return await self._attempt(account, trace.mapped_model, body, request.stream)
             except UpstreamError as error:
                 if error.remedy == "give_up":
                     raise
@@ -1428,8 +1430,9 @@ class Upstream:
                 self._pool.failed(account, trace.mapped_model, error, time.monotonic())
         raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
 
-    async def _attempt(self, account: Account, model: str, body: bytes) -> Answer:
-        url = f"{account.base_url}/v1beta/models/{quote(model)}:streamGenerateContent?alt=sse"
+    async def _attempt(self, account: Account, model: str, body: bytes, stream: bool) -> Answer:
+        method = "streamGenerateContent?alt=sse" if stream else "generateContent"
+        url = f"{account.base_url}/v1beta/models/{quote(model)}:{method}"
         headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
         try:
             response = await self._session.post(url, data=body, headers=headers)
@@ -1438,17 +1441,19 @@ class Upstream:
         except aiohttp.ClientError as error:
             raise UpstreamBroken(f"Gemini could not be reached ({type(error).__name__}).") from None
         try:
-            return await self._first_events(response)
+            return await self._first_events(response, stream)
         except BaseException:
             response.close()
             raise
 
-    async def _first_events(self, response: aiohttp.ClientResponse) -> Answer:
+    async def _first_events(self, response: aiohttp.ClientResponse, stream: bool) -> Answer:
         reader = GeminiReader(lambda: f"call_{secrets.token_hex(12)}")
         try:
             if response.status != 200:
                 raise classify_error(response.status, parse_json(await response.read()))
-            events: list[Event] = []
+            if not stream:
+                events = reader.whole(await response.read())
+                return Answer(None, response, unless_failed(events))
             async for data in response.content.iter_any():
                 if events := reader.feed(data):
                     break
@@ -1458,9 +1463,14 @@ class Upstream:
             raise UpstreamTimeout("Gemini sent nothing in time.") from None
         except aiohttp.ClientError:
             raise UpstreamBroken("Gemini broke the connection.") from None
-        if events and isinstance(events[0], Failed) and isinstance(events[0].error, UpstreamError):
-            raise events[0].error
-        return Answer(reader, response, events)
+        return Answer(reader, response, unless_failed(events))
+
+
+def unless_failed(events: list[Event]) -> list[Event]:
+    """The events, or the error that is the first of them: the first event decides."""
+    if events and isinstance(events[0], Failed):
+        raise events[0].error
+    return events
 
 
 def parse_json(body: bytes) -> Any:

@@ -27,6 +27,16 @@ def said(*texts: str, reason: str | None = "STOP") -> list[dict[str, Any]]:
     return chunks
 
 
+def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The unary answer that says what the chunks say."""
+    parts = [p for c in chunks for a in c.get("candidates", []) for p in a.get("content", {}).get("parts", [])]
+    last = chunks[-1]["candidates"][-1]
+    candidate = {"content": {"role": "model", "parts": parts}, "index": 0}
+    if "finishReason" in last:
+        candidate["finishReason"] = last["finishReason"]
+    return {"candidates": [candidate], "usageMetadata": chunks[-1].get("usageMetadata", {})}
+
+
 class FakeGemini:
     """Plays `script`, one step a call; `keys` and `bodies` hold what was received."""
 
@@ -47,6 +57,8 @@ class FakeGemini:
         step = self.script.pop(0)
         if isinstance(step, tuple):
             return web.json_response(step[1], status=step[0])
+        if request.path.endswith(":generateContent"):
+            return web.json_response(whole(step))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for chunk in step:
