@@ -102,6 +102,7 @@ CONNECT_S = 10.0
 IDLE_S = 300.0
 DRAIN_S = 30.0
 STOPS_MAX = 4
+SIGNATURES_MAX = 20_000
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
@@ -890,6 +891,32 @@ class AccountPool:
         return PoolExhausted(f"No account could answer. {text}", last, wait or last.retry_after_s)
 
 
+class SignatureMemory:
+    """Thought signatures by tool-call id, for clients that drop unknown keys; the oldest give way."""
+
+    def __init__(self, size: int = SIGNATURES_MAX) -> None:
+        self._size = size
+        self._known: dict[str, tuple[str, str]] = {}
+
+    def remember(self, events: Iterable[Event], model: str) -> None:
+        for event in events:
+            if isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
+                self._known[event.part.id] = (model, event.part.signature)
+        while len(self._known) > self._size:
+            del self._known[next(iter(self._known))]
+
+    def recall(self, request: Request, model: str) -> Request:
+        """The request with the signatures that this model made put back on its calls."""
+
+        def signed(part: Part) -> Part:
+            made_by, signature = self._known.get(part.id, ("", "")) if isinstance(part, ToolCall) else ("", "")
+            if not isinstance(part, ToolCall) or part.signature or made_by != model:
+                return part
+            return replace(part, signature=signature)
+
+        return replace(request, messages=tuple(replace(m, parts=tuple(map(signed, m.parts))) for m in request.messages))
+
+
 # ==============================================================================
 # 8. To Gemini
 # ==============================================================================
@@ -1404,10 +1431,12 @@ class Upstream:
         self._config = config
         self._pool = pool
         self._session = session
+        self.signatures = SignatureMemory()
 
     async def ask(self, request: Request, trace: Trace) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, or PoolExhausted."""
-        body = dumps(build_generate_content(request, traits_of(trace.mapped_model))).encode()
+        signed = self.signatures.recall(request, trace.mapped_model)
+        body = dumps(build_generate_content(signed, traits_of(trace.mapped_model))).encode()
         refusals: dict[str, UpstreamError] = {}
         tried: list[Account] = []
         while trace.attempts < ATTEMPTS_MAX:
@@ -1565,6 +1594,7 @@ class Gateway:
         try:
             if not request.stream:
                 events = [event async for batch in answer.batches() for event in batch]
+                self._upstream.signatures.remember(events, trace.mapped_model)
                 return json_response(render_chat(collect(events), **names), trace)
             renderer = ChatRenderer(**names, include_usage=request.include_usage)
             return await self._stream(http, trace, answer, renderer)
@@ -1578,6 +1608,7 @@ class Gateway:
         response.content_type = "text/event-stream"
         await response.prepare(http)
         async for events in answer.batches():
+            self._upstream.signatures.remember(events, trace.mapped_model)
             if frames := "".join(map(renderer.render, events)):
                 await response.write(frames.encode())
         await response.write_eof()

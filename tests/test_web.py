@@ -83,7 +83,8 @@ async def test_a_stream_ends_with_done(start: Start, gemini: Any) -> None:
     assert (await response.text()).endswith("data: [DONE]\n\n")
 
 
-async def test_a_tool_call_there_and_back(start: Start, gemini: Any, sdk: Any) -> None:
+@pytest.mark.parametrize("forgetful", [False, True], ids=["client keeps the signature", "client drops it"])
+async def test_a_tool_call_there_and_back(forgetful: bool, start: Start, gemini: Any, sdk: Any) -> None:
     client = await start()
     call = {"functionCall": {"name": "ls", "args": {"path": "/"}}, "thoughtSignature": "c2ln"}
     gemini[0].script = [
@@ -101,6 +102,8 @@ async def test_a_tool_call_there_and_back(start: Start, gemini: Any, sdk: Any) -
     assert first.choices[0].finish_reason == "tool_calls"
     message = first.choices[0].message.model_dump(exclude_none=True)
     made = message["tool_calls"][0]
+    if forgetful:
+        del made["extra_content"]
     messages += [message, {"role": "tool", "tool_call_id": made["id"], "content": "a b"}]
     second = await sdk(client).chat.completions.create(model="gemini-3-pro-preview", messages=messages, tools=tools)
     assert second.choices[0].message.content == "two files"
