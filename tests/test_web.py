@@ -212,3 +212,18 @@ async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
             assert await response.content.readline()
             response.close()
             await asyncio.wait_for(closed.wait(), 1)
+
+
+async def test_fifty_at_once_are_not_mixed(start: Start, gemini: Any, sdk: Any) -> None:
+    ai = sdk(await start())
+    gemini[0].script = [said("ans", "wer") for _ in range(50)]
+
+    async def ask(number: int) -> tuple[str, str | None]:
+        messages: Any = [{"role": "user", "content": f"n{number}"}]
+        answer = await ai.chat.completions.create(model=f"gemini-{number}", messages=messages)
+        return answer.model, answer.choices[0].message.content
+
+    answers = await asyncio.gather(*(ask(number) for number in range(50)))
+    assert answers == [(f"gemini-{number}", "answer") for number in range(50)]
+    prompts = {body["contents"][0]["parts"][0]["text"] for body in gemini[0].bodies}
+    assert prompts == {f"n{number}" for number in range(50)}
