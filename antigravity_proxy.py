@@ -1386,6 +1386,7 @@ class Trace:
     account: str = ""
     attempts: int = 0
     spare: bool = True
+    usage: Usage | None = None
 
     def headers(self) -> dict[str, str]:
         headers = {"X-Request-Id": self.id}
@@ -1595,7 +1596,9 @@ class Gateway:
             if not request.stream:
                 events = [event async for batch in answer.batches() for event in batch]
                 self._upstream.signatures.remember(events, trace.mapped_model)
-                return json_response(render_chat(collect(events), **names), trace)
+                reply = collect(events)
+                trace.usage = reply.usage
+                return json_response(render_chat(reply, **names), trace)
             renderer = ChatRenderer(**names, include_usage=request.include_usage)
             return await self._stream(http, trace, answer, renderer)
         finally:
@@ -1609,6 +1612,8 @@ class Gateway:
         await response.prepare(http)
         async for events in answer.batches():
             self._upstream.signatures.remember(events, trace.mapped_model)
+            if events and isinstance(events[-1], Ended):
+                trace.usage = events[-1].usage
             if frames := "".join(map(renderer.render, events)):
                 await response.write(frames.encode())
         await response.write_eof()
@@ -1631,8 +1636,9 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
 def log_line(trace: Trace, status: int) -> None:
     """One line a finished request; never a prompt, control characters escaped."""
     total_ms = round((time.monotonic() - trace.started) * 1000)
+    tokens = f" tokens={trace.usage.prompt}+{trace.usage.completion}" if trace.usage else ""
     fields = (trace.id, trace.route, f"{trace.model} -> {trace.mapped_model}", trace.account or "-")
-    text = f"{' '.join(fields)} attempts={trace.attempts} status={status} ms={total_ms}"
+    text = f"{' '.join(fields)} attempts={trace.attempts} status={status} ms={total_ms}{tokens}"
     log.info("%s", text.encode("unicode_escape").decode())
 
 

@@ -76,6 +76,18 @@ async def test_a_stream_by_the_sdk(start: Start, gemini: Any, sdk: Any) -> None:
     assert "".join(texts) == "Hello \u2028 wörld"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_one_line_a_request_without_the_prompt(
+    start: Start, gemini: Any, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "agproxy")
+    gemini[0].script = [said("x")]
+    await (await (await start()).post("/v1/chat/completions", json=HELLO | {"stream": stream})).read()
+    line = caplog.messages[-1]
+    assert all(word in line for word in ("gpt-4o -> gemini-2.5-flash", "attempts=1", "status=200", "tokens=3+4"))
+    assert "hi" not in line.split()
+
+
 async def test_a_stream_ends_with_done(start: Start, gemini: Any) -> None:
     client = await start()
     gemini[0].script = [said("x")]
