@@ -16,13 +16,16 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      8 To Gemini        a Request becomes a generateContent body
      9 From Gemini      bytes become Events: the only stream machine
     10 To the client    Events become OpenAI's chunks and objects
-    11 Upstream         HTTP to Gemini, and the one retry loop
-    12 Web              auth, routes, handlers
-    13 Command line     what a person types
+    11 Monitoring       what is told of a request: headers and the log line
+    12 Upstream         HTTP to Gemini, and the one retry loop
+    13 Web              auth, routes, handlers
+    14 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    15 Command line     what a person types
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import hmac
@@ -35,14 +38,16 @@ import random
 import re
 import secrets
 import shlex
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, assert_never
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import click
 
@@ -98,16 +103,58 @@ RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
 COOLDOWN_S_DEFAULT = 30.0
 ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
-CONNECT_S = 10.0
-IDLE_S = 300.0
 DRAIN_S = 30.0
+MODELS_FRESH_S = 3600.0
+MODELS_RETRY_S = 60.0
+MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
 STOPS_MAX = 4
+CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
 SIGNATURE_SENTINEL = "skip_thought_signature_validator"
+
+# Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
+BUILTIN_ALIASES: Mapping[str, str] = {
+    "gpt-4o": "gemini-2.5-flash",
+    "gpt-*mini*": "gemini-2.5-flash-lite",
+    "gpt-*nano*": "gemini-2.5-flash-lite",
+    "gpt-5*": "gemini-2.5-pro",
+    "gpt-5*mini*": "gemini-2.5-flash",
+    "gpt-5*nano*": "gemini-2.5-flash-lite",
+    "gpt-*": "gemini-2.5-flash",
+    "chatgpt-*": "gemini-2.5-flash",
+    "o1*": "gemini-2.5-pro",
+    "o3*": "gemini-2.5-pro",
+    "o4*": "gemini-2.5-pro",
+    "o1-mini*": "gemini-2.5-flash",
+    "o3-mini*": "gemini-2.5-flash",
+    "o4-mini*": "gemini-2.5-flash",
+    "codex*": "gemini-2.5-pro",
+    "codex*mini*": "gemini-2.5-flash",
+    "davinci-*": "gemini-2.5-flash",
+    "babbage-*": "gemini-2.5-flash-lite",
+    "text-davinci-*": "gemini-2.5-flash",
+    "claude-*": "gemini-2.5-pro",
+    "claude-*haiku*": "gemini-2.5-flash-lite",
+    "claude-instant*": "gemini-2.5-flash-lite",
+    "text-embedding-*": "gemini-embedding-001",
+}
+# What is served while the upstream's own list cannot be had.
+STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-embedding-001")
+
+# Responses input items that only a hosted tool makes; in a replayed history they are passed over.
+HOSTED_ITEMS = re.compile(
+    r"reasoning|compaction|(web_search|file_search|image_generation|code_interpreter|local_shell|shell|apply_patch"
+    r"|computer|tool_search)_(call|call_output|output)|mcp_\w+|program\w*"
+)
+# Tools that OpenAI itself would run; Codex sends web_search with every request.
+HOSTED_TOOLS = re.compile(
+    r"web_search\w*|file_search|code_interpreter|image_generation|mcp|computer\w*|local_shell|shell|apply_patch"
+    r"|tool_search|programmatic_tool_calling"
+)
 
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
 
@@ -138,13 +185,20 @@ class GatewayError(Exception):
     default_code: ClassVar[str | None] = "server_error"
 
     def __init__(
-        self, message: str, *, code: str | None = None, param: str | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code or self.default_code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.headers = headers or {}
 
 
 class BadRequest(GatewayError):
@@ -240,7 +294,7 @@ class PoolExhausted(GatewayError):
 
 
 class ConfigError(Exception):
-    """The accounts file, or what stands in its place, cannot be used; the text says where and what to do."""
+    """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,18 +302,50 @@ class Account:
     name: str
     api_key: str = field(repr=False)
     base_url: str = GEMINI_URL
+    kind: str = "gemini"
+    email: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ClientKey:
+    """A key that lets a client in, and the name by which the log knows that client."""
+
+    name: str
+    key: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    connect_s: float = 10.0
+    first_event_s: float = 300.0
+    idle_s: float = 300.0
+    total_s: float | None = None
+    """None: as long as it takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Config:
     accounts: tuple[Account, ...]
-    host: str = "127.0.0.1"
+    host: str | None = None
     port: int = 8045
     auth_mode: str = "auto"
-    api_key: str | None = field(default=None, repr=False)
+    api_key: tuple[ClientKey, ...] = ()
     allow_lan_access: bool = False
+    allowed_hosts: tuple[str, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    show_account: str = "masked"
+    upstream_proxy: str | None = field(default=None, repr=False)
+    strict: bool = False
+    max_wait_s: float = 10.0
+    store: str | None = None
+    timeouts: Timeouts = Timeouts()
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
+    fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    """Keys that were read and checked, but have no effect yet."""
+    demo: bool = False
 
     @property
     def auth(self) -> str:
@@ -268,96 +354,253 @@ class Config:
             return self.auth_mode
         return "all_except_health" if self.allow_lan_access else "off"
 
+    @property
+    def bind(self) -> str:
+        """The address to listen on."""
+        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
 
-SECTIONS = ("proxy", "models", "accounts")
-PROXY_KEYS = ("host", "port", "auth_mode", "api_key", "allow_lan_access")
-MODELS_KEYS = ("default", "map")
-ACCOUNT_KEYS = ("name", "email", "kind", "enabled", "api_key", "base_url")
-AUTH_MODES = ("off", "strict", "all_except_health", "auto")
+    @property
+    def base_url(self) -> str:
+        """What a client on this machine is set to."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
+        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
+
+
+class ConfigFile:
+    """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
+
+    def __init__(self, source: str, env: Mapping[str, str]) -> None:
+        self.source = source
+        self.env = env
+        self.problems: list[str] = []
+        self.unused: list[str] = []
+
+    def at(self, node: Any, text: str) -> str:
+        return f"{self.source}:{node.start_mark.line + 1}: {text}"
+
+    def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
+        """The values given in a mapping, each read by its kind; null is as if the key were not there."""
+        values: dict[str, Any] = {}
+        for key, value in self.pairs(node, path or "the file", kinds):
+            where = f"{path}.{key.value}".lstrip(".")
+            if key.value not in kinds:
+                self.problems.append(self.at(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}"))
+            elif key.value in values:
+                self.problems.append(self.at(key, f"'{where}' stands here twice; remove one."))
+            elif value.tag != YAML_NULL:
+                if where in NOT_USED_YET:
+                    self.unused.append(self.at(key, f"'{where}' is not used yet."))
+                try:
+                    values[key.value] = kinds[key.value](self, value, where)
+                except ValueError as error:
+                    self.problems.append(self.at(value, f"'{where}' {error}"))
+        return values
+
+    def pairs(self, node: Any, path: str, known: Iterable[str]) -> list[tuple[Any, Any]]:
+        if node is None or node.tag == YAML_NULL:
+            return []
+        if node.tag != YAML_MAP:
+            self.problems.append(self.at(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)})."))
+            return []
+        pairs: list[tuple[Any, Any]] = node.value
+        return pairs
+
+
+Kind = Callable[[ConfigFile, Any, str], Any]
+"""Reads one YAML node. Raises ValueError with the end of the sentence that begins with the key."""
+
+YAML_NULL, YAML_MAP, YAML_LIST = (f"tag:yaml.org,2002:{tag}" for tag in ("null", "map", "seq"))
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The nearest known word, or all of them, as a hint in brackets."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"({near[0]}?)" if near else f"(known: {', '.join(known)})"
+
+
+def read_text(file: ConfigFile, node: Any, where: str) -> str:
+    if not isinstance(node.value, str) or not node.value:
+        raise ValueError("must be a text.")
+    return node.value
+
+
+def read_secret(file: ConfigFile, node: Any, where: str) -> str:
+    """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
+    value = read_text(file, node, where)
+    match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)
+    if match and not file.env.get(match[1] or match[2]):
+        raise ValueError(f"needs the environment variable {match[1] or match[2]}, which is not set. Export it first.")
+    return file.env[match[1] or match[2]] if match else value
+
+
+def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
+    value = read_text(file, node, where).lower()
+    if value not in ("true", "yes", "on", "false", "no", "off"):
+        raise ValueError("must be true or false.")
+    return value in ("true", "yes", "on")
+
+
+def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
+    def read(file: ConfigFile, node: Any, where: str) -> float:
+        try:
+            value = kind(node.value)
+        except (TypeError, ValueError):
+            value = kind(low - 1)
+        if not low <= value <= high:
+            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
+        return value
+
+    return read
+
+
+def read_word(*words: str) -> Kind:
+    def read(file: ConfigFile, node: Any, where: str) -> str:
+        if node.value not in words:
+            raise ValueError(f"must be one of {', '.join(words)}.")
+        return str(node.value)
+
+    return read
+
+
+def read_texts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+    nodes = node.value if node.tag == YAML_LIST else [node]
+    return tuple(read_text(file, item, where) for item in nodes)
+
+
+def read_url(file: ConfigFile, node: Any, where: str) -> str:
+    value = read_secret(file, node, where).rstrip("/")
+    if not re.match(r"https?://[^/\s]+", value):
+        raise ValueError("must be a URL that begins with http:// or https://.")
+    return value
+
+
+def read_map(kind: Kind) -> Kind:
+    def read(file: ConfigFile, node: Any, where: str) -> dict[str, Any]:
+        pairs = file.pairs(node, where, ["NAME"])
+        return {str(key.value): kind(file, value, f"{where}.{key.value}") for key, value in pairs}
+
+    return read
+
+
+def read_section(kinds: Mapping[str, Kind]) -> Kind:
+    return lambda file, node, where: file.section(node, where, kinds)
+
+
+def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
+    """One key, or a list of `{name, key}`."""
+    if node.tag != YAML_LIST:
+        return (ClientKey("client", read_secret(file, node, where)),)
+    given = [file.section(item, f"{where}[{i}]", CLIENT_KEY_KEYS) for i, item in enumerate(node.value)]
+    if not all(len(one) == len(CLIENT_KEY_KEYS) for one in given):
+        raise ValueError("must be one key, or a list of entries with a `name` and a `key` each.")
+    return tuple(ClientKey(**one) for one in given)
+
+
+def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
+    if node.tag != YAML_LIST:
+        raise ValueError("must be a list: each account begins with '- name: ...'.")
+    accounts = [read_account(file, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
+    return tuple(account for account in accounts if account)
+
+
+def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
+    """The account; None where it is disabled or a problem was noted."""
+    if any(key.value == "enabled" and value.value == "false" for key, value in file.pairs(node, where, ACCOUNT_KEYS)):
+        return None
+    known = len(file.problems)
+    given = file.section(node, where, ACCOUNT_KEYS)
+    given.pop("enabled", None)
+    given.setdefault("name", given.get("email"))
+    for key, remedy in (("name", "a `name` or an `email`"), ("api_key", "an `api_key`")):
+        if not given.get(key) and len(file.problems) == known:
+            file.problems.append(file.at(node, f"'{where}' needs {remedy}."))
+    return Account(**given) if len(file.problems) == known else None
+
+
+CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
+TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
+    ("connect_s", "first_event_s", "idle_s", "total_s"), read_number(0.001, 86400)
+)
+TRAIT_KEYS: Mapping[str, Kind] = {"signatures": read_flag}
+PROXY_KEYS: Mapping[str, Kind] = {
+    "host": read_text,
+    "port": read_number(0, 65535, int),
+    "auth_mode": read_word("off", "strict", "all_except_health", "auto"),
+    "api_key": read_keys,
+    "allow_lan_access": read_flag,
+    "allowed_hosts": read_texts,
+    "cors_origins": read_texts,
+    "show_account": read_word("full", "masked", "off"),
+    "upstream_proxy": read_url,
+    "strict": read_flag,
+    "max_wait_s": read_number(0, 3600),
+    "store": read_text,
+    "timeouts": read_section(TIMEOUT_KEYS),
+}
+MODELS_KEYS: Mapping[str, Kind] = {
+    "default": read_text,
+    "map": read_map(read_text),
+    "fallback": read_map(read_texts),
+    "traits": read_map(read_section(TRAIT_KEYS)),
+}
+ACCOUNT_KEYS: Mapping[str, Kind] = {
+    "name": read_text,
+    "email": read_text,
+    "kind": read_word("gemini"),
+    "enabled": read_flag,
+    "api_key": read_secret,
+    "base_url": read_url,
+}
+SECTIONS: Mapping[str, Kind] = {
+    "proxy": read_section(PROXY_KEYS),
+    "models": read_section(MODELS_KEYS),
+    "accounts": read_accounts,
+}
+NOT_USED_YET = {"proxy.allowed_hosts", "proxy.cors_origins", "proxy.strict", "proxy.max_wait_s", "proxy.store"} | {
+    "models.fallback"
+}
 
 
 def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
-    """The accounts file as a Config. Raises ConfigError with file:line and the nearest known key."""
+    """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem."""
     import yaml
 
+    file = ConfigFile(source, env)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
-        data = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{source}:1: the file must hold the keys {', '.join(SECTIONS)}.")
-    check_keys(node, SECTIONS, source)
-    known = {"proxy": PROXY_KEYS, "models": MODELS_KEYS}
-    for key, value in node.value if node else ():
-        entries = value.value if key.value == "accounts" else [value]
-        for entry in entries:
-            check_keys(entry, known.get(key.value, ACCOUNT_KEYS), source)
-    proxy, models = data.get("proxy") or {}, data.get("models") or {}
-    config = Config(
-        accounts=tuple(
-            load_account(entry, f"{source}: accounts[{i}]", env)
-            for i, entry in enumerate(data.get("accounts") or [])
-            if entry.get("enabled", True)
-        ),
-        default_model=models.get("default"),
-        aliases=models.get("map") or {},
-        **{key: value for key, value in proxy.items() if value is not None and key != "api_key"},
-        api_key=from_environment(proxy["api_key"], f"{source}: proxy.api_key", env) if proxy.get("api_key") else None,
-    )
-    return checked(config, source)
-
-
-def check_keys(node: Any, known: Sequence[str], source: str) -> None:
-    if node is None or node.tag == "tag:yaml.org,2002:null":
-        return
-    if node.tag != "tag:yaml.org,2002:map":
-        raise ConfigError(f"{source}:{node.start_mark.line + 1}: expected keys with values here ({', '.join(known)}).")
-    for key, _ in node.value:
-        if key.value not in known:
-            near = difflib.get_close_matches(key.value, known, 1)
-            hint = f" ({near[0]}?)" if near else f" (known: {', '.join(known)})"
-            raise ConfigError(f"{source}:{key.start_mark.line + 1}: unknown key '{key.value}'{hint}")
-
-
-def load_account(entry: Mapping[str, Any], where: str, env: Mapping[str, str]) -> Account:
-    name = entry.get("name") or entry.get("email")
-    if not isinstance(name, str):
-        raise ConfigError(f"{where}: a `name` or an `email` is needed.")
-    if entry.get("kind", "gemini") != "gemini":
-        raise ConfigError(f"{where}: kind '{entry['kind']}' is not served; use `kind: gemini`.")
-    key = from_environment(entry.get("api_key"), f"{where}.api_key", env)
-    return Account(name, key, str(entry.get("base_url") or GEMINI_URL).rstrip("/"))
-
-
-def from_environment(value: Any, where: str, env: Mapping[str, str]) -> str:
-    if not isinstance(value, str) or not value:
-        raise ConfigError(f"{where}: a text is needed: the key itself, ${{NAME}} or env:NAME.")
-    match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)
-    if match is None:
-        return value
-    name = match[1] or match[2]
-    if not env.get(name):
-        raise ConfigError(f"{where}: the environment variable {name} is not set.")
-    return env[name]
-
-
-def checked(config: Config, source: str) -> Config:
-    """The config, or a ConfigError where its values cannot be right or safe."""
-    if not isinstance(config.port, int) or not 0 <= config.port <= 65535:
-        raise ConfigError(f"{source}: proxy.port must be a number from 0 to 65535.")
-    if config.auth_mode not in AUTH_MODES:
-        raise ConfigError(f"{source}: proxy.auth_mode must be one of {', '.join(AUTH_MODES)} (quote 'off').")
-    if config.auth != "off" and not config.api_key:
-        raise ConfigError(f"{source}: proxy.auth_mode asks for a key, but proxy.api_key is not set.")
-    if not config.allow_lan_access and config.host not in ("127.0.0.1", "localhost", "::1"):
-        raise ConfigError(
-            f"{source}: host {config.host} is not loopback; set proxy.allow_lan_access: true to allow it."
-        )
-    names = [account.name for account in config.accounts]
-    if doubled := {name for name in names if names.count(name) > 1}:
-        raise ConfigError(f"{source}: two accounts are named {doubled.pop()}; give each its own `name`.")
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+    given = file.section(node, "", SECTIONS)
+    proxy, models = given.get("proxy", {}), given.get("models", {})
+    timeouts = Timeouts(**proxy.pop("timeouts", {}))
+    renamed = {"default": "default_model", "map": "aliases"}
+    chosen = {renamed.get(key, key): value for key, value in models.items()}
+    config = Config(given.get("accounts", ()), **proxy, **chosen, timeouts=timeouts, unused=tuple(file.unused))
+    problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
+    if problems:
+        raise ConfigError("\n".join(problems))
     return config
+
+
+def config_problems(config: Config) -> list[str]:
+    """What cannot be right or safe in values that are each right on their own."""
+    names = [account.name for account in config.accounts]
+    problems = [
+        f"two accounts are named '{name}'; give each its own `name`."
+        for name in sorted({name for name in names if names.count(name) > 1})
+    ]
+    if not config.allow_lan_access and not is_loopback(config.bind):
+        problems.append(f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it.")
+    return problems
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 # ==============================================================================
@@ -442,6 +685,9 @@ class Request:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
+    thoughts: bool = False
+    """Wants to see summaries of the model's thoughts."""
+    n: int = 1
     stream: bool = False
     include_usage: bool = False
 
@@ -454,6 +700,14 @@ class Usage:
     completion: int = 0
     cached: int = 0
     reasoning: int = 0
+
+    def __add__(self, other: Usage) -> Usage:
+        return Usage(
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.cached + other.cached,
+            self.reasoning + other.reasoning,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,6 +770,10 @@ Event = Started | PartStart | TextDelta | ThinkingDelta | ArgumentsDelta | PartE
 class Choice:
     parts: list[Part] = field(default_factory=list)
     reason: FinishReason = "stop"
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 @dataclass(slots=True)
@@ -598,12 +856,12 @@ class Fields:
             raise BadRequest(f"'{self.at(key)}' must be from {low} to {high}.", code=code, param=self.at(key))
         return value
 
-    def count(self, key: str) -> int | None:
+    def count(self, key: str, high: float = math.inf) -> int | None:
         value: int | None = self.get(key, int, "a whole number")
-        if value is not None and value < 1:
-            raise BadRequest(
-                f"'{self.at(key)}' must be at least 1.", code="integer_below_min_value", param=self.at(key)
-            )
+        if value is not None and not 1 <= value <= high:
+            code = "integer_below_min_value" if value < 1 else "integer_above_max_value"
+            limits = "at least 1" if math.isinf(high) else f"from 1 to {high}"
+            raise BadRequest(f"'{self.at(key)}' must be {limits}.", code=code, param=self.at(key))
         return value
 
     def integer(self, key: str) -> int | None:
@@ -620,12 +878,16 @@ class Fields:
 
 
 def parse_chat(body: Any) -> Request:
-    """A chat completions body. Raises BadRequest."""
+    """A chat completions body; one with `input` instead of `messages` is read as Responses, for Cursor sends it here.
+
+    Raises BadRequest.
+    """
     fields = Fields(body)
+    if fields.value.get("messages") is None and fields.value.get("input") is not None:
+        return replace(parse_response(body), **parse_sampling(fields))
     messages = fields.objects("messages")
     if not messages:
         raise fields.missing("messages")
-    stream_options = fields.object("stream_options")
     tools = tuple(parse_tool(tool) for tool in fields.objects("tools"))
     return Request(
         model=fields.needed_text("model"),
@@ -634,14 +896,130 @@ def parse_chat(body: Any) -> Request:
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
         max_output_tokens=fields.count("max_completion_tokens") or fields.count("max_tokens"),
+        json_format=parse_format(fields.object("response_format"), nested=True),
+        **parse_sampling(fields),
+    )
+
+
+def parse_sampling(fields: Fields) -> dict[str, Any]:
+    """The fields that chat, completions and (but for `n`, `stop` and `seed`) Responses share."""
+    stream_options = fields.object("stream_options")
+    return {
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "seed": fields.integer("seed"),
+        "stop": parse_stop(fields),
+        "n": fields.count("n", CHOICES_MAX) or 1,
+        "stream": fields.flag("stream"),
+        "include_usage": bool(stream_options and stream_options.flag("include_usage")),
+    }
+
+
+def parse_completion(body: Any) -> list[Request]:
+    """A completions body: one request a prompt. Raises BadRequest."""
+    fields = Fields(body)
+    suffix = fields.text("suffix")
+    shared = Request(
+        model=fields.needed_text("model"),
+        messages=(),
+        system=(COMPLETE_THE_MIDDLE,) if suffix else (),
+        max_output_tokens=fields.count("max_tokens"),
+        **parse_sampling(fields),
+    )
+    prompts = parse_prompts(fields)
+    if len(prompts) * shared.n > CHOICES_MAX:
+        raise BadRequest(f"'prompt' times 'n' is more than {CHOICES_MAX}.", code="invalid_value", param="prompt")
+    wholes = [f"<prefix>{prompt}</prefix>\n<suffix>{suffix}</suffix>" if suffix else prompt for prompt in prompts]
+    return [replace(shared, messages=(Message("user", (Text(whole),)),)) for whole in wholes]
+
+
+COMPLETE_THE_MIDDLE = (
+    "Write the text that belongs between the prefix and the suffix. Answer with that text alone, without repeating "
+    "either and without Markdown fences."
+)
+
+
+def parse_prompts(fields: Fields) -> list[str]:
+    value = fields.value.get("prompt")
+    prompts = value if isinstance(value, list) and value else [value or ""]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        text = "'prompt' must be a string or an array of strings; token arrays are not served, send the text."
+        raise BadRequest(text, code="invalid_type", param="prompt")
+    return prompts
+
+
+def parse_response(body: Any) -> Request:
+    """A Responses body. Raises BadRequest."""
+    fields = Fields(body)
+    refuse_state(fields)
+    messages, system = parse_input(fields)
+    tools = tuple(parse_tool(tool) for tool in fields.objects("tools") if not is_hosted(tool))
+    text, reasoning = fields.object("text"), fields.object("reasoning")
+    instructions = fields.text("instructions")
+    return Request(
+        model=fields.needed_text("model"),
+        system=(*([instructions] if instructions else []), *system),
+        messages=messages,
+        tools=tools,
+        tool_choice=parse_tool_choice(fields, tools),
+        max_output_tokens=fields.count("max_output_tokens"),
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1),
-        seed=fields.integer("seed"),
-        stop=parse_stop(fields),
-        json_format=parse_response_format(fields),
+        json_format=parse_format(text and text.object("format"), nested=False),
+        thoughts=bool(reasoning and reasoning.text("summary")),
         stream=fields.flag("stream"),
-        include_usage=bool(stream_options and stream_options.flag("include_usage")),
     )
+
+
+def refuse_state(fields: Fields) -> None:
+    """What asks for an answer kept on this side, which is not served."""
+    if fields.text("previous_response_id"):
+        raise BadRequest(
+            f"Previous response with id '{fields.value['previous_response_id']}' not found.",
+            code="previous_response_not_found",
+            param="previous_response_id",
+        )
+    for key in ("background", "conversation", "prompt"):
+        if fields.value.get(key):
+            raise BadRequest(f"'{key}' is not served; leave it out.", code="unsupported_parameter", param=key)
+
+
+def parse_input(fields: Fields) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The messages of a Responses input, neighbours of one role merged, and its system texts."""
+    value = fields.value.get("input")
+    if isinstance(value, str):
+        return (Message("user", (Text(value),)),), ()
+    if value is None:
+        raise fields.missing("input")
+    messages: list[Message] = []
+    system: list[str] = []
+    for item in fields.objects("input"):
+        if item.value.get("role") in ("system", "developer"):
+            system += texts_of(item)
+        elif message := parse_item(item):
+            joined = messages and messages[-1].role == message.role != "user"
+            parts = messages.pop().parts if joined else ()
+            messages.append(replace(message, parts=parts + message.parts))
+    return tuple(messages), tuple(system)
+
+
+def parse_item(item: Fields) -> Message | None:
+    """One input item; None for what only a hosted tool could have made."""
+    kind = item.text("type") or "message"
+    if kind == "message":
+        return parse_message(item)
+    if kind == "function_call":
+        call = ToolCall(item.needed_text("call_id"), item.needed_text("name"), item.text("arguments") or "{}")
+        return Message("assistant", (call,))
+    if kind == "function_call_output":
+        return Message("tool", (ToolResult(item.needed_text("call_id"), "\n".join(texts_of(item, "output"))),))
+    if HOSTED_ITEMS.fullmatch(kind):
+        return None
+    raise BadRequest(f"Input items of type '{kind}' are not served.", code="invalid_value", param=item.at("type"))
+
+
+def is_hosted(tool: Fields) -> bool:
+    return HOSTED_TOOLS.fullmatch(tool.text("type") or "") is not None
 
 
 def parse_stop(fields: Fields) -> tuple[str, ...]:
@@ -654,24 +1032,21 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
     return tuple(stop for stop in stops if stop)
 
 
-def parse_response_format(fields: Fields) -> JsonFormat | None:
-    form = fields.object("response_format")
+def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
+    """`response_format` of chat, where the schema is nested, or `text.format` of Responses, where it is not."""
     kind = form and form.text("type")
     if form is None or kind == "text":
         return None
     if kind == "json_object":
         return JsonFormat(None)
     if kind == "json_schema":
-        spec = form.object("json_schema")
+        spec = form.object("json_schema") if nested else form
         if spec is None:
             raise form.missing("json_schema")
         schema = spec.object("schema")
         return JsonFormat(schema.value if schema else None)
-    raise BadRequest(
-        "'response_format.type' must be text, json_object or json_schema.",
-        code="invalid_value",
-        param="response_format.type",
-    )
+    text = f"'{form.at('type')}' must be text, json_object or json_schema."
+    raise BadRequest(text, code="invalid_value", param=form.at("type"))
 
 
 def parse_tool(tool: Fields) -> Tool:
@@ -727,17 +1102,15 @@ def parse_message(message: Fields) -> Message:
     )
 
 
-def texts_of(message: Fields) -> list[str]:
-    return [part.text for part in parse_content(message) if isinstance(part, Text)]
+def texts_of(message: Fields, key: str = "content") -> list[str]:
+    return [part.text for part in parse_content(message, key) if isinstance(part, Text)]
 
 
-def parse_content(message: Fields) -> Iterable[Part]:
-    content = message.value.get("content")
-    if content is None:
-        return []
+def parse_content(message: Fields, key: str = "content") -> list[Part]:
+    content = message.value.get(key)
     if isinstance(content, str):
         return [Text(content)] if content else []
-    return [part for item in message.objects("content") if (part := parse_part(item)) != Text("")]
+    return [part for item in message.objects(key) if (part := parse_part(item)) != Text("")]
 
 
 def parse_part(part: Fields) -> Part:
@@ -789,53 +1162,68 @@ def parse_call(call: Fields) -> ToolCall:
 # 6. Model mapping
 # ==============================================================================
 
-# Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
-BUILTIN_ALIASES: Mapping[str, str] = {
-    "gpt-4o": "gemini-2.5-flash",
-    "*mini*": "gemini-2.5-flash-lite",
-    "*nano*": "gemini-2.5-flash-lite",
-    "gpt-5*": "gemini-2.5-pro",
-    "gpt-*": "gemini-2.5-flash",
-    "chatgpt-*": "gemini-2.5-flash",
-    "o1*": "gemini-2.5-pro",
-    "o3*": "gemini-2.5-pro",
-    "o4*": "gemini-2.5-pro",
-    "codex*": "gemini-2.5-pro",
-    "text-davinci-*": "gemini-2.5-flash",
-    "claude-*haiku*": "gemini-2.5-flash-lite",
-    "claude-*": "gemini-2.5-pro",
-}
-STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite")
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """The upstream's name for a model, and by which rule."""
+
+    model: str
+    rule: str
+    wished: str | None = None
+    """What the rule said, where the upstream lists another name for it."""
 
 
-def map_model(name: str, config: Config) -> str:
-    """The upstream's name: user exact > user wildcard > built-in > gemini-* as it is > default.
+def map_model(name: str, config: Config, listed: Sequence[str] | None) -> Mapped:
+    """User exact > user wildcard > built-in > listed > gemini-* as it is > models.default. `listed` is None when unknown.
 
     Raises ModelNotFound with near names.
     """
     bare = re.sub(r"^(models|openai|google)/", "", name)
-    for table in (config.aliases, BUILTIN_ALIASES):
-        if target := look_up(bare, table):
-            return target
+    for title, table in (("models.map", config.aliases), ("built-in", BUILTIN_ALIASES)):
+        if pattern := look_up(bare, table):
+            return settled(table[pattern], f"{title} '{pattern}'", listed)
+    if bare in (listed or STATIC_MODELS):
+        return Mapped(bare, "listed by the upstream")
     if bare.startswith("gemini-"):
-        return bare
+        return settled(bare, "a gemini name as it is", listed)
     if config.default_model:
-        return config.default_model
-    near = difflib.get_close_matches(bare, [*config.aliases, *STATIC_MODELS, *BUILTIN_ALIASES], 3, 0.4)
+        return settled(config.default_model, "models.default", listed)
+    near = difflib.get_close_matches(bare, [*config.aliases, *(listed or STATIC_MODELS), *BUILTIN_ALIASES], 3, 0.4)
     hint = f" Near names: {', '.join(near)}." if near else ""
     raise ModelNotFound(f"The model '{name}' is not known.{hint} Add it under models.map.", param="model")
 
 
-def look_up(name: str, table: Mapping[str, str]) -> str | None:
+def look_up(name: str, table: Iterable[str]) -> str | None:
+    """The table's key for a name: itself, else the wildcard with most literal characters, then the longest start."""
     if name in table:
-        return table[name]
+        return name
     hits = [p for p in table if "*" in p and re.fullmatch(".*".join(map(re.escape, p.split("*"))), name)]
-    best = max(hits, key=lambda p: (len(p.replace("*", "")), len(p.split("*")[0])), default=None)
-    return table[best] if best is not None else None
+    return max(hits, key=lambda p: (len(p.replace("*", "")), len(p.split("*")[0])), default=None)
 
 
 VERSION = re.compile(r"gemini-(\d+)(?:\.(\d+))?")
+SUFFIX = re.compile(r"(-preview|-latest|-exp|-\d{2,4})+$")
 NEWEST = (4, 0)
+
+
+def settled(model: str, rule: str, listed: Sequence[str] | None) -> Mapped:
+    """A gemini name as the upstream lists it: itself, itself but for -preview, a date or -latest, or its tier's newest."""
+    if listed is None or model in listed or not model.startswith("gemini-"):
+        return Mapped(model, rule)
+    twins = [name for name in listed if SUFFIX.sub("", name) == SUFFIX.sub("", model)]
+    tier = [name for name in listed if tier_of(name) == tier_of(model)]
+    best = max(twins or tier, key=lambda name: (version_of(name), not SUFFIX.search(name), name), default=None)
+    return Mapped(best, rule, wished=model) if best else Mapped(model, rule)
+
+
+def tier_of(model: str) -> str:
+    """What is left of a name without version and suffix: pro, flash, flash-lite, ..."""
+    return VERSION.sub("", SUFFIX.sub("", model))
+
+
+def version_of(model: str) -> tuple[int, int]:
+    match = VERSION.search(model)
+    return (int(match[1]), int(match[2] or 0)) if match else NEWEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -846,11 +1234,11 @@ class Traits:
     """Refuses a function call in the history that has no thought signature."""
 
 
-def traits_of(model: str) -> Traits:
-    """Traits by the parsed version; a name without one counts as the newest."""
-    match = VERSION.search(model)
-    version = (int(match[1]), int(match[2] or 0)) if match else NEWEST
-    return Traits(signatures=version >= (3, 0))
+def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
+    """Traits by the parsed version, a name without one counting as the newest; `overrides` (models.traits) beat them."""
+    traits = Traits(signatures=version_of(model) >= (3, 0))
+    pattern = look_up(model, overrides)
+    return replace(traits, **overrides[pattern]) if pattern else traits
 
 
 # ==============================================================================
@@ -1098,10 +1486,10 @@ class GeminiReader:
         """Events of the next bytes of a stream."""
         return self._read(self._splitter.feed(data))
 
-    def close(self) -> list[Event]:
-        """Events of the end of the body: the finish, or the truth that there was none."""
+    def close(self, error: UpstreamError | None = None) -> list[Event]:
+        """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
         events = self._read(self._splitter.close())
-        return events if self._failed else events + self._finish()
+        return events if self._failed else events + self._finish(error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
@@ -1183,12 +1571,14 @@ class GeminiReader:
 
     def _fail(self, error: GatewayError) -> None:
         self._failed = True
+        for choice in sorted(self._open):
+            self._end_part(choice)
         self._events.append(Failed(error))
 
-    def _finish(self) -> list[Event]:
+    def _finish(self, error: UpstreamError | None = None) -> list[Event]:
         unfinished = (self._said | self._called | set(self._open)) - set(self._reasons)
         if unfinished or not self._reasons:
-            self._fail(UpstreamBroken("Gemini's answer broke off before its end."))
+            self._fail(error or UpstreamBroken("Gemini's answer broke off before its end."))
         for choice, raw in sorted(self._reasons.items()):
             if self._failed:
                 break
@@ -1261,6 +1651,7 @@ def retry_after(error: Mapping[str, Any]) -> float | None:
 # ==============================================================================
 
 DONE = "data: [DONE]\n\n"
+FINGERPRINT = "fp_agproxy"
 
 
 def error_body(error: GatewayError) -> dict[str, Any]:
@@ -1293,25 +1684,10 @@ def render_call(call: ToolCall) -> dict[str, Any]:
     return entry
 
 
-def render_chat(reply: Reply, *, id: str, created: int, model: str) -> dict[str, Any]:
-    """The chat.completion object of a whole answer."""
-    return {
-        "id": id,
-        "object": "chat.completion",
-        "created": created,
-        "model": model,
-        "service_tier": "default",
-        "system_fingerprint": "fp_agproxy",
-        "choices": [render_choice(index, choice) for index, choice in sorted(reply.choices.items())],
-        "usage": render_usage(reply.usage),
-    }
-
-
 def render_choice(index: int, choice: Choice) -> dict[str, Any]:
-    text = "".join(part.text for part in choice.parts if isinstance(part, Text))
     thoughts = "".join(part.text for part in choice.parts if isinstance(part, Thinking))
     calls = [render_call(part) for part in choice.parts if isinstance(part, ToolCall)]
-    message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls else ""), "refusal": None}
+    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
     if thoughts:
         message["reasoning_content"] = thoughts
     if calls:
@@ -1319,16 +1695,44 @@ def render_choice(index: int, choice: Choice) -> dict[str, Any]:
     return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.reason}
 
 
-class ChatRenderer:
-    """Events to the frames of a chat stream: a translation, not a machine."""
+@dataclass(frozen=True, slots=True)
+class Head:
+    """What the objects of one answer repeat."""
 
-    def __init__(self, *, id: str, created: int, model: str, include_usage: bool = False) -> None:
-        self._head = (
-            f'data: {{"id":{dumps(id)},"object":"chat.completion.chunk","created":{created},"model":{dumps(model)},'
-            '"service_tier":"default","system_fingerprint":"fp_agproxy","choices":['
-        )
-        self._end = (',"usage":null' if include_usage else "") + "}\n\n"
-        self._include_usage = include_usage
+    id: str
+    """24 hexadecimal digits; each form puts its own prefix before them."""
+    created: int
+    model: str
+    include_usage: bool = False
+    now: Callable[[], float] = float
+
+
+class Frames:
+    """What the chunks of chat and completions have in common: head, tail, usage chunk, error, [DONE]."""
+
+    def __init__(self, id: str, kind: str, head: Head, more: Mapping[str, Any]) -> None:
+        known = {"id": id, "object": kind, "created": head.created, "model": head.model, **more}
+        self.head = f'data: {dumps(known)[:-1]},"choices":['
+        self.tail = (',"usage":null' if head.include_usage else "") + "}\n\n"
+        self._include_usage = head.include_usage
+
+    def choice(self, entry: str) -> str:
+        return f"{self.head}{entry}]{self.tail}"
+
+    def last(self, end: Ended | Failed) -> str:
+        if isinstance(end, Failed):
+            return f"data: {dumps(error_body(end.error))}\n\n"
+        usage = f'{self.head}],"usage":{dumps(render_usage(end.usage))}}}\n\n' if self._include_usage else ""
+        return usage + DONE
+
+
+class ChatRenderer:
+    """Events to the frames of a chat stream, or the object of a whole answer."""
+
+    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+        self._about = {"service_tier": "default", "system_fingerprint": FINGERPRINT}
+        self._frames = Frames(f"chatcmpl-{head.id}", "chat.completion.chunk", head, self._about)
+        self._head = head
         self._calls: dict[int, int] = {}
         self._opened: set[int] = set()
 
@@ -1344,12 +1748,9 @@ class ChatRenderer:
             case ArgumentsDelta(choice, text):
                 return self._call(choice, {"function": {"arguments": text}})
             case Finished(choice, reason):
-                return self._delta(choice, "{}", reason)
-            case Ended(usage):
-                last = f'{self._head}],"usage":{dumps(render_usage(usage))}}}\n\n' if self._include_usage else ""
-                return last + DONE
-            case Failed(error):
-                return f"data: {dumps(error_body(error))}\n\n"
+                return self._delta(choice, "{}", f'"{reason}"')
+            case Ended() | Failed():
+                return self._frames.last(event)
             case Started() | PartStart() | PartEnd():
                 return ""
             case _:
@@ -1358,19 +1759,322 @@ class ChatRenderer:
     def _call(self, choice: int, entry: dict[str, Any]) -> str:
         return self._delta(choice, dumps({"tool_calls": [{"index": self._calls[choice], **entry}]}))
 
-    def _delta(self, choice: int, delta: str, reason: str | None = None) -> str:
+    def _delta(self, choice: int, delta: str, finish: str = "null") -> str:
         first = "" if choice in self._opened else self._first(choice)
-        finish = f'"{reason}"' if reason else "null"
-        frame = f'{{"index":{choice},"delta":{delta},"logprobs":null,"finish_reason":{finish}}}]'
-        return f"{first}{self._head}{frame}{self._end}"
+        frame = f'{{"index":{choice},"delta":{delta},"logprobs":null,"finish_reason":{finish}}}'
+        return first + self._frames.choice(frame)
 
     def _first(self, choice: int) -> str:
         self._opened.add(choice)
         return self._delta(choice, '{"role":"assistant","content":"","refusal":null}')
 
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The chat.completion object."""
+        return {
+            "id": f"chatcmpl-{self._head.id}",
+            "object": "chat.completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            **self._about,
+            "choices": [render_choice(index, choice) for index, choice in sorted(reply.choices.items())],
+            "usage": render_usage(reply.usage),
+        }
+
+
+class CompletionRenderer:
+    """Events to the frames of a completions stream, or the object of a whole answer."""
+
+    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+        prompts = body.get("prompt") or ""
+        self._echo = (prompts if isinstance(prompts, list) else [prompts]) if body.get("echo") else []
+        self._n = body.get("n") or 1
+        self._frames = Frames(f"cmpl-{head.id}", "text_completion", head, {"system_fingerprint": FINGERPRINT})
+        self._head = head
+        self._opened: set[int] = set()
+
+    def render(self, event: Event) -> str:
+        match event:
+            case TextDelta(choice, text):
+                return self._text(choice, text)
+            case Finished(choice, reason):
+                return self._text(choice, "", "stop" if reason == "tool_calls" else reason)
+            case Ended() | Failed():
+                return self._frames.last(event)
+            case Started() | PartStart() | PartEnd() | ThinkingDelta() | ArgumentsDelta():
+                return ""
+            case _:
+                assert_never(event)
+
+    def _text(self, choice: int, text: str, reason: str | None = None) -> str:
+        if choice not in self._opened:
+            self._opened.add(choice)
+            text = self._prompt(choice) + text
+        finish = f'"{reason}"' if reason else "null"
+        entry = f'{{"text":{encode_basestring(text)},"index":{choice},"logprobs":null,"finish_reason":{finish}}}'
+        return self._frames.choice(entry)
+
+    def _prompt(self, choice: int) -> str:
+        """The prompt that a choice echoes: choices are numbered prompt by prompt."""
+        return self._echo[choice // self._n] if self._echo else ""
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The text_completion object."""
+        choices = [
+            {
+                "text": self._prompt(index) + choice.text,
+                "index": index,
+                "logprobs": None,
+                "finish_reason": "stop" if choice.reason == "tool_calls" else choice.reason,
+            }
+            for index, choice in sorted(reply.choices.items())
+        ]
+        return {
+            "id": f"cmpl-{self._head.id}",
+            "object": "text_completion",
+            "created": self._head.created,
+            "model": self._head.model,
+            "system_fingerprint": FINGERPRINT,
+            "choices": choices,
+            "usage": render_usage(reply.usage),
+        }
+
+
+class ResponseRenderer:
+    """Events to the events of a Responses stream, or the Response object of a whole answer.
+
+    Source: https://platform.openai.com/docs/api-reference/responses-streaming
+    """
+
+    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+        self._head = head
+        self._response = response_template(head, body)
+        self._sequence = 0
+        self._item: dict[str, Any] = {}
+        self._before_delta = ""
+        self._held: Text | None = None
+        self._reason: FinishReason = "stop"
+
+    def render(self, event: Event) -> str:
+        match event:
+            case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
+                return self._delta(text)
+            case Started():
+                begun = {"response": self._response}
+                return self._frame("created", begun) + self._frame("in_progress", begun)
+            case PartStart(part=part):
+                return self._release("completed") + self._open(part)
+            case PartEnd(part=Text() as part):
+                self._held = part  # whether it is complete or cut off, only what follows tells
+                return ""
+            case PartEnd(part=part):
+                return self._done(part, "completed")
+            case Finished(reason=reason):
+                self._reason = reason
+                return self._release("completed" if reason in ("stop", "tool_calls") else "incomplete")
+            case Ended(usage):
+                return self._end(usage)
+            case Failed(error):
+                return self._release("incomplete") + self._failed(error)
+            case _:
+                assert_never(event)
+
+    def _frame(self, kind: str, more: Mapping[str, Any]) -> str:
+        name = f"response.{kind}"
+        event = {"type": name, "sequence_number": self._sequence, **more}
+        self._sequence += 1
+        return f"event: {name}\ndata: {dumps(event)}\n\n"
+
+    def _place(self, more: Mapping[str, Any]) -> dict[str, Any]:
+        """Where in the output an event belongs."""
+        return {"item_id": self._item["id"], "output_index": len(self._response["output"]), **more}
+
+    def _open(self, part: Part) -> str:
+        opened = self._render_item(part, "in_progress")
+        if opened is None:
+            return ""
+        self._item = opened
+        name, place, empty = delta_form(part)
+        more: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
+        before = dumps({"type": f"response.{name}.delta", **self._place(place), **more})[:-1]
+        self._before_delta = f'event: response.{name}.delta\ndata: {before},"sequence_number":'
+        added = {"output_index": len(self._response["output"]), "item": self._item | empty}
+        frames = self._frame("output_item.added", added)
+        if name == "output_text":
+            frames += self._frame("content_part.added", self._place(place | {"part": text_part("")}))
+        if name == "reasoning_summary_text":
+            frames += self._frame("reasoning_summary_part.added", self._place(place | {"part": summary_part("")}))
+        return frames
+
+    def _delta(self, text: str) -> str:
+        self._sequence += 1
+        return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
+
+    def _release(self, status: str) -> str:
+        """The text part whose end was held back, now that its status is known."""
+        part, self._held = self._held, None
+        return self._done(part, status) if part else ""
+
+    def _done(self, part: Part, status: str) -> str:
+        item = self._render_item(part, status)
+        if item is None:
+            return ""
+        name, place, _ = delta_form(part)
+        frames = ""
+        match part:
+            case Text(text):
+                frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
+                frames += self._frame("content_part.done", self._place(place | {"part": text_part(text)}))
+            case Thinking(text):
+                frames += self._frame(f"{name}.done", self._place(place | {"text": text}))
+                frames += self._frame("reasoning_summary_part.done", self._place(place | {"part": summary_part(text)}))
+            case ToolCall(name=function, arguments=arguments):
+                more = {"name": function, "arguments": arguments}
+                frames += self._frame(f"{name}.done", self._place(more))
+            case Media() | ToolResult():
+                pass
+        frames += self._frame("output_item.done", {"output_index": len(self._response["output"]), "item": item})
+        self._response["output"].append(item)
+        return frames
+
+    def _render_item(self, part: Part, status: str) -> dict[str, Any] | None:
+        number = len(self._response["output"])
+        return render_item(part, f"{self._head.id}{number:04x}", status)
+
+    def _end(self, usage: Usage) -> str:
+        self._conclude(self._reason, usage)
+        return self._frame(self._response["status"], {"response": self._response}) + DONE
+
+    def _conclude(self, reason: FinishReason, usage: Usage) -> None:
+        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason)
+        self._response["status"] = "incomplete" if cut else "completed"
+        self._response["incomplete_details"] = {"reason": cut} if cut else None
+        self._response["completed_at"] = None if cut else int(self._head.now())
+        self._response["usage"] = render_response_usage(usage)
+
+    def _failed(self, error: GatewayError) -> str:
+        told = error_body(error)["error"]
+        flat = {key: told[key] for key in ("code", "message", "param")}
+        event = {"type": "error", "sequence_number": self._sequence, **flat, "error": told}
+        self._sequence += 1
+        code = "rate_limit_exceeded" if isinstance(error, RateLimited) else "server_error"
+        self._response |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        return f"event: error\ndata: {dumps(event)}\n\n" + self._frame("failed", {"response": self._response}) + DONE
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The Response object, with `choices` beside it for scripts that read the text where chat has it."""
+        choice = reply.choices.get(0, Choice())
+        self._conclude(choice.reason, reply.usage)
+        for i, part in enumerate(choice.parts):
+            cut = self._response["status"] == "incomplete" and i == len(choice.parts) - 1
+            if item := self._render_item(part, "incomplete" if cut else "completed"):
+                self._response["output"].append(item)
+        message = {"role": "assistant", "content": choice.text}
+        return self._response | {"choices": [{"index": 0, "message": message, "finish_reason": choice.reason}]}
+
+
+def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The Response object of an answer that has not begun: every key is there, what was asked for is echoed.
+
+    Source: https://platform.openai.com/docs/api-reference/responses/object
+    """
+    reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
+    defaults: dict[str, Any] = {
+        "max_output_tokens": None,
+        "max_tool_calls": None,
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "prompt_cache_key": None,
+        "safety_identifier": None,
+        "store": True,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "tool_choice": "auto",
+        "top_logprobs": 0,
+        "truncation": "disabled",
+        "metadata": {},
+        "instructions": None,
+    }
+    echoed = {key: default if body.get(key) is None else body[key] for key, default in defaults.items()}
+    return {
+        "id": f"resp_{head.id}",
+        "object": "response",
+        "created_at": head.created,
+        "completed_at": None,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "model": head.model,
+        "output": [],
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "service_tier": "default",
+        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
+        "tools": [render_tool(tool) for tool in body.get("tools") or []],
+        "usage": None,
+        **echoed,
+    }
+
+
+def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as the Response object repeats it: a function with all its keys, any other as it came."""
+    if tool.get("type", "function") != "function":
+        return dict(tool)
+    inner = tool.get("function") or tool
+    told = {key: inner.get(key) for key in ("name", "description", "parameters")}
+    return {"type": "function", **told, "strict": bool(inner.get("strict"))}
+
+
+def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
+    """A part as an output item; None for what has no item."""
+    match part:
+        case Text(text):
+            message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
+            return message | {"content": [text_part(text)]}
+        case Thinking(text):
+            return {"id": f"rs_{id}", "type": "reasoning", "summary": [summary_part(text)], "status": status}
+        case ToolCall(call_id, name, arguments):
+            call = {"id": f"fc_{id}", "type": "function_call", "call_id": call_id, "name": name}
+            return call | {"arguments": arguments, "status": status}
+        case Media() | ToolResult():
+            return None
+        case _:
+            assert_never(part)
+
+
+def delta_form(part: Part) -> tuple[str, dict[str, int], dict[str, Any]]:
+    """The name of a part's deltas, their place in the item, and what the item lacks when it opens."""
+    if isinstance(part, Text):
+        return "output_text", {"content_index": 0}, {"content": []}
+    if isinstance(part, Thinking):
+        return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}
+    return "function_call_arguments", {}, {"arguments": ""}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def summary_part(text: str) -> dict[str, Any]:
+    return {"type": "summary_text", "text": text}
+
+
+def render_response_usage(usage: Usage) -> dict[str, Any]:
+    return {
+        "input_tokens": usage.prompt,
+        "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
+        "output_tokens": usage.completion,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning},
+        "total_tokens": usage.prompt + usage.completion,
+    }
+
+
+Renderer = ChatRenderer | CompletionRenderer | ResponseRenderer
+
 
 # ==============================================================================
-# 11. Upstream
+# 11. Monitoring
 # ==============================================================================
 
 
@@ -1378,26 +2082,73 @@ class ChatRenderer:
 class Trace:
     """What happened to one request, for its headers and its log line."""
 
+    config: Config
     id: str
     route: str
     started: float
-    model: str = "-"
+    client_id: str = ""
+    """The client's own name for the request, where it gave a sane one."""
+    client: str = ""
+    """The name of the key that let the client in."""
+    model: str = ""
     mapped_model: str = ""
-    account: str = ""
+    account: Account | None = None
     attempts: int = 0
-    spare: bool = True
+    first_byte: float | None = None
     usage: Usage | None = None
 
-    def headers(self) -> dict[str, str]:
-        headers = {"X-Request-Id": self.id}
+    def headers(self, now: float) -> dict[str, str]:
+        headers = {"X-Request-Id": self.id, "openai-processing-ms": str(milliseconds(now - self.started))}
         if self.mapped_model:
             headers |= {"X-Mapped-Model": self.mapped_model, "X-Attempts": str(self.attempts)}
-        return headers | ({"X-Account-Email": masked(self.account)} if self.account else {})
+        if self.account and self.config.show_account != "off":
+            shown = self.account.email or self.account.name
+            headers["X-Account-Email"] = shown if self.config.show_account == "full" else masked(shown)
+        return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
 
 
 def masked(name: str) -> str:
     """An e-mail with its first letter and domain left; any other name as it is."""
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
+
+
+def milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
+    """What the log says of a finished request; never a prompt, never a key."""
+    first = trace.first_byte
+    fields = {
+        "id": trace.id,
+        "client_id": trace.client_id,
+        "client": trace.client,
+        "route": trace.route,
+        "model": trace.model,
+        "mapped_model": trace.mapped_model,
+        "account": trace.account.name if trace.account else "",
+        "attempts": trace.attempts,
+        "status": status,
+        "first_ms": None if first is None else milliseconds(first - trace.started),
+        "ms": milliseconds(now - trace.started),
+        "tokens": trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}",
+    }
+    return {key: value for key, value in fields.items() if value not in (None, "")}
+
+
+def log_text(fields: Mapping[str, Any]) -> str:
+    """The fields as one line; a control character of a client's is escaped, so that none forges a line."""
+    rest = dict(fields)
+    words = [rest.pop("id"), rest.pop("route")]
+    if model := rest.pop("model", ""):
+        words.append(f"{model} -> {rest.pop('mapped_model', '?')}")
+    words += [f"{key}={value}" for key, value in rest.items()]
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda match: f"\\x{ord(match[0]):02x}", " ".join(words))
+
+
+# ==============================================================================
+# 12. Upstream
+# ==============================================================================
 
 
 class Answer:
@@ -1407,52 +2158,192 @@ class Answer:
         self._reader = reader
         self._response = response
         self._first = first
+        self._late: UpstreamTimeout | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def end_by(self, seconds: float) -> None:
+        """Breaks the answer off when it lasts longer."""
+        self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
+
+    def _expire(self) -> None:
+        self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s.")
+        self._response.close()
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """The events of each read, in order; a broken upstream ends them with Failed."""
         yield self._first
         if self._reader is None:
             return
+        error: UpstreamError | None = None
         try:
             async for data in self._response.content.iter_any():
                 if events := self._reader.feed(data):
                     yield events
-        except (aiohttp.ClientError, TimeoutError):
+        except TimeoutError:
+            error = UpstreamTimeout("Gemini fell silent in the middle of its answer.")
+        except aiohttp.ClientError:
             pass  # the reader knows whether the answer was whole
-        yield self._reader.close()
+        yield self._reader.close(self._late or error)
 
     def close(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
         self._response.close()
 
 
-class Upstream:
-    """The accounts' Gemini: HTTP, and the one retry loop."""
+class Merged:
+    """Several answers as one: choices numbered through, usage added up; the first failure ends them all."""
 
-    def __init__(self, config: Config, pool: AccountPool, session: aiohttp.ClientSession) -> None:
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        self._answers = answers
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        """The events of all answers as they come; the first of choice 0 stand before any other's."""
+        queue: asyncio.Queue[list[Event]] = asyncio.Queue(maxsize=len(self._answers))
+        pumps = (self._pump(choice, answer, queue) for choice, answer in enumerate(self._answers))
+        self._tasks = [asyncio.create_task(pump) for pump in pumps]
+        usage, running = Usage(), len(self._answers)
+        while running:
+            events = await queue.get()
+            if events and isinstance(events[-1], Ended):
+                usage, running = usage + events[-1].usage, running - 1
+                events = events[:-1]
+            yield events
+            if events and isinstance(events[-1], Failed):
+                return
+        yield [Ended(usage)]
+
+    async def _pump(self, choice: int, answer: Answer, queue: asyncio.Queue[list[Event]]) -> None:
+        async for events in answer.batches():
+            await queue.put([renumbered(event, choice) for event in events])
+
+    def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        for answer in self._answers:
+            answer.close()
+
+
+def renumbered(event: Event, choice: int) -> Event:
+    return event if isinstance(event, Started | Ended | Failed) else replace(event, choice=choice)
+
+
+class Upstream:
+    """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
+
+    def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
         self._config = config
-        self._pool = pool
+        self._pool = AccountPool(config.accounts)
         self._session = session
+        self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
+        self._models: tuple[str, ...] | None = None
+        self._models_until = 0.0
+        self._listing: asyncio.Task[None] | None = None
+        self._told: set[str] = set()
         self.signatures = SignatureMemory()
 
-    async def ask(self, request: Request, trace: Trace) -> Answer:
-        """An answer that has begun. Raises the error that ended the last attempt, or PoolExhausted."""
+    async def close(self) -> None:
+        if self._listing:
+            self._listing.cancel()
+        await self._session.close()
+
+    # ---- models
+
+    async def resolve(self, name: str) -> str:
+        """The upstream's name for a model. Raises ModelNotFound."""
+        mapped = map_model(name, self._config, await self.models())
+        if mapped.wished and mapped.wished not in self._told:
+            self._told.add(mapped.wished)
+            log.warning("%s is not listed by the upstream; %s is asked instead", mapped.wished, mapped.model)
+        return mapped.model
+
+    async def models(self) -> tuple[str, ...] | None:
+        """What the upstream lists, fetched at the first need and renewed beside the requests; None while unknown."""
+        if time.monotonic() >= self._models_until and (self._listing is None or self._listing.done()):
+            self._listing = asyncio.create_task(self._list_models())
+        if self._models is None and self._listing:
+            await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
+        return self._models
+
+    async def _list_models(self) -> None:
+        self._models_until = time.monotonic() + MODELS_RETRY_S
+        for account in self._pool.accounts:
+            try:
+                self._models = await self._list_models_of(account)
+            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
+                log.debug("the models of %s cannot be listed: %s", account.name, type(error).__name__)
+            else:
+                self._models_until = time.monotonic() + MODELS_FRESH_S
+                return
+
+    async def _list_models_of(self, account: Account) -> tuple[str, ...]:
+        """Source: https://ai.google.dev/api/models#method:-models.list"""
+        names: list[str] = []
+        page = ""
+        while True:
+            url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
+            headers = {"x-goog-api-key": account.api_key}
+            async with self._session.get(url, headers=headers, proxy=self._proxies[account.base_url]) as response:
+                response.raise_for_status()
+                answer = await response.json(content_type=None)
+            for model in answer["models"]:
+                if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
+                    names.append(model["name"].removeprefix("models/"))
+            page = answer.get("nextPageToken") or ""
+            if not page:
+                return tuple(names)
+
+    # ---- answers
+
+    async def ask_all(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
+        """The answers to all requests as one, begun in all of them. Raises what the first failed one raised."""
+        if len(requests) == 1:
+            return await self.ask(requests[0], trace, sse=requests[0].stream)
+        tasks = [asyncio.create_task(self.ask(request, trace, sse=True)) for request in requests]
+        try:
+            return Merged(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            for done in await asyncio.gather(*tasks, return_exceptions=True):
+                if isinstance(done, Answer):
+                    done.close()
+            raise
+
+    async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
+        """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
         signed = self.signatures.recall(request, trace.mapped_model)
-        body = dumps(build_generate_content(signed, traits_of(trace.mapped_model))).encode()
+        traits = traits_of(trace.mapped_model, self._config.traits)
+        body = dumps(build_generate_content(signed, traits)).encode()
+        total_s = self._config.timeouts.total_s
+        try:
+            async with asyncio.timeout(total_s):
+                answer = await self._retry(trace, body, sse)
+        except TimeoutError:
+            raise UpstreamTimeout("No answer began within proxy.timeouts.total_s.") from None
+        if total_s:
+            answer.end_by(total_s - (time.monotonic() - trace.started))
+        return answer
+
+    async def _retry(self, trace: Trace, body: bytes, sse: bool) -> Answer:
+        """The one retry loop: an untried account first; once, after a pause, the same one for a fault not its own."""
         refusals: dict[str, UpstreamError] = {}
         tried: list[Account] = []
-        while trace.attempts < ATTEMPTS_MAX:
+        spare = True
+        while len(tried) < ATTEMPTS_MAX:
             account = self._pool.acquire(trace.mapped_model, tried, time.monotonic())
-            if account is None and tried and refusals[tried[-1].name].remedy == "same_account" and trace.spare:
-                trace.spare = False
+            if account is None and tried and spare and refusals[tried[-1].name].remedy == "same_account":
+                spare = False
                 await asyncio.sleep(random.uniform(0.2, 1.0))
                 account = tried[-1]
             if account is None:
                 break
-            trace.attempts += 1
-            trace.account = account.name
             tried.append(account)
+            trace.attempts += 1
+            trace.account = account
             try:
-                return await self._attempt(account, trace.mapped_model, body, request.stream)
+                return await self._attempt(account, trace.mapped_model, body, sse)
             except UpstreamError as error:
                 if error.remedy == "give_up":
                     raise
@@ -1460,40 +2351,39 @@ class Upstream:
                 self._pool.failed(account, trace.mapped_model, error, time.monotonic())
         raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
 
-    async def _attempt(self, account: Account, model: str, body: bytes, stream: bool) -> Answer:
-        method = "streamGenerateContent?alt=sse" if stream else "generateContent"
+    async def _attempt(self, account: Account, model: str, body: bytes, sse: bool) -> Answer:
+        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
         url = f"{account.base_url}/v1beta/models/{quote(model)}:{method}"
         headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
+        response: aiohttp.ClientResponse | None = None
         try:
-            response = await self._session.post(url, data=body, headers=headers)
-        except TimeoutError:
-            raise UpstreamTimeout("Gemini did not answer in time.") from None
-        except aiohttp.ClientError as error:
-            raise UpstreamBroken(f"Gemini could not be reached ({type(error).__name__}).") from None
-        try:
-            return await self._first_events(response, stream)
-        except BaseException:
-            response.close()
+            async with asyncio.timeout(self._config.timeouts.first_event_s):
+                proxy = self._proxies[account.base_url]
+                response = await self._session.post(url, data=body, headers=headers, proxy=proxy)
+                return await first_events(response, sse)
+        except BaseException as error:
+            if response is not None:
+                response.close()
+            if isinstance(error, TimeoutError):
+                raise UpstreamTimeout("Gemini did not answer in time.") from None
+            if isinstance(error, aiohttp.ClientError):
+                raise UpstreamBroken(connection_problem(error)) from None
             raise
 
-    async def _first_events(self, response: aiohttp.ClientResponse, stream: bool) -> Answer:
-        reader = GeminiReader(lambda: f"call_{secrets.token_hex(12)}")
-        try:
-            if response.status != 200:
-                raise classify_error(response.status, parse_json(await response.read()))
-            if not stream:
-                events = reader.whole(await response.read())
-                return Answer(None, response, unless_failed(events))
-            async for data in response.content.iter_any():
-                if events := reader.feed(data):
-                    break
-            else:
-                events = reader.close()
-        except TimeoutError:
-            raise UpstreamTimeout("Gemini sent nothing in time.") from None
-        except aiohttp.ClientError:
-            raise UpstreamBroken("Gemini broke the connection.") from None
-        return Answer(reader, response, unless_failed(events))
+
+async def first_events(response: aiohttp.ClientResponse, sse: bool) -> Answer:
+    """The answer with its first events. Raises what the status or the first event says, and aiohttp's errors."""
+    if response.status != 200:
+        raise classify_error(response.status, parse_json(await response.read()))
+    reader = GeminiReader(lambda: f"call_{secrets.token_hex(12)}")
+    if not sse:
+        return Answer(None, response, unless_failed(reader.whole(await response.read())))
+    async for data in response.content.iter_any():
+        if events := reader.feed(data):
+            break
+    else:
+        events = reader.close()
+    return Answer(reader, response, unless_failed(events))
 
 
 def unless_failed(events: list[Event]) -> list[Event]:
@@ -1501,6 +2391,35 @@ def unless_failed(events: list[Event]) -> list[Event]:
     if events and isinstance(events[0], Failed):
         raise events[0].error
     return events
+
+
+def connection_problem(error: aiohttp.ClientError) -> str:
+    """What went wrong on the way to Gemini, and what to do, without its URL."""
+    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        return "The proxy to Gemini could not be used; check proxy.upstream_proxy or HTTPS_PROXY."
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
+        return "Gemini's TLS certificate was refused; check this machine's clock and SSL_CERT_FILE."
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "Gemini's host name could not be resolved; check DNS and base_url."
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "Gemini could not be reached; check the network, base_url and whether a proxy is needed."
+    return "Gemini broke the connection before its answer began."
+
+
+def proxy_for(url: str, config: Config) -> str | None:
+    """The proxy to an upstream: the file's, else the environment's unless NO_PROXY excepts it; to loopback none."""
+    import urllib.request as environment
+
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return None
+    if config.upstream_proxy:
+        return config.upstream_proxy
+    proxies = environment.getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def parse_json(body: bytes) -> Any:
@@ -1511,27 +2430,36 @@ def parse_json(body: bytes) -> Any:
 
 
 # ==============================================================================
-# 12. Web
+# 13. Web
 # ==============================================================================
 
+DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
+    "chat/completions": (parse_chat, ChatRenderer),
+    "completions": (parse_completion, CompletionRenderer),
+    "responses": (parse_response, ResponseRenderer),
+}
+METHODS = {"healthz": "GET", "models": "GET"} | dict.fromkeys(DOORS, "POST")
+# Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
-    r"(?:/(?:v1|chat/completions|completions|responses|models))*/(?P<route>chat/completions|healthz|models)(?:(?<=models)/(?P<id>.+?))?/?"
+    rf"(?:/(?:v1|models|{'|'.join(DOORS)}))*/(?P<route>{'|'.join(METHODS)})(?:(?<=models)/(?P<id>.+?))?/?"
 )
 
 
 class Gateway:
-    """The handlers, and what outlives a request."""
+    """The handlers."""
 
     def __init__(self, config: Config, upstream: Upstream) -> None:
         self._config = config
         self._upstream = upstream
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
-        trace = Trace(f"req_{secrets.token_hex(12)}", request.path, time.monotonic())
+        trace = Trace(self._config, f"req_{secrets.token_hex(12)}", http.path, time.monotonic())
+        given = http.headers.get("X-Request-Id") or http.headers.get("X-Client-Request-Id") or ""
+        trace.client_id = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else ""
         response: web.StreamResponse | None = None
         try:
-            response = await self._route(request, trace)
+            response = await self._route(http, trace)
         except GatewayError as error:
             response = error_response(error, trace)
         except web.HTTPRequestEntityTooLarge:
@@ -1540,76 +2468,110 @@ class Gateway:
             log.exception("%s failed", trace.id)
             response = error_response(GatewayError("The gateway failed; its log says why."), trace)
         finally:
-            log_line(trace, response.status if response else 499)
+            fields = log_fields(trace, response.status if response else 499, time.monotonic())
+            log.info("%s", log_text(fields), extra={"fields": fields})
+        if not response.prepared:
+            response.headers.update(self._cors(http))
         return response
 
-    async def _route(self, request: web.Request, trace: Trace) -> web.StreamResponse:
-        match = ROUTE.fullmatch(re.sub("/{2,}", "/", request.path))
-        route = match["route"] if match else None
-        if request.method == "OPTIONS":
-            return web.Response(status=204, headers=trace.headers())
-        self._let_in(request.headers, route)
-        if route is None:
-            raise UnknownUrl(f"Invalid URL ({request.method} {request.path}). The base URL ends in /v1.")
-        method = "POST" if route == "chat/completions" else "GET"
-        if request.method != method and not (method == "GET" and request.method == "HEAD"):
-            raise MethodNotAllowed(f"{request.method} is not served here; use {method}.")
+    async def _route(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+        match = ROUTE.fullmatch(re.sub("/{2,}", "/", http.path))
+        trace.route = route = match["route"] if match else http.path
+        if http.method == "OPTIONS":
+            return web.Response(status=204, headers=trace.headers(time.monotonic()))
+        self._let_in(http.headers, trace)
+        if match is None:
+            base = f"{http.scheme}://{http.host}/v1"
+            raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). The base URL is {base}.")
+        if http.method != METHODS[route] and (http.method, METHODS[route]) != ("HEAD", "GET"):
+            text = f"{http.method} is not served at /v1/{route}; use {METHODS[route]}."
+            raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
-            return json_response(self._model(match["id"]) if match and match["id"] else self._models(), trace)
-        return await self._chat(request, trace)
+            return json_response(await self._models(match["id"]), trace)
+        return await self._answer(http, trace)
 
-    def _let_in(self, headers: Mapping[str, str], route: str | None) -> None:
+    def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
-        if mode == "off" or (mode == "all_except_health" and route == "healthz"):
+        if mode == "off" or (mode == "all_except_health" and trace.route == "healthz"):
             return
         given = [re.sub(r"(?i)^bearer +", "", headers.get("Authorization", "").strip())]
         given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
-        wanted = (self._config.api_key or "").encode()
-        right = [hmac.compare_digest(key.encode("utf-8", "replace"), wanted) for key in given]
-        if not any(right):
-            raise Unauthorized("The API key is missing or wrong. Send proxy.api_key as 'Authorization: Bearer KEY'.")
+        sent = [key.encode("utf-8", "surrogateescape") for key in given]
+        right = [
+            known.name for known in self._config.api_key for key in sent if hmac.compare_digest(key, known.key.encode())
+        ]
+        if not right:
+            what = "The API key is wrong." if any(given) else "An API key is missing."
+            raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
+        trace.client = right[0]
 
-    def _models(self) -> dict[str, Any]:
-        names = [*STATIC_MODELS, *(alias for alias in self._config.aliases if "*" not in alias)]
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "google"} for name in names]
-        return {"object": "list", "data": data}
+    def _cors(self, http: web.Request) -> dict[str, str]:
+        """What lets a browser's page read the answer: any page where a key is needed, else those allowed."""
+        origin = http.headers.get("Origin")
+        if origin is None:
+            return {}
+        local = is_loopback(urlsplit(origin).hostname or "")
+        if self._config.auth == "off" and not local and origin not in self._config.cors_origins:
+            return {}
+        headers = {"Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin, "Vary": "Origin"}
+        if http.method == "OPTIONS":
+            asked = http.headers.get("Access-Control-Request-Headers", "authorization, content-type")
+            return headers | {
+                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+                "Access-Control-Allow-Headers": asked,
+                "Access-Control-Max-Age": "600",
+            }
+        return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
 
-    def _model(self, name: str) -> dict[str, Any]:
-        known = {model["id"]: model for model in self._models()["data"]}
-        if name not in known:
-            raise ModelNotFound(f"The model '{name}' is not listed; GET /v1/models lists what is.", param="model")
-        found: dict[str, Any] = known[name]
-        return found
+    async def _models(self, name: str | None) -> dict[str, Any]:
+        """The list of models, or the one that is named."""
+        listed = await self._upstream.models() or STATIC_MODELS
+        aliases = [alias for alias in self._config.aliases if "*" not in alias and alias not in listed]
+        owners = dict.fromkeys(listed, "google") | dict.fromkeys(aliases, "agproxy")
+        data = [{"id": id, "object": "model", "created": 0, "owned_by": owner} for id, owner in owners.items()]
+        if name is None:
+            return {"object": "list", "data": data}
+        if name in owners:
+            return {"id": name, "object": "model", "created": 0, "owned_by": owners[name]}
+        mapped = await self._upstream.resolve(name)
+        return {"id": name, "object": "model", "created": 0, "owned_by": owners.get(mapped, "google")}
 
-    async def _chat(self, http: web.Request, trace: Trace) -> web.StreamResponse:
-        body = parse_json(await http.read())
-        if body is None:
-            raise BadRequest("The body is not valid JSON.")
-        request = parse_chat(body)
-        trace.model = request.model
-        trace.mapped_model = map_model(request.model, self._config)
-        names: dict[str, Any] = {"id": f"chatcmpl-{trace.id[4:]}", "created": int(time.time()), "model": request.model}
-        answer = await self._upstream.ask(request, trace)
+    async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+        body = parse_body(await http.read())
+        parse, form = DOORS[trace.route]
+        parsed = parse(body)
+        prompts = parsed if isinstance(parsed, list) else [parsed]
+        first = prompts[0]
+        trace.model = first.model
+        trace.mapped_model = await self._upstream.resolve(first.model)
+        head = Head(trace.id[4:], int(time.time()), first.model, first.include_usage, time.time)
+        renderer = form(head, body)
+        answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
         try:
-            if not request.stream:
-                events = [event async for batch in answer.batches() for event in batch]
-                self._upstream.signatures.remember(events, trace.mapped_model)
-                reply = collect(events)
-                trace.usage = reply.usage
-                return json_response(render_chat(reply, **names), trace)
-            renderer = ChatRenderer(**names, include_usage=request.include_usage)
-            return await self._stream(http, trace, answer, renderer)
+            if first.stream:
+                return await self._stream(http, trace, answer, renderer)
+            return await self._whole(trace, answer, renderer)
         finally:
             answer.close()
 
+    async def _whole(self, trace: Trace, answer: Answer | Merged, renderer: Renderer) -> web.Response:
+        events = [event async for batch in answer.batches() for event in batch]
+        self._upstream.signatures.remember(events, trace.mapped_model)
+        reply = collect(events)
+        trace.usage = reply.usage
+        trace.first_byte = time.monotonic()
+        return json_response(renderer.whole(reply), trace)
+
     async def _stream(
-        self, http: web.Request, trace: Trace, answer: Answer, renderer: ChatRenderer
+        self, http: web.Request, trace: Trace, answer: Answer | Merged, renderer: Renderer
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers=trace.headers() | {"Cache-Control": "no-cache"})
+        headers = trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
+        response = web.StreamResponse(headers=headers)
         response.content_type = "text/event-stream"
         await response.prepare(http)
+        trace.first_byte = time.monotonic()
         async for events in answer.batches():
             self._upstream.signatures.remember(events, trace.mapped_model)
             if events and isinstance(events[-1], Ended):
@@ -1620,47 +2582,73 @@ class Gateway:
         return response
 
 
+EXPOSED_HEADERS = "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Demo, Retry-After"
+
+
+def parse_body(data: bytes) -> Any:
+    """A JSON body. Raises BadRequest, also for NaN, for bytes that are not UTF-8, and for one nested too deep."""
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is no JSON value")
+
+    try:
+        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+    except RecursionError:
+        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+    except ValueError as error:
+        raise BadRequest(f"The body is not valid JSON ({error}). Send a JSON object in UTF-8.") from None
+
+
 def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
-    return web.Response(
-        body=dumps(body).encode(), status=status, content_type="application/json", headers=trace.headers()
-    )
+    headers = trace.headers(time.monotonic())
+    return web.Response(body=dumps(body).encode(), status=status, content_type="application/json", headers=headers)
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
     response = json_response(error_body(error), trace, error.status)
+    response.headers.update(error.headers)
     if error.status in (429, 503):
-        response.headers["Retry-After"] = str(math.ceil(error.retry_after_s or 1))
+        wait_s = error.retry_after_s or 1.0
+        response.headers["Retry-After"] = str(math.ceil(wait_s))
+        response.headers["Retry-After-Ms"] = str(milliseconds(wait_s))
     return response
 
 
-def log_line(trace: Trace, status: int) -> None:
-    """One line a finished request; never a prompt, control characters escaped."""
-    total_ms = round((time.monotonic() - trace.started) * 1000)
-    tokens = f" tokens={trace.usage.prompt}+{trace.usage.completion}" if trace.usage else ""
-    fields = (trace.id, trace.route, f"{trace.model} -> {trace.mapped_model}", trace.account or "-")
-    text = f"{' '.join(fields)} attempts={trace.attempts} status={status} ms={total_ms}{tokens}"
-    log.info("%s", text.encode("unicode_escape").decode())
-
-
 async def create_app(config: Config) -> web.Application:
-    """The gateway as an aiohttp application; its session closes with it."""
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S, sock_read=IDLE_S)
+    """The gateway as an aiohttp application; what it opened closes with it."""
+    wait = config.timeouts
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s, sock_read=wait.idle_s)
     connector = aiohttp.TCPConnector(limit=0)
     session = aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+    upstream = Upstream(config, session)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    gateway = Gateway(config, Upstream(config, AccountPool(config.accounts), session))
-    app.router.add_route("*", "/{tail:.*}", gateway.handle)
+    app.router.add_route("*", "/{tail:.*}", Gateway(config, upstream).handle)
 
     async def close(_: web.Application) -> None:
-        await session.close()
+        await upstream.close()
 
     app.on_cleanup.append(close)
     return app
 
 
 # ==============================================================================
-# 13. Command line
+# 14. Demo
 # ==============================================================================
+
+
+def create_demo(fault: str | None) -> web.Application:
+    return web.Application()
+
+
+# ==============================================================================
+# 15. Command line
+# ==============================================================================
+
+NOTHING_TO_SERVE = """\
+There is no account to ask. Three ways to go on:
+  agproxy serve --demo                       try everything without a key
+  GEMINI_API_KEY=... agproxy serve           one account from the environment
+  agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
 
 
 def file_fingerprint() -> str:
@@ -1668,20 +2656,27 @@ def file_fingerprint() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
-    """The config by flag, $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME, or one key from the environment."""
+def find_file(accounts: str | None, env: Mapping[str, str]) -> Path | None:
+    """The accounts file by flag, $AGPROXY_ACCOUNTS, ./accounts.yaml or $XDG_CONFIG_HOME; None where there is none."""
+    if named := accounts or env.get("AGPROXY_ACCOUNTS"):
+        return Path(named)
     home = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "agproxy" / "accounts.yaml"
-    named = accounts or env.get("AGPROXY_ACCOUNTS")
-    path = Path(named) if named else next((p for p in (Path("accounts.yaml"), home) if p.exists()), None)
-    if path is not None:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{path}: cannot be read: {error.strerror}.") from None
-        return load_config(text, str(path), env)
-    if key := env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY"):
-        return Config(accounts=(Account("environment", key),))
-    raise ConfigError("No accounts. Give --accounts FILE, write ./accounts.yaml, or set GEMINI_API_KEY.")
+    return next((path for path in (Path("accounts.yaml"), home) if path.exists()), None)
+
+
+def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
+    """The file's config; without a file, one account by a key from the environment, or none."""
+    path = find_file(accounts, env)
+    if path is None:
+        key = env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY")
+        return Config(accounts=(Account("environment", key),) if key else ())
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
+    return load_config(text, str(path), env)
 
 
 class Unusable(click.ClickException):
@@ -1690,59 +2685,164 @@ class Unusable(click.ClickException):
     exit_code = 2
 
 
-def configured(accounts: str | None, **flags: Any) -> Config:
+def configured(accounts: str | None, host: str | None = None, port: int | None = None, demo: bool = False) -> Config:
+    """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
     try:
         config = find_config(accounts, os.environ)
-        if (port := os.environ.get("AGPROXY_PORT", "")).isdigit():
-            config = replace(config, port=int(port))
-        return checked(replace(config, **{k: v for k, v in flags.items() if v is not None}), "command line")
+        if named := os.environ.get("AGPROXY_PORT"):
+            if not named.isdecimal() or int(named) > 65535:
+                raise ConfigError(f"AGPROXY_PORT is '{named}'; it must be a number from 0 to 65535.")
+            config = replace(config, port=int(named))
+        config = replace(config, host=host or config.host, port=config.port if port is None else port, demo=demo)
+        if problems := config_problems(config):
+            raise ConfigError("\n".join(problems))
+        return config
     except ConfigError as error:
         raise Unusable(str(error)) from None
 
 
-@click.group()
-@click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
-def main() -> None:
-    """An OpenAI-compatible gateway in front of Gemini, in one file."""
-
-
-@main.command()
-@click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-@click.option("--port", type=int, help="Port to listen on.  [default: 8045]")
-@click.option("--accounts", help="The accounts file.")
-@click.option("--log-level", default="info", type=click.Choice(["debug", "info", "warning", "error"]))
-def serve(host: str | None, port: int | None, accounts: str | None, log_level: str) -> None:
-    """Start the gateway."""
-    config = configured(accounts, host=host, port=port)
-    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(message)s", stream=sys.stderr)
-    click.echo(
-        f"agproxy {__version__}: http://{config.host}:{config.port}/v1, "
-        f"{len(config.accounts)} account(s), auth {config.auth}",
-        err=True,
-    )
-    try:
-        web.run_app(
-            create_app(config),
-            host=config.host,
-            port=config.port,
-            print=None,
-            access_log=None,
-            handler_cancellation=True,  # aiohttp's default goes on asking Gemini for a client that is gone
-            shutdown_timeout=DRAIN_S,
+def servable(config: Config) -> Config:
+    """The config, if a gateway can be started with it. Raises Unusable."""
+    if config.auth != "off" and not config.api_key:
+        raise Unusable(
+            "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set. "
+            f"A fresh one to paste into the accounts file:\nproxy:\n  api_key: sk-{secrets.token_urlsafe(32)}"
         )
-    except OSError as error:
-        raise click.ClickException(f"Cannot listen on {config.host}:{config.port}: {error.strerror}.") from None
+    if not config.accounts and not config.demo:
+        raise Unusable(NOTHING_TO_SERVE)
+    return config
+
+
+class JsonFormatter(logging.Formatter):
+    """A log record as one JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = getattr(record, "fields", None) or {"message": record.getMessage()}
+        if record.exc_info:
+            told = told | {"traceback": self.formatException(record.exc_info)}
+        moment = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        return dumps({"time": moment, "level": record.levelname.lower(), **told})
+
+
+def set_up_logging(level: str, form: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+
+
+def banner(config: Config) -> str:
+    """What a person needs to know at the start."""
+    proxies = {without_credentials(p) for a in config.accounts if (p := proxy_for(a.base_url, config))}
+    names = ", ".join(account.name for account in config.accounts)
+    lines = [
+        f"agproxy {__version__} listens on {config.bind}:{config.port}",
+        f"  base URL  {config.base_url}",
+        f"  accounts  {'the demo; no model is asked' if config.demo else f'{len(config.accounts)} ({names})'}",
+        f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
+        f"  default   {config.default_model or 'none: unknown model names are a 404'}",
+        *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
+        f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
+    ]
+    return "\n".join(lines)
+
+
+def without_credentials(url: str) -> str:
+    return re.sub(r"//[^/@]*@", "//", url)
+
+
+async def run(config: Config) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
+    stop = asyncio.Event()
+    async with contextlib.AsyncExitStack() as stack:
+        if config.demo:
+            demo = await listen(create_demo(os.environ.get("AGPROXY_DEMO_FAULT")), "127.0.0.1", 0, stack)
+            config = replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{demo}"),))
+        port = await listen(await create_app(config), config.bind, config.port, stack)
+        config = replace(config, port=port)
+        click.echo(banner(config), err=True)
+        with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers; Ctrl-C ends the loop there
+            for number in (signal.SIGTERM, signal.SIGINT):
+                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await stop.wait()
+
+
+async def listen(app: web.Application, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
+    """Serves an application until the stack ends; the port that it listens on."""
+    # aiohttp's default, no cancellation, would go on asking Gemini for a client that is gone
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_S)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, host, port).start()
+    address: tuple[str, int] = runner.addresses[0]
+    return address[1]
+
+
+@click.group(invoke_without_command=True)
+@click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """An OpenAI-compatible gateway in front of Gemini, in one file.
+
+    \b
+    Three ways to begin:
+      agproxy serve --demo                       try everything without a key
+      GEMINI_API_KEY=... agproxy serve           one account from the environment
+      agproxy serve --accounts accounts.yaml     several accounts
+    """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+accounts_option = click.option(
+    "--accounts",
+    metavar="FILE",
+    help="The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]",
+)
+host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+port_option = click.option(
+    "--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: $AGPROXY_PORT, 8045]"
+)
 
 
 @main.command()
-@click.option("--accounts", help="The accounts file.")
+@host_option
+@port_option
+@accounts_option
+@click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
+@click.option(
+    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
+)
+@click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
+def serve(
+    host: str | None, port: int | None, accounts: str | None, demo: bool, log_level: str, log_format: str
+) -> None:
+    """Start the gateway."""
+    config = servable(configured(accounts, host, port, demo))
+    set_up_logging(log_level, log_format)
+    try:
+        asyncio.run(run(config))
+    except OSError as error:
+        raise click.ClickException(
+            f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port."
+        ) from None
+    except KeyboardInterrupt:
+        pass
+
+
+@main.command()
+@accounts_option
 def check(accounts: str | None) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = configured(accounts)
-    width = max([len("account"), *(len(account.name) for account in config.accounts)])
-    click.echo(f"{'account':{width}}  key           upstream")
-    for account in config.accounts:
-        click.echo(f"{account.name:{width}}  {masked_key(account.api_key):12}  {account.base_url}")
+    if not config.accounts:
+        raise Unusable(NOTHING_TO_SERVE)
+    rows = [("account", "kind", "key", "upstream")]
+    rows += [(a.name, a.kind, masked_key(a.api_key), a.base_url) for a in config.accounts]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    for line in config.unused:
+        click.echo(line)
 
 
 def masked_key(key: str) -> str:
@@ -1751,14 +2851,14 @@ def masked_key(key: str) -> str:
 
 
 @main.command("env")
-@click.option("--host")
-@click.option("--port", type=int)
-@click.option("--accounts")
+@host_option
+@port_option
+@accounts_option
 def print_env(host: str | None, port: int | None, accounts: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)"."""
-    config = configured(accounts, host=host, port=port)
-    base = f"http://{config.host}:{config.port}/v1"
-    values = {"OPENAI_BASE_URL": base, "OPENAI_API_BASE": base, "OPENAI_API_KEY": config.api_key or "not-needed"}
+    config = configured(accounts, host, port)
+    key = config.api_key[0].key if config.api_key else "unused"
+    values = {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
     for name, value in values.items():
         click.echo(f"export {name}={shlex.quote(value)}")
 

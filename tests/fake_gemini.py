@@ -44,8 +44,14 @@ class FakeGemini:
         self.script: list[Step] = []
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.models = ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3-flash-preview"]
         self.app = web.Application()
+        self.app.router.add_get("/v1beta/models", self.list_models)
         self.app.router.add_post("/v1beta/models/{model_and_method:.+}", self.handle)
+
+    async def list_models(self, request: web.Request) -> web.Response:
+        methods = {"supportedGenerationMethods": ["generateContent", "countTokens"]}
+        return web.json_response({"models": [{"name": f"models/{name}", **methods} for name in self.models]})
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

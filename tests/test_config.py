@@ -1,30 +1,91 @@
 """The accounts file: what it means, and what is said of what it cannot mean."""
 
+from typing import Any
+
 import pytest
 
 import antigravity_proxy as agproxy
 
 
+def loaded(text: str, **env: str) -> agproxy.Config:
+    return agproxy.load_config(text, "f.yaml", env)
+
+
 def test_an_account_and_a_key_from_the_environment() -> None:
-    text = "accounts:\n  - name: work\n    api_key: ${KEY}\nmodels:\n  map: {fast: gemini-2.5-flash}\n"
-    config = agproxy.load_config(text, "f.yaml", {"KEY": "k"})
+    config = loaded(
+        "accounts:\n  - name: work\n    api_key: ${KEY}\nmodels:\n  map: {fast: gemini-2.5-flash}\n", KEY="k"
+    )
     assert config.accounts == (agproxy.Account("work", "k"),)
-    assert agproxy.map_model("fast", config) == "gemini-2.5-flash"
-    assert config.auth == "off"
+    assert config.aliases == {"fast": "gemini-2.5-flash"}
+    assert (config.auth, config.bind, config.base_url) == ("off", "127.0.0.1", "http://127.0.0.1:8045/v1")
+
+
+def test_an_account_without_a_name_is_called_by_its_e_mail_and_a_disabled_one_needs_no_key() -> None:
+    config = loaded(
+        "accounts:\n"
+        "  - {email: me@example.com, api_key: env:KEY}\n"
+        "  - {name: old, enabled: false, api_key: '${GONE}'}\n",
+        KEY="k",
+    )
+    assert [(account.name, account.email) for account in config.accounts] == [("me@example.com", "me@example.com")]
+
+
+@pytest.mark.parametrize(
+    ("proxy", "expected"),
+    [
+        ("auth_mode: off", {"auth": "off"}),
+        ("auth_mode: strict", {"auth": "strict"}),
+        ("allow_lan_access: true", {"auth": "all_except_health", "bind": "0.0.0.0"}),
+        ("allow_lan_access: yes\n  host: '::'", {"bind": "::", "base_url": "http://[::1]:8045/v1"}),
+        ("api_key: k", {"api_key": (agproxy.ClientKey("client", "k"),)}),
+        ("api_key: [{name: ci, key: a}, {name: me, key: b}]", {"api_key": (agproxy.ClientKey("ci", "a"),) * 1}),
+        ("timeouts: {idle_s: 2.5}", {"timeouts": agproxy.Timeouts(idle_s=2.5)}),
+        ("cors_origins: https://a.example", {"cors_origins": ("https://a.example",)}),
+        ("port: null", {"port": 8045}),
+    ],
+)
+def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
+    config = loaded(f"proxy:\n  {proxy}\n")
+    for name, value in expected.items():
+        found = getattr(config, name)
+        assert (found[: len(value)] if name == "api_key" else found) == value
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("accounts:\n  - name: a\n    api_kee: k\n", "f.yaml:3: unknown key 'api_kee' (api_key?)"),
-        ("proxy:\n  prot: 1\n", "f.yaml:2: unknown key 'prot' (port?)"),
-        ("accounts:\n  - name: a\n    api_key: ${NOPE}\n", "NOPE is not set"),
-        ("proxy:\n  allow_lan_access: true\n", "proxy.api_key is not set"),
-        ("proxy:\n  host: 0.0.0.0\n", "allow_lan_access"),
-        ("[", "not valid YAML"),
+        ("accounts:\n  - name: a\n    api_kee: k\n", ["f.yaml:3: unknown key 'api_kee' (api_key?)"]),
+        ("proxy:\n  prot: 1\n", ["f.yaml:2: unknown key 'prot' (port?)"]),
+        ("accounts:\n  - name: a\n    api_key: ${NOPE}\n", ["f.yaml:3:", "variable NOPE, which is not set"]),
+        ("accounts:\n  - api_key: k\n", ["f.yaml:2: 'accounts[0]' needs a `name` or an `email`."]),
+        ("accounts:\n  - name: a\n", ["f.yaml:2: 'accounts[0]' needs an `api_key`."]),
+        ("accounts:\n  - {name: a, api_key: k}\n  - {name: a, api_key: l}\n", ["two accounts are named 'a'"]),
+        ("accounts: {a: b}\n", ["f.yaml:1: 'accounts' must be a list"]),
+        ("accounts:\n  - {name: a, api_key: k, kind: vertx}\n", ["f.yaml:2:", "must be one of gemini"]),
+        ("accounts:\n  - {name: a, api_key: k, base_url: ftp://x}\n", ["must be a URL that begins with http://"]),
+        ("proxy:\n  host: 0.0.0.0\n", ["allow_lan_access"]),
+        ("proxy:\n  port: 99999\n", ["f.yaml:2: 'proxy.port' must be a whole number from 0 to 65535."]),
+        ("proxy:\n  port: x\n  auth_mode: never\n", ["f.yaml:2:", "f.yaml:3: 'proxy.auth_mode' must be one of off"]),
+        ("proxy:\n  port: 1\n  port: 2\n", ["f.yaml:3: 'proxy.port' stands here twice"]),
+        ("proxy:\n  timeouts: {idle: 3}\n", ["f.yaml:2: unknown key 'idle' (idle_s?)"]),
+        ("proxy:\n  api_key: [{name: ci}]\n", ["a `name` and a `key` each"]),
+        ("models:\n  map: {a: [b]}\n", ["f.yaml:2: 'models.map' must be a text."]),
+        ("models: []\n", ["f.yaml:1: models must hold 'key: value' lines"]),
+        ("models:\n  traits: {x: {speed: 1}}\n", ["unknown key 'speed'"]),
+        ("- a\n", ["f.yaml:1: the file must hold"]),
+        ("proxy: {\n", ["f.yaml:2: not valid YAML"]),
     ],
 )
-def test_a_bad_file_says_where_and_what(text: str, said: str) -> None:
+def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:
     with pytest.raises(agproxy.ConfigError) as caught:
-        agproxy.load_config(text, "f.yaml", {})
-    assert said in str(caught.value)
+        loaded(text)
+    assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+def test_keys_without_effect_are_named() -> None:
+    assert loaded("proxy:\n  store: memory\n").unused == ("f.yaml:2: 'proxy.store' is not used yet.",)
+
+
+def test_keys_are_never_shown() -> None:
+    config = loaded("proxy: {api_key: s3cret}\naccounts: [{name: a, api_key: s3cret}]\n")
+    assert "s3cret" not in repr(config)

@@ -18,7 +18,7 @@ CALLS = {
 
 def contents(*messages: dict[str, Any], model: str = "gemini-3-pro-preview") -> list[dict[str, Any]]:
     request = agproxy.parse_chat({"model": model, "messages": list(messages)})
-    body = agproxy.build_generate_content(request, agproxy.traits_of(model))
+    body = agproxy.build_generate_content(request, agproxy.traits_of(model, {}))
     assert validate(body, "GenerateContentRequest", model=model) == []
     return body["contents"]
 
@@ -63,7 +63,7 @@ def test_neighbours_of_one_role_are_one_turn_and_system_stands_apart() -> None:
                 ],
             }
         ),
-        agproxy.traits_of("gemini-2.5-flash"),
+        agproxy.traits_of("gemini-2.5-flash", {}),
     )
     assert body["contents"] == [{"role": "user", "parts": [{"text": "a"}, {"text": "b"}]}]
     assert body["systemInstruction"] == {"parts": [{"text": "brief"}]}

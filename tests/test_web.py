@@ -159,7 +159,7 @@ async def test_a_cut_stream_ends_with_an_error_and_no_done(start: Start, gemini:
     ],
 )
 async def test_the_key(start: Start, path: str, headers: dict[str, str], status: int) -> None:
-    client = await start(auth_mode="all_except_health", api_key="right")
+    client = await start(auth_mode="all_except_health", api_key=(agproxy.ClientKey("laptop", "right"),))
     assert (await client.get(path, headers=headers)).status == status
 
 
