@@ -1968,8 +1968,7 @@ class ResponseRenderer:
             cut = self._response["status"] == "incomplete" and i == len(choice.parts) - 1
             if item := self._render_item(part, "incomplete" if cut else "completed"):
                 self._response["output"].append(item)
-        message = {"role": "assistant", "content": choice.text}
-        return self._response | {"choices": [{"index": 0, "message": message, "finish_reason": choice.reason}]}
+        return self._response | {"choices": [render_choice(0, choice)]}
 
 
 def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A scripted Gemini: checks every body with Google's structure and answers 400 as Google would."""
 
+import asyncio
 import json
 import sys
 from pathlib import Path
@@ -38,9 +39,15 @@ def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 class FakeGemini:
-    """Plays `script`, one step a call; `keys` and `bodies` hold what was received."""
+    """Plays `script`, one step a call; `keys` and `bodies` hold what was received.
+
+    With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream.
+    """
 
     def __init__(self) -> None:
+        self.url = ""
+        self.echo = False
+        self.pause_s = 0.0
         self.script: list[Step] = []
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -60,7 +67,7 @@ class FakeGemini:
         self.bodies.append(body)
         if findings := validate(body, "GenerateContentRequest", model=model):
             return web.json_response(error(400, "INVALID_ARGUMENT", findings[0].server)[1], status=400)
-        step = self.script.pop(0)
+        step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
         if isinstance(step, tuple):
             return web.json_response(step[1], status=step[0])
         if request.path.endswith(":generateContent"):
@@ -69,4 +76,5 @@ class FakeGemini:
         await response.prepare(request)
         for chunk in step:
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
+            await asyncio.sleep(self.pause_s)
         return response

@@ -1,0 +1,65 @@
+"""A served process for the tests that need one."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+ROOT = Path(__file__).parent.parent
+WITHOUT_ACCOUNTS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT")
+
+
+class Served:
+    """One `agproxy serve` process: what it said, and where it listens."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self.said = ""
+
+    async def wait_for(self, pattern: str) -> str:
+        assert self.process.stderr is not None
+        while not (match := re.search(pattern, self.said)):
+            line = await asyncio.wait_for(self.process.stderr.readline(), 20)
+            assert line, f"ended without {pattern}:\n{self.said}"
+            self.said += line.decode()
+        return match[1]
+
+    async def ended(self) -> int:
+        assert self.process.stderr is not None
+        self.said += (await asyncio.wait_for(self.process.stderr.read(), 20)).decode()
+        return await self.process.wait()
+
+
+Serve = Callable[..., Awaitable[Served]]
+
+
+@pytest.fixture
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    started: list[asyncio.subprocess.Process] = []
+
+    async def serve(*arguments: str, **env: str) -> Served:
+        kept = {name: value for name, value in os.environ.items() if name not in WITHOUT_ACCOUNTS}
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(ROOT / "antigravity_proxy.py"),
+            "serve",
+            *arguments,
+            cwd=tmp_path,
+            env=kept | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)} | env,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        started.append(process)
+        return Served(process)
+
+    yield serve
+    for process in started:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        process._transport.close()  # type: ignore[attr-defined]

@@ -1,0 +1,176 @@
+"""The served process, as a user starts it: banner, the real openai package over HTTP, log lines, drain, refusals."""
+
+import asyncio
+import contextlib
+import json
+import re
+import signal
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp.test_utils import TestServer
+from conftest import HELLO, Serve
+from fake_gemini import FakeGemini, error, said
+
+
+@pytest.fixture
+async def gemini() -> AsyncIterator[FakeGemini]:
+    fake = FakeGemini()
+    async with TestServer(fake.app) as server:
+        fake.url = str(server.make_url("")).rstrip("/")
+        yield fake
+
+
+@pytest.fixture
+def file(tmp_path: Path, gemini: FakeGemini) -> str:
+    path = tmp_path / "two.yaml"
+    accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
+    path.write_text("\n".join(["accounts:", *accounts, ""]))
+    return str(path)
+
+
+@pytest.fixture
+async def ai(serve: Serve, file: str) -> AsyncIterator[openai.AsyncOpenAI]:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+async def test_chat_and_its_headers(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("Hel", "lo")]
+    raw = await ai.chat.completions.with_raw_response.create(**HELLO)
+    assert raw.headers["X-Mapped-Model"] == "gemini-2.5-flash"
+    assert re.fullmatch(r"req_[0-9a-f]{24}", raw.headers["x-request-id"])
+    answer = raw.parse()
+    assert (answer.choices[0].message.content, answer.model) == ("Hello", "gpt-4o")
+
+
+async def test_a_stream_is_collected_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("Hel", "lo")]
+    async with ai.chat.completions.stream(**HELLO, stream_options={"include_usage": True}) as stream:
+        answer = await stream.get_final_completion()
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "stop")
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == 7
+
+
+async def test_two_choices_are_two_calls(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("x"), said("x")]
+    async with ai.chat.completions.stream(**HELLO, n=2) as stream:
+        answer = await stream.get_final_completion()
+    assert [(c.index, c.message.content, c.finish_reason) for c in answer.choices] == [
+        (0, "x", "stop"),
+        (1, "x", "stop"),
+    ]
+
+
+async def test_responses_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("Hel", "lo"), said("Hel", "lo", reason="MAX_TOKENS")]
+    answer = await ai.responses.create(model="gpt-4o", input="hi", instructions="Be brief.")
+    assert answer.output_text == "Hello"
+    assert gemini.bodies[0]["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
+    async with ai.responses.stream(model="gpt-4o", input=[{"role": "user", "content": "hi"}]) as stream:
+        types = [event.type async for event in stream]
+        last = await stream.get_final_response() if types[-1] == "response.completed" else None
+    assert (types[0], types[-1], last) == ("response.created", "response.incomplete", None)
+
+
+async def test_completions_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("x") for _ in range(4)]
+    answer = await ai.completions.create(model="gpt-3.5-turbo-instruct", prompt=["a", "b"], n=2, echo=True)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ax"), (1, "ax"), (2, "bx"), (3, "bx")]
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        ([error(400, "INVALID_ARGUMENT", "No.")], openai.BadRequestError),
+        ([error(404, "NOT_FOUND", "No such model.")], openai.NotFoundError),
+        ([error(429, "RESOURCE_EXHAUSTED", "Slow down.")] * 2, openai.RateLimitError),
+        ([error(401, "UNAUTHENTICATED", "Who?")] * 2, openai.InternalServerError),
+        ([error(503, "UNAVAILABLE", "Overloaded.")] * 3, openai.InternalServerError),
+    ],
+)
+async def test_each_failure_is_the_sdks_own_class(
+    steps: list[Any], expected: type[openai.APIStatusError], ai: openai.AsyncOpenAI, gemini: FakeGemini
+) -> None:
+    gemini.script = steps
+    with pytest.raises(expected):
+        await ai.chat.completions.create(**HELLO)
+    assert gemini.script == []
+
+
+async def test_fifty_at_once_are_not_mixed(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.echo = True
+
+    async def ask(number: int) -> str | None:
+        messages: Any = [{"role": "user", "content": f"n{number}"}]
+        stream = await ai.chat.completions.create(model="gpt-4o", messages=messages, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    answers = await asyncio.gather(*(ask(number) for number in range(50)))
+    assert answers == [f"n{number}" for number in range(50)]
+
+
+async def test_the_first_account_is_limited_and_the_second_answers(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow down."), said("b")]
+    raw = await ai.chat.completions.with_raw_response.create(**HELLO)
+    assert (raw.headers["X-Attempts"], raw.headers["X-Account-Email"]) == ("2", "b")
+    assert gemini.keys == ["key-a", "key-b"]
+
+
+async def test_a_signal_lets_running_answers_finish(serve: Serve, file: str, gemini: FakeGemini) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said("a", "b", "c")]
+    gemini.pause_s = 0.2
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True}) as response:
+            assert await response.content.readline()
+            served.process.send_signal(signal.SIGTERM)
+            assert (await response.text()).endswith("data: [DONE]\n\n")
+        assert await served.ended() == 0
+        with pytest.raises(aiohttp.ClientConnectorError):
+            await session.get(f"{base_url}/models")
+
+
+async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> None:
+    served = await serve("--accounts", file, "--port", "0", "--log-format", "json")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said("x")]
+    async with aiohttp.ClientSession(headers={"X-Request-Id": "mine-1"}) as session:
+        await (await session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True})).read()
+    line = json.loads(await served.wait_for(r"(\{.+\})\n"))
+    assert line["client_id"] == "mine-1"
+    assert (line["route"], line["mapped_model"], line["account"]) == ("chat/completions", "gemini-2.5-flash", "a")
+    assert (line["status"], line["attempts"], line["tokens"]) == (200, 1, "3+4")
+    assert 0 <= line["first_ms"] <= line["ms"]
+
+
+async def test_a_taken_port_is_said(serve: Serve, file: str) -> None:
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        served = await serve("--accounts", file, "--port", str(taken.getsockname()[1]))
+        assert await served.ended() == 1
+    assert "Cannot listen on 127.0.0.1" in served.said
+    assert "base URL" not in served.said
+
+
+async def test_a_key_is_needed_and_none_is_there(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "lan.yaml").write_text("proxy: {allow_lan_access: true}\naccounts: [{name: a, api_key: k}]\n")
+    served = await serve("--accounts", "lan.yaml")
+    assert await served.ended() == 2
+    assert re.search(r"proxy:\n  api_key: sk-[\w-]{43}", served.said)
+
+
+async def test_a_host_that_the_lan_can_reach_is_refused(serve: Serve, file: str) -> None:
+    served = await serve("--accounts", file, "--host", "0.0.0.0")
+    assert await served.ended() == 2
+    assert "proxy.allow_lan_access" in served.said
