@@ -30,12 +30,15 @@ def said(*texts: str, reason: str | None = "STOP") -> list[dict[str, Any]]:
 
 def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
     """The unary answer that says what the chunks say."""
-    parts = [p for c in chunks for a in c.get("candidates", []) for p in a.get("content", {}).get("parts", [])]
-    last = chunks[-1]["candidates"][-1]
-    candidate = {"content": {"role": "model", "parts": parts}, "index": 0}
-    if "finishReason" in last:
-        candidate["finishReason"] = last["finishReason"]
-    return {"candidates": [candidate], "usageMetadata": chunks[-1].get("usageMetadata", {})}
+    answer: dict[str, Any] = {}
+    candidates: dict[int, dict[str, Any]] = {}
+    for chunk in chunks:
+        answer |= {key: value for key, value in chunk.items() if key != "candidates"}
+        for candidate in chunk.get("candidates", []):
+            one = candidates.setdefault(candidate.get("index", 0), {"content": {"role": "model", "parts": []}})
+            one["content"]["parts"] += candidate.get("content", {}).get("parts", [])
+            one |= {key: value for key, value in candidate.items() if key != "content"}
+    return answer | ({"candidates": list(candidates.values())} if candidates else {})
 
 
 class FakeGemini:

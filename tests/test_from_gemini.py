@@ -26,17 +26,6 @@ CALL = {"functionCall": {"name": "f", "args": {"a": "\u2028ö"}}, "thoughtSignat
 STREAM = sse(parts({"text": "hm", "thought": True}), parts({"text": "wör"}, {"text": "ld"}, CALL), parts(reason="STOP"))
 
 
-def test_every_cut_gives_the_same_events() -> None:
-    whole = reader()
-    expected = whole.feed(STREAM) + whole.close()
-    assert [type(e).__name__ for e in expected][-2:] == ["Finished", "Ended"]
-    for cut in range(len(STREAM)):
-        r = reader()
-        assert r.feed(STREAM[:cut]) + r.feed(STREAM[cut:]) + r.close() == expected, cut
-    r = reader()
-    assert [e for i in range(len(STREAM)) for e in r.feed(STREAM[i : i + 1])] + r.close() == expected
-
-
 @pytest.mark.parametrize(
     ("chunks", "last"),
     [

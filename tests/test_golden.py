@@ -1,0 +1,195 @@
+"""Each case file is one answer of Gemini at every stop on its road: chunks, events, and how each front format shows it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from fake_gemini import whole
+from openai.lib.streaming.chat import ChatCompletionStreamState
+from openai.types.chat import ChatCompletionChunk
+from openai_schema import findings
+
+import antigravity_proxy as agproxy
+
+CASES = {
+    path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))
+}
+HEAD = agproxy.Head("0123456789abcdef01234567", 1, "gpt-4o", include_usage=True, now=lambda: 2)
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> dict[str, Any]:
+    found: dict[str, Any] = CASES[request.param]
+    return found
+
+
+def reader() -> agproxy.GeminiReader:
+    ids = iter(range(1000))
+    return agproxy.GeminiReader(lambda: f"call_{next(ids)}")
+
+
+def streamed(
+    chunks: list[Any], feed: Callable[[agproxy.GeminiReader, bytes], list[agproxy.Event]]
+) -> list[agproxy.Event]:
+    r = reader()
+    data = b"".join(b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\r\n\r\n" for chunk in chunks)
+    return feed(r, data) + r.close()
+
+
+def in_one(r: agproxy.GeminiReader, data: bytes) -> list[agproxy.Event]:
+    return r.feed(data)
+
+
+def shape(event: agproxy.Event) -> list[Any]:
+    """An event as the case files write it."""
+    name = type(event).__name__
+    match event:
+        case agproxy.PartStart(choice, part) | agproxy.PartEnd(choice, part):
+            return [name, choice, type(part).__name__]
+        case agproxy.Finished(choice, reason):
+            return [name, choice, reason]
+        case agproxy.Failed(error):
+            return [name, error.code]
+        case agproxy.Started() | agproxy.Ended():
+            return [name]
+        case _:
+            return [name, event.choice, event.text]
+
+
+def frames(text: str) -> list[Any]:
+    """The JSON of each frame of a stream, and its last word."""
+    return [
+        line.removeprefix("data: ") if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
+        for frame in text.split("\n\n")
+        for line in frame.split("\n")
+        if line.startswith("data: ")
+    ]
+
+
+def message_shape(choice: dict[str, Any]) -> dict[str, Any]:
+    message = choice["message"]
+    calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or []]
+    told = {"reasoning": message.get("reasoning_content"), "calls": calls}
+    made = {"content": message["content"], "finish": choice["finish_reason"]}
+    return made | {key: value for key, value in told.items() if value}
+
+
+def item_shape(item: dict[str, Any]) -> list[str]:
+    texts = [part["text"] for part in item.get("content") or item.get("summary") or []]
+    return [item["type"], *texts, *([item["name"], item["arguments"]] if "call_id" in item else [])]
+
+
+def without_null_usage(event: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI sends `usage: null` until the end, which its own schema does not allow."""
+    response = event.get("response")
+    if response is None or response["usage"] is not None:
+        return event
+    return event | {"response": {key: value for key, value in response.items() if key != "usage"}}
+
+
+def test_the_events(case: dict[str, Any]) -> None:
+    events = streamed(case["chunks"], in_one)
+    assert [shape(event) for event in events] == case["events"]
+    if usage := case.get("usage"):
+        ended = events[-1]
+        assert isinstance(ended, agproxy.Ended)
+        assert [ended.usage.prompt, ended.usage.completion, ended.usage.cached, ended.usage.reasoning] == usage
+    if wait := case.get("retry_after_s"):
+        assert isinstance(events[-1], agproxy.Failed)
+        assert events[-1].error.retry_after_s == wait
+
+
+def test_every_cut_gives_the_same_events(case: dict[str, Any]) -> None:
+    expected = [shape(event) for event in streamed(case["chunks"], in_one)]
+    size = len(json.dumps(case["chunks"])) + 50 * len(case["chunks"])
+    for cut in range(1, size):
+        events = streamed(case["chunks"], lambda r, data, cut=cut: r.feed(data[:cut]) + r.feed(data[cut:]))  # type: ignore[misc]
+        assert [shape(event) for event in events] == expected, cut
+    one_by_one = streamed(
+        case["chunks"], lambda r, data: [e for i in range(len(data)) for e in r.feed(data[i : i + 1])]
+    )
+    assert [shape(event) for event in one_by_one] == expected
+
+
+def test_the_answer_in_one_piece_says_the_same(case: dict[str, Any]) -> None:
+    events = reader().whole(json.dumps(whole(case["chunks"])).encode())
+    if error := case.get("error"):
+        assert shape(events[-1]) == ["Failed", error]
+    else:
+        assert agproxy.collect(events) == agproxy.collect(streamed(case["chunks"], in_one))
+
+
+def test_chat(case: dict[str, Any]) -> None:
+    events = streamed(case["chunks"], in_one)
+    renderer = agproxy.ChatRenderer(HEAD, {})
+    sent = frames("".join(map(renderer.render, events)))
+    if error := case.get("error"):
+        assert sent[-1]["error"]["code"] == error
+        assert findings(sent[-1], "ErrorResponse") == []
+        return
+    made = renderer.whole(agproxy.collect(events))
+    assert findings(made, "CreateChatCompletionResponse") == []
+    assert [message_shape(choice) for choice in made["choices"]] == case["chat"]
+    assert sent.pop() == "[DONE]"
+    state = ChatCompletionStreamState()
+    for chunk in sent:
+        assert findings(chunk, "CreateChatCompletionStreamResponse") == []
+        state.handle_chunk(ChatCompletionChunk.model_validate(chunk))
+    final = state.current_completion_snapshot.model_dump()
+    collected = [message_shape(choice) for choice in final["choices"]]
+    assert [one | {"content": one["content"] or ""} for one in collected] == case["chat"]
+    assert final["usage"]["total_tokens"] == sum(case["usage"][:2])
+
+
+def test_completions(case: dict[str, Any]) -> None:
+    events = streamed(case["chunks"], in_one)
+    sent = frames("".join(map(agproxy.CompletionRenderer(HEAD, {}).render, events)))
+    if error := case.get("error"):
+        assert sent[-1]["error"]["code"] == error
+        return
+    made = agproxy.CompletionRenderer(HEAD, {}).whole(agproxy.collect(events))
+    assert findings(made, "CreateCompletionResponse") == []
+    assert [[choice["text"], choice["finish_reason"]] for choice in made["choices"]] == case["completions"]
+    assert sent.pop() == "[DONE]"
+    texts: dict[int, list[Any]] = {}
+    for chunk in sent:
+        for choice in chunk["choices"]:
+            one = texts.setdefault(choice["index"], ["", None])
+            texts[choice["index"]] = [one[0] + choice["text"], choice["finish_reason"]]
+    assert [texts[index] for index in sorted(texts)] == case["completions"]
+
+
+def test_responses(case: dict[str, Any]) -> None:
+    expected = case.get("responses")
+    if expected is None:
+        return
+    events = streamed(case["chunks"], in_one)
+    sent = frames("".join(map(agproxy.ResponseRenderer(HEAD, {}).render, events)))
+    assert sent.pop() == "[DONE]"
+    assert [event["sequence_number"] for event in sent] == list(range(len(sent)))
+    assert [problem for event in sent for problem in findings(without_null_usage(event), "ResponseStreamEvent")] == []
+    last = sent[-1]["response"]
+    assert (sent[-1]["type"], last["status"]) == (f"response.{expected['status']}", expected["status"])
+    assert [item_shape(item) for item in last["output"]] == expected["output"]
+    assert (last["incomplete_details"] or {}).get("reason") == expected.get("reason")
+    assert [e["item"] for e in sent if e["type"] == "response.output_item.done"] == last["output"]
+    if "error" not in case:
+        made = agproxy.ResponseRenderer(HEAD, {}).whole(agproxy.collect(events))
+        assert made.pop("choices")[0]["finish_reason"] == case["chat"][0]["finish"]
+        assert made == last
+        assert findings(made, "Response") == []
+
+
+@pytest.mark.parametrize(
+    ("value", "schema", "said"),
+    [
+        ({"object": "list"}, "ListModelsResponse", "'data' is a required property"),
+        ({"type": "response.output_text.delta", "delta": 5}, "ResponseStreamEvent", "delta"),
+        ({"error": {"message": "m", "type": "t", "param": None, "code": 5}}, "ErrorResponse", "code"),
+    ],
+)
+def test_the_published_schema_refuses_what_is_wrong(value: Any, schema: str, said: str) -> None:
+    assert any(said in finding for finding in findings(value, schema))
