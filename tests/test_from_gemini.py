@@ -23,10 +23,6 @@ def parts(*items: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
 
 
 CALL = {"functionCall": {"name": "f", "args": {"a": "\u2028ö"}}, "thoughtSignature": "c2ln"}
-STREAM = sse(parts({"text": "hm", "thought": True}), parts({"text": "wör"}, {"text": "ld"}, CALL), parts(reason="STOP"))
-
-
-@pytest.mark.parametrize(
     ("chunks", "last"),
     [
         (said("x"), "stop"),
