@@ -521,7 +521,7 @@ CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
 TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
     ("connect_s", "first_event_s", "idle_s", "total_s"), read_number(0.001, 86400)
 )
-TRAIT_KEYS: Mapping[str, Kind] = {"signatures": read_flag}
+TRAIT_KEYS: Mapping[str, Kind] = {"thinks": read_flag, "signatures": read_flag}
 PROXY_KEYS: Mapping[str, Kind] = {
     "host": read_text,
     "port": read_number(0, 65535, int),
@@ -897,6 +897,7 @@ def parse_chat(body: Any) -> Request:
         tool_choice=parse_tool_choice(fields, tools),
         max_output_tokens=fields.count("max_completion_tokens") or fields.count("max_tokens"),
         json_format=parse_format(fields.object("response_format"), nested=True),
+        thoughts=True,
         **parse_sampling(fields),
     )
 
@@ -1230,13 +1231,18 @@ def version_of(model: str) -> tuple[int, int]:
 class Traits:
     """What a model can and must do; asked here, never by its name in passing."""
 
+    thinks: bool
+    """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
+
     signatures: bool
     """Refuses a function call in the history that has no thought signature."""
 
 
 def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
     """Traits by the parsed version, a name without one counting as the newest; `overrides` (models.traits) beat them."""
-    traits = Traits(signatures=version_of(model) >= (3, 0))
+    version = version_of(model)
+    quiet = version < (2, 5) or (version == (2, 5) and tier_of(model) not in ("-pro", "-flash"))
+    traits = Traits(thinks=model.startswith("gemini-") and not quiet, signatures=version >= (3, 0))
     pattern = look_up(model, overrides)
     return replace(traits, **overrides[pattern]) if pattern else traits
 
@@ -1321,7 +1327,7 @@ def build_generate_content(request: Request, traits: Traits) -> dict[str, Any]:
     if request.tools:
         body["tools"] = [{"functionDeclarations": [build_declaration(tool) for tool in request.tools]}]
         body["toolConfig"] = {"functionCallingConfig": build_calling_config(request.tool_choice)}
-    if config := build_generation_config(request):
+    if config := build_generation_config(request, traits):
         body["generationConfig"] = config
     return body
 
@@ -1340,13 +1346,14 @@ def build_calling_config(choice: ToolChoice) -> dict[str, Any]:
     return config
 
 
-def build_generation_config(request: Request) -> dict[str, Any]:
+def build_generation_config(request: Request, traits: Traits) -> dict[str, Any]:
     config: dict[str, Any] = {
         "temperature": request.temperature,
         "topP": request.top_p,
         "maxOutputTokens": request.max_output_tokens,
         "seed": None if request.seed is None else request.seed & 0x7FFFFFFF,  # Gemini's is an int32
         "stopSequences": list(request.stop) or None,
+        "thinkingConfig": {"includeThoughts": True} if request.thoughts and traits.thinks else None,
     }
     if request.json_format is not None:
         config["responseMimeType"] = "application/json"
@@ -2634,9 +2641,156 @@ async def create_app(config: Config) -> web.Application:
 # 14. Demo
 # ==============================================================================
 
+DEMO_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3-pro-preview")
+DEMO_FAULTS = {
+    "429": (429, "RESOURCE_EXHAUSTED", "The demo was told to refuse (AGPROXY_DEMO_FAULT=429). Please retry in 7s."),
+    "503": (503, "UNAVAILABLE", "The demo was told to be overloaded (AGPROXY_DEMO_FAULT=503)."),
+}
+DEMO_SAMPLES = {"integer": 1, "number": 1.5, "boolean": True, "null": None}
+
+
+class Demo:
+    """A small Gemini: the real wire format, deterministic answers, no model."""
+
+    def __init__(self, fault: str | None) -> None:
+        self._fault = fault
+
+    async def list_models(self, _: web.Request) -> web.Response:
+        methods = ["generateContent", "countTokens"]
+        models = [{"name": f"models/{name}", "supportedGenerationMethods": methods} for name in DEMO_MODELS]
+        return web.json_response({"models": models})
+
+    async def generate(self, http: web.Request) -> web.StreamResponse:
+        model, _, method = http.match_info["call"].partition(":")
+        if model not in DEMO_MODELS or method not in ("generateContent", "streamGenerateContent"):
+            return demo_error(404, "NOT_FOUND", f"models/{model} is not found, or is not supported for {method}.")
+        if self._fault in DEMO_FAULTS:
+            return demo_error(*DEMO_FAULTS[self._fault])
+        body = await http.json()
+        chunks = demo_chunks(body, model)
+        if self._fault == "cut":
+            chunks = chunks[: len(chunks) // 2]
+        if method == "generateContent":
+            return await self._whole(http, chunks)
+        return await self._stream(http, chunks)
+
+    async def _whole(self, http: web.Request, chunks: list[dict[str, Any]]) -> web.Response:
+        if self._fault == "cut" and http.transport:
+            http.transport.abort()
+            return web.Response()
+        parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
+        last = chunks[-1]["candidates"][0] | {"content": {"role": "model", "parts": parts}}
+        return web.json_response(chunks[-1] | {"candidates": [last]})
+
+    async def _stream(self, http: web.Request, chunks: list[dict[str, Any]]) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(http)
+        for chunk in chunks:
+            await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
+            await asyncio.sleep(0.01)
+        if self._fault == "cut" and http.transport:
+            http.transport.abort()
+        return response
+
+
+def demo_error(code: int, status: str, message: str) -> web.Response:
+    error: dict[str, Any] = {"code": code, "status": status, "message": message}
+    if code == 429:
+        error["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}]
+    return web.json_response({"error": error}, status=code)
+
+
+def demo_chunks(body: dict[str, Any], model: str) -> list[dict[str, Any]]:
+    """The answer as Gemini would send it: parts in chunks, usage in each, the finish reason in the last."""
+    config = body.get("generationConfig", {})
+    prompt = demo_prompt(body)
+    parts = demo_calls(body, prompt) or demo_text(body, config, prompt)
+    limit = config.get("maxOutputTokens", len(parts))
+    thoughts = [{"text": "The demo thinks about what was said.", "thought": True}]
+    said = (thoughts if config.get("thinkingConfig", {}).get("includeThoughts") else []) + parts[:limit]
+    usage = {
+        "promptTokenCount": max(1, len(json.dumps(body["contents"])) // 4),
+        "candidatesTokenCount": len(parts[:limit]),
+        "thoughtsTokenCount": 7 if said[0].get("thought") else 0,
+    }
+    usage["totalTokenCount"] = sum(usage.values())
+    candidates = [{"content": {"role": "model", "parts": [part]}, "index": 0} for part in said]
+    candidates[-1]["finishReason"] = "STOP" if limit >= len(parts) else "MAX_TOKENS"
+    about = {"usageMetadata": usage, "modelVersion": model, "responseId": "demo"}
+    return [{"candidates": [candidate], **about} for candidate in candidates]
+
+
+def demo_prompt(body: dict[str, Any]) -> str:
+    """The last thing that the user said."""
+    said = [content for content in body["contents"] if content.get("role") != "model"]
+    return "\n".join(part["text"] for content in said[-1:] for part in content["parts"] if "text" in part)
+
+
+def demo_calls(body: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
+    """A call of each declared function that the prompt names, or of the first where one is demanded."""
+    declared = {f["name"]: f for tool in body.get("tools", []) for f in tool.get("functionDeclarations", [])}
+    config = body.get("toolConfig", {}).get("functionCallingConfig", {})
+    answered = "functionResponse" in body["contents"][-1]["parts"][0]
+    named = [name for name in declared if name in prompt and not answered]
+    if config.get("mode") == "ANY" and not named:
+        named = (config.get("allowedFunctionNames") or list(declared))[:1]
+    if config.get("mode") == "NONE":
+        return []
+    schemas = {name: declared[name].get("parametersJsonSchema") or declared[name].get("parameters") for name in named}
+    calls: list[dict[str, Any]] = [
+        {"functionCall": {"name": name, "args": demo_value(schema, schema, prompt) if schema else {}}}
+        for name, schema in schemas.items()
+    ]
+    return [calls[0] | {"thoughtSignature": "YWdwcm94eS1kZW1v"}, *calls[1:]] if calls else []
+
+
+def demo_text(body: dict[str, Any], config: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
+    """The answer's words, one part each: JSON where it is asked for, else what was understood."""
+    if config.get("responseMimeType") == "application/json":
+        schema = config.get("responseJsonSchema") or config.get("responseSchema")
+        value = demo_value(schema, schema, prompt) if schema else {"demo": True, "echo": prompt}
+        text = json.dumps(value, ensure_ascii=False)
+    else:
+        parts = body["contents"][-1]["parts"]
+        results = [part["functionResponse"] for part in parts if "functionResponse" in part]
+        files = [part["inlineData"]["mimeType"] for part in parts if "inlineData" in part]
+        system = " ".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", []))
+        text = "This is the demo of agproxy; no model was asked."
+        text += f" You said: {prompt}" if prompt and not results else ""
+        text += "".join(f" The tool {result['name']} answered: {json.dumps(result['response'])}" for result in results)
+        text += f" With it came: {', '.join(files)}." if files else ""
+        text += f" The instructions were: {system}" if system else ""
+    return [{"text": word} for word in re.findall(r"\s*\S+|\s+$", text)]
+
+
+def demo_value(schema: Any, root: Any, prompt: str) -> Any:
+    """A small value that fits a JSON schema."""
+    if not isinstance(schema, dict):
+        return prompt
+    if "$ref" in schema:
+        return demo_value(root.get("$defs", {}).get(schema["$ref"].split("/")[-1]), root, prompt)
+    for key in ("const", "enum", "anyOf", "oneOf"):
+        if key in schema:
+            value = schema[key] if key == "const" else schema[key][0]
+            return value if key in ("const", "enum") else demo_value(value, root, prompt)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    kind = str(kind[0] if isinstance(kind, list) else kind).lower()
+    if kind == "object":
+        properties = schema.get("properties", {})
+        wanted = schema.get("required") or properties
+        return {name: demo_value(properties.get(name, {}), root, prompt) for name in wanted}
+    if kind == "array":
+        return [demo_value(schema.get("items", {}), root, prompt)]
+    return DEMO_SAMPLES.get(kind, prompt)
+
 
 def create_demo(fault: str | None) -> web.Application:
-    return web.Application()
+    """The demo as an application of its own; `fault` (429, 503 or cut) makes it fail as Gemini does."""
+    demo = Demo(fault)
+    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    app.router.add_get("/v1beta/models", demo.list_models)
+    app.router.add_post("/v1beta/models/{call}", demo.generate)
+    return app
 
 
 # ==============================================================================

@@ -23,6 +23,9 @@ def parts(*items: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
 
 
 CALL = {"functionCall": {"name": "f", "args": {"a": "\u2028ö"}}, "thoughtSignature": "c2ln"}
+
+
+@pytest.mark.parametrize(
     ("chunks", "last"),
     [
         (said("x"), "stop"),

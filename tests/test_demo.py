@@ -1,0 +1,103 @@
+"""`agproxy serve --demo`: the whole chain without a key or a network, through the real openai package."""
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+from conftest import HELLO, Serve
+from pydantic import BaseModel
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    }
+    for name in ("weather", "clock")
+]
+
+
+@pytest.fixture
+async def ai(serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
+    fault = getattr(request, "param", "")
+    served = await serve("--demo", "--port", "0", AGPROXY_DEMO_FAULT=fault)
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        yield client
+
+
+async def test_chat_says_that_it_is_the_demo_and_thinks_in_its_own_field(ai: openai.AsyncOpenAI) -> None:
+    raw = await ai.chat.completions.with_raw_response.create(**HELLO)
+    message = raw.parse().choices[0].message
+    assert message.content == "This is the demo of agproxy; no model was asked. You said: hi"
+    assert message.model_extra is not None
+    assert "thinks" in message.model_extra["reasoning_content"]
+    assert raw.headers["X-Agproxy-Demo"] == "1"
+
+
+async def test_a_stream_comes_in_pieces_with_usage(ai: openai.AsyncOpenAI) -> None:
+    stream = await ai.chat.completions.create(**HELLO, stream=True, stream_options={"include_usage": True})
+    chunks = [chunk async for chunk in stream]
+    assert len([chunk for chunk in chunks if chunk.choices and chunk.choices[0].delta.content]) > 5
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens > 0
+
+
+async def test_responses_take_input_and_instructions_into_account(ai: openai.AsyncOpenAI) -> None:
+    answer = await ai.responses.create(model="gpt-4o", input="hi", instructions="Be brief.")
+    assert "You said: hi" in answer.output_text
+    assert "The instructions were: Be brief." in answer.output_text
+    assert answer.output[0].content[0].text == answer.output_text  # type: ignore[union-attr]
+    assert answer.model_extra is not None
+    assert answer.model_extra["choices"][0]["message"]["content"] == answer.output_text
+
+
+async def test_the_tools_that_the_prompt_names_are_called_and_their_results_read(ai: openai.AsyncOpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "weather and clock, please"}]
+    first = await ai.chat.completions.create(model="gpt-4o", messages=messages, tools=TOOLS)
+    calls = first.choices[0].message.tool_calls or []
+    assert [call.function.name for call in calls if call.type == "function"] == ["weather", "clock"]
+    messages += [
+        first.choices[0].message,
+        *({"role": "tool", "tool_call_id": call.id, "content": "42"} for call in calls),
+    ]
+    second = await ai.chat.completions.create(model="gpt-4o", messages=messages, tools=TOOLS)
+    assert 'The tool clock answered: {"output": "42"}' in (second.choices[0].message.content or "")
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+    tags: list[str]
+
+
+async def test_a_schema_is_answered_with_json(ai: openai.AsyncOpenAI) -> None:
+    answer = await ai.chat.completions.parse(**HELLO, response_format=Person)
+    assert answer.choices[0].message.parsed == Person(name="hi", age=1, tags=["hi"])
+
+
+async def test_models_and_completions(ai: openai.AsyncOpenAI) -> None:
+    assert "gemini-2.5-flash" in [model.id async for model in ai.models.list()]
+    answer = await ai.completions.create(model="gpt-3.5-turbo-instruct", prompt="hi", max_tokens=3)
+    assert (answer.choices[0].text, answer.choices[0].finish_reason) == ("This is the", "length")
+
+
+@pytest.mark.parametrize(("ai", "status"), [("429", 429), ("503", 503)], indirect=["ai"], ids=["quota", "overload"])
+async def test_a_fault_on_demand(ai: openai.AsyncOpenAI, status: int) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        await ai.chat.completions.create(**HELLO)
+    assert caught.value.status_code == status
+    assert int(caught.value.response.headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("ai", ["cut"], indirect=True)
+async def test_a_cut_on_demand(ai: openai.AsyncOpenAI) -> None:
+    stream = await ai.chat.completions.create(**HELLO, stream=True)
+    with pytest.raises(openai.APIError, match="broke off"):
+        async for _ in stream:
+            pass
+    with pytest.raises(openai.InternalServerError):
+        await ai.chat.completions.create(**HELLO)
