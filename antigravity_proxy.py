@@ -419,8 +419,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def read_text(file: ConfigFile, node: Any, where: str) -> str:
-    if not isinstance(node.value, str) or not node.value:
-        raise ValueError("must be a text.")
+    if not isinstance(node.value, str) or not node.value or not node.value.isprintable():
+        raise ValueError("must be a text without control characters.")
     return node.value
 
 
@@ -1185,7 +1185,7 @@ def map_model(name: str, config: Config, listed: Sequence[str] | None) -> Mapped
             return settled(table[pattern], f"{title} '{pattern}'", listed)
     if bare in (listed or STATIC_MODELS):
         return Mapped(bare, "listed by the upstream")
-    if bare.startswith("gemini-"):
+    if re.fullmatch(r"gemini-[\w.-]+", bare, re.ASCII):
         return settled(bare, "a gemini name as it is", listed)
     if config.default_model:
         return settled(config.default_model, "models.default", listed)

@@ -44,13 +44,14 @@ def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 class FakeGemini:
     """Plays `script`, one step a call; `keys` and `bodies` hold what was received.
 
-    With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream.
+    With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream, `silence_s` before an answer.
     """
 
     def __init__(self) -> None:
         self.url = ""
         self.echo = False
         self.pause_s = 0.0
+        self.silence_s = 0.0
         self.script: list[Step] = []
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
@@ -71,6 +72,7 @@ class FakeGemini:
         if findings := validate(body, "GenerateContentRequest", model=model):
             return web.json_response(error(400, "INVALID_ARGUMENT", findings[0].server)[1], status=400)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
+        await asyncio.sleep(self.silence_s)
         if isinstance(step, tuple):
             return web.json_response(step[1], status=step[0])
         if request.path.endswith(":generateContent"):

@@ -1,6 +1,8 @@
 """What a person types, and what is answered."""
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -36,3 +38,51 @@ def test_nothing_to_go_on_exits_2_and_names_the_ways(tmp_path: Path, monkeypatch
     run = CliRunner().invoke(agproxy.main, ["serve"], env=none | {"XDG_CONFIG_HOME": str(tmp_path)})
     assert run.exit_code == 2
     assert all(way in run.output for way in ("--accounts", "./accounts.yaml", "GEMINI_API_KEY"))
+
+
+def test_without_a_command_help_and_three_ways_to_begin() -> None:
+    run = CliRunner().invoke(agproxy.main, [])
+    assert run.exit_code == 0
+    assert all(way in run.output for way in ("serve --demo", "GEMINI_API_KEY=", "--accounts accounts.yaml", "check"))
+
+
+def test_the_version_tells_copies_apart() -> None:
+    run = CliRunner().invoke(agproxy.main, ["--version"])
+    assert run.output == f"agproxy {agproxy.__version__} (file {agproxy.file_fingerprint()})\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "said"),
+    [
+        (["check", "--accounts", "gone.yaml"], {}, "gone.yaml: cannot be read (No such file or directory)"),
+        (["env"], {"AGPROXY_PORT": "http"}, "AGPROXY_PORT is 'http'"),
+        (["serve", "--port", "70000"], {}, "70000 is not in the range"),
+    ],
+)
+def test_what_cannot_be_used_exits_2(arguments: list[str], environment: dict[str, str], said: str) -> None:
+    run = CliRunner().invoke(agproxy.main, arguments, env=environment)
+    assert (run.exit_code, said in run.output) == (2, True), run.output
+
+
+def test_env_is_read_by_a_shell_and_quotes_the_key(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text('proxy: {api_key: "it\'s $HOME"}\n')
+    run = CliRunner().invoke(agproxy.main, ["env", "--accounts", str(path)])
+    shell = subprocess.run(
+        ["sh", "-c", 'eval "$1"; echo "$OPENAI_API_KEY $OPENAI_API_BASE"', "sh", run.output],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert shell.stdout == "it's $HOME http://127.0.0.1:8045/v1\n"
+
+
+def test_readme_names_every_option_and_every_error_code() -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    for key in (*agproxy.PROXY_KEYS, *agproxy.MODELS_KEYS, *agproxy.ACCOUNT_KEYS, *agproxy.TIMEOUT_KEYS):
+        assert f"`{key}`" in readme or f".{key}`" in readme, key
+    commands: Any = agproxy.main
+    for name, command in commands.commands.items():
+        assert f"agproxy {name}" in readme, name
+        for option in command.params:
+            assert any(word in readme for word in option.opts), option.opts

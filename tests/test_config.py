@@ -69,7 +69,7 @@ def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
         ("proxy:\n  port: 1\n  port: 2\n", ["f.yaml:3: 'proxy.port' stands here twice"]),
         ("proxy:\n  timeouts: {idle: 3}\n", ["f.yaml:2: unknown key 'idle' (idle_s?)"]),
         ("proxy:\n  api_key: [{name: ci}]\n", ["a `name` and a `key` each"]),
-        ("models:\n  map: {a: [b]}\n", ["f.yaml:2: 'models.map' must be a text."]),
+        ("models:\n  map: {a: [b]}\n", ["f.yaml:2: 'models.map' must be a text"]),
         ("models: []\n", ["f.yaml:1: models must hold 'key: value' lines"]),
         ("models:\n  traits: {x: {speed: 1}}\n", ["unknown key 'speed'"]),
         ("- a\n", ["f.yaml:1: the file must hold"]),

@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from fake_gemini import FakeGemini, error, said
+from openai_schema import findings
 
 import antigravity_proxy as agproxy
 
@@ -29,9 +30,9 @@ async def gemini() -> AsyncIterator[tuple[FakeGemini, str]]:
 
 @pytest.fixture
 async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any) -> Start:
-    async def start(**settings: Any) -> TestClient:
-        accounts = tuple(agproxy.Account(name, f"key-{name}", gemini[1]) for name in ("a", "b"))
-        return await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, **settings)))
+    async def start(accounts: str = "ab", **settings: Any) -> TestClient:
+        made = tuple(agproxy.Account(name, f"key-{name}", gemini[1]) for name in accounts)
+        return await aiohttp_client(await agproxy.create_app(agproxy.Config(made, **settings)))
 
     return start
 
@@ -239,3 +240,188 @@ async def test_fifty_at_once_are_not_mixed(start: Start, gemini: Any, sdk: Any) 
     assert answers == [(f"gemini-{number}", "answer") for number in range(50)]
     prompts = {body["contents"][0]["parts"][0]["text"] for body in gemini[0].bodies}
     assert prompts == {f"n{number}" for number in range(50)}
+
+
+async def test_one_account_is_asked_once_more_for_a_fault_not_its_own(start: Start, gemini: Any) -> None:
+    client = await start(accounts="a")
+    gemini[0].script = [error(503, "UNAVAILABLE", "busy"), said("x")]
+    response = await client.post("/v1/chat/completions", json=HELLO)
+    assert (response.status, response.headers["X-Attempts"], gemini[0].keys) == (200, "2", ["key-a"] * 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "calls", "status"),
+    [
+        (error(503, "UNAVAILABLE", "busy"), 3, 503),
+        (error(500, "INTERNAL", "oops"), 3, 502),
+        (said(reason="MALFORMED_FUNCTION_CALL"), 3, 502),
+        (error(504, "DEADLINE_EXCEEDED", "late"), 3, 504),
+        (error(403, "PERMISSION_DENIED", "no"), 2, 502),
+        (error(400, "INVALID_ARGUMENT", "bad"), 1, 400),
+        (error(400, "INVALID_ARGUMENT", "API key not valid.", {"reason": "API_KEY_INVALID"}), 2, 502),
+        (error(404, "NOT_FOUND", "no model"), 1, 404),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_what_each_refusal_costs_and_says(
+    step: Any, calls: int, status: int, stream: bool, start: Start, gemini: Any
+) -> None:
+    client = await start()
+    gemini[0].script = [step] * 3
+    response = await client.post("/v1/chat/completions", json=HELLO | {"stream": stream})
+    assert (response.status, len(gemini[0].keys)) == (status, calls)
+    assert response.headers["X-Mapped-Model"] == "gemini-2.5-flash"
+    assert findings(await response.json(), "ErrorResponse") == []
+    assert ("Retry-After" in response.headers) == (status in (429, 503))
+
+
+@pytest.mark.parametrize(
+    ("timeouts", "pause", "text"),
+    [
+        ({"first_event_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time."),
+        ({"idle_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time."),
+        ({"total_s": 0.2}, {"silence_s": 1.0}, "No answer began within proxy.timeouts.total_s."),
+        ({"idle_s": 0.2}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
+        ({"total_s": 0.2}, {"pause_s": 0.15}, "The answer took longer than proxy.timeouts.total_s."),
+    ],
+)
+async def test_each_deadline_says_which_it_was(
+    timeouts: dict[str, float], pause: dict[str, float], text: str, start: Start, gemini: Any
+) -> None:
+    client = await start(accounts="a", timeouts=agproxy.Timeouts(**timeouts))
+    vars(gemini[0]).update(pause)
+    gemini[0].script = [said("a", "b", "c")] * 3
+    response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    body = await response.text()
+    told = json.loads(body if "silence_s" in pause else body.strip().split("\n\n")[-1][6:])["error"]
+    assert (text in told["message"], told["code"]) == (True, "timeout")
+    assert response.status == (504 if "silence_s" in pause else 200)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": "Basic right"}, 401),
+        ({"Authorization": "right"}, 200),
+        ({"Authorization": "BEARER   right"}, 200),
+        ({"x-goog-api-key": "right"}, 200),
+        ({"api-key": "right"}, 200),
+        ({"api-key": "r\u00efght"}, 401),
+        ({"Authorization": "Bearer other"}, 200),
+    ],
+)
+async def test_the_key_in_every_header_that_clients_use(start: Start, headers: dict[str, str], status: int) -> None:
+    keys = (agproxy.ClientKey("a", "right"), agproxy.ClientKey("b", "other"))
+    client = await start(auth_mode="strict", api_key=keys)
+    response = await client.get("/healthz", headers=headers)
+    assert response.status == status
+    if status == 401:
+        assert findings(await response.json(), "ErrorResponse") == []
+
+
+@pytest.mark.parametrize(("show", "shown"), [("full", "me@example.com"), ("masked", "m***@example.com"), ("off", None)])
+async def test_the_account_is_shown_as_configured(
+    show: str, shown: str | None, gemini: Any, aiohttp_client: Any
+) -> None:
+    account = agproxy.Account("a", "k", gemini[1], email="me@example.com")
+    client = await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), show_account=show)))
+    gemini[0].script = [said("x")]
+    response = await client.post("/v1/chat/completions", json=HELLO)
+    assert response.headers.get("X-Account-Email") == shown
+
+
+async def test_methods_that_browsers_and_probes_use(start: Start) -> None:
+    client = await start(auth_mode="strict", api_key=(agproxy.ClientKey("a", "right"),))
+    asked = {"Origin": "https://page.example", "Access-Control-Request-Headers": "authorization,x-stainless-os"}
+    preflight = await client.options("/v1/chat/completions", headers=asked)
+    assert (preflight.status, preflight.headers["Access-Control-Allow-Origin"]) == (204, "*")
+    assert preflight.headers["Access-Control-Allow-Headers"] == "authorization,x-stainless-os"
+    key = {"Authorization": "Bearer right"}
+    wrong = await client.get("/v1/responses", headers=key)
+    assert (wrong.status, wrong.headers["Allow"]) == (405, "POST")
+    assert (await client.head("/v1/models", headers=key)).status == 200
+    named = await client.get("/v1/chat/nothing", headers=key)
+    assert "/v1" in (await named.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions/responses", "/responses/", "/v1/v1//responses?x=1"])
+async def test_responses_under_the_paths_that_clients_make(path: str, start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("x")]
+    response = await client.post(path, json={"model": "gpt-4o", "input": "hi"})
+    assert (await response.json())["object"] == "response"
+
+
+async def test_the_list_of_models_has_aliases_but_no_patterns(start: Start, gemini: Any) -> None:
+    client = await start(aliases={"fast": "gemini-2.5-flash", "my-*": "gemini-2.5-pro"})
+    listed = await (await client.get("/v1/models")).json()
+    assert findings(listed, "ListModelsResponse") == []
+    assert [model["id"] for model in listed["data"]] == [*gemini[0].models, "fast"]
+
+
+async def test_a_list_that_cannot_be_had_is_replaced(start: Start, gemini: Any) -> None:
+    gemini[0].models = None
+    client = await start()
+    listed = await (await client.get("/v1/models")).json()
+    assert [model["id"] for model in listed["data"]] == list(agproxy.STATIC_MODELS)
+
+
+async def test_a_preview_name_is_found_and_told_once(
+    start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = await start()
+    gemini[0].script = [said("x"), said("x")]
+    for _ in range(2):
+        response = await client.post("/v1/chat/completions", json=HELLO | {"model": "gemini-3-flash"})
+        assert response.headers["X-Mapped-Model"] == "gemini-3-flash-preview"
+    assert len([line for line in caplog.messages if "is not listed" in line]) == 1
+
+
+async def test_the_first_failure_of_several_choices_is_the_answer(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("x"), error(400, "INVALID_ARGUMENT", "bad")]
+    response = await client.post("/v1/chat/completions", json=HELLO | {"n": 2, "stream": True})
+    assert (response.status, (await response.json())["error"]["message"]) == (400, "bad")
+
+
+async def test_cursor_sends_a_responses_body_to_chat(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("x")]
+    body = {"model": "gpt-4o", "input": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]}
+    response = await client.post("/v1/chat/completions", json=body)
+    assert (await response.json())["object"] == "chat.completion"
+    assert gemini[0].bodies[0]["systemInstruction"] == {"parts": [{"text": "s"}]}
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "param", "code"),
+    [
+        ("responses", {"model": "m"}, "input", "missing_required_parameter"),
+        ("responses", {"model": "m", "input": 5}, "input", "invalid_type"),
+        ("responses", {"model": "m", "input": ["x"]}, "input[0]", "invalid_type"),
+        ("responses", {"model": "m", "input": [{"type": "elf"}]}, "input[0].type", "invalid_value"),
+        ("responses", {"model": "m", "input": "x", "background": True}, "background", "unsupported_parameter"),
+        (
+            "responses",
+            {"model": "m", "input": "x", "previous_response_id": "resp_1"},
+            "previous_response_id",
+            "previous_response_not_found",
+        ),
+        ("completions", {"model": "m", "prompt": [1, 2]}, "prompt", "invalid_type"),
+        ("completions", {"model": "m", "prompt": ["x"] * 129}, "prompt", "invalid_value"),
+        ("chat/completions", HELLO | {"n": 129}, "n", "integer_above_max_value"),
+        ("chat/completions", HELLO | {"n": 0}, "n", "integer_below_min_value"),
+    ],
+)
+async def test_bad_input_on_every_route(start: Start, route: str, body: Any, param: str, code: str) -> None:
+    response = await (await start()).post(f"/v1/{route}", json=body)
+    told = (await response.json())["error"]
+    assert (response.status, told["param"], told["code"]) == (400, param, code)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe{}", b'{"a": NaN}', b"[" * 100_000, b'"x"', b"null"])
+async def test_a_body_that_is_no_json_object(data: bytes, start: Start) -> None:
+    client = await start()
+    response = await client.post("/v1/chat/completions", data=data)
+    assert (response.status, (await response.json())["error"]["type"]) == (400, "invalid_request_error")
+    assert (await client.get("/healthz")).status == 200
