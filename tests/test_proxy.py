@@ -1,6 +1,7 @@
 """A request through a proxy: CONNECT on loopback, TLS to a Gemini whose name only the proxy knows."""
 
 import asyncio
+import contextlib
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,24 +15,33 @@ from fake_gemini import FakeGemini, said
 
 
 class ConnectProxy:
-    """Sends every CONNECT to one port; `asked` holds the hosts and the credentials."""
+    """Sends every CONNECT to one port; `asked` holds the hosts and whether credentials came with them."""
 
     def __init__(self, target_port: int) -> None:
         self.target_port = target_port
         self.asked: list[tuple[str, bool]] = []
+        self.writers: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = (await reader.readuntil(b"\r\n\r\n")).decode()
         self.asked.append((head.split()[1], "Proxy-Authorization: Basic" in head))
         there_reader, there_writer = await asyncio.open_connection("127.0.0.1", self.target_port)
+        self.writers += [writer, there_writer]
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         await asyncio.gather(pump(reader, there_writer), pump(there_reader, writer))
 
+    async def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+            with contextlib.suppress(OSError):
+                await writer.wait_closed()
+
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    while data := await reader.read(65536):
-        writer.write(data)
-        await writer.drain()
+    with contextlib.suppress(OSError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
     writer.close()
 
 
@@ -56,6 +66,7 @@ async def proxy(gemini: FakeGemini) -> AsyncIterator[tuple[ConnectProxy, str]]:
     server = await asyncio.start_server(proxy.serve, "127.0.0.1", 0)
     yield proxy, f"me:s3cret@127.0.0.1:{server.sockets[0].getsockname()[1]}"
     server.close()
+    await proxy.close()
 
 
 @pytest.mark.parametrize("by", ["file", "environment"])
