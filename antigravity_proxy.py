@@ -2202,27 +2202,27 @@ class Merged:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: dict[asyncio.Future[list[Event] | None], int] = {}
 
     async def batches(self) -> AsyncIterator[list[Event]]:
         """The events of all answers as they come; the first of choice 0 stand before any other's."""
-        queue: asyncio.Queue[list[Event]] = asyncio.Queue(maxsize=len(self._answers))
-        pumps = (self._pump(choice, answer, queue) for choice, answer in enumerate(self._answers))
-        self._tasks = [asyncio.create_task(pump) for pump in pumps]
-        usage, running = Usage(), len(self._answers)
-        while running:
-            events = await queue.get()
-            if events and isinstance(events[-1], Ended):
-                usage, running = usage + events[-1].usage, running - 1
-                events = events[:-1]
-            yield events
-            if events and isinstance(events[-1], Failed):
-                return
+        streams = [answer.batches() for answer in self._answers]
+        self._tasks = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
+        usage = Usage()
+        while self._tasks:
+            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+            for choice, task in sorted((self._tasks.pop(task), task) for task in done):
+                events = task.result()
+                if events is None:
+                    continue
+                self._tasks[asyncio.ensure_future(anext(streams[choice], None))] = choice
+                if events and isinstance(events[-1], Ended):
+                    usage += events[-1].usage
+                    events = events[:-1]
+                yield [renumbered(event, choice) for event in events]
+                if events and isinstance(events[-1], Failed):
+                    return
         yield [Ended(usage)]
-
-    async def _pump(self, choice: int, answer: Answer, queue: asyncio.Queue[list[Event]]) -> None:
-        async for events in answer.batches():
-            await queue.put([renumbered(event, choice) for event in events])
 
     def close(self) -> None:
         for task in self._tasks:
