@@ -107,6 +107,7 @@ DRAIN_S = 30.0
 MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
+CLOCK_SKEW_S_MAX = 300.0
 STOPS_MAX = 4
 CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
@@ -163,7 +164,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
+# ├── Unauthorized, Forbidden, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
@@ -183,6 +184,7 @@ class GatewayError(Exception):
     type: str = "server_error"
     remedy: ClassVar[Remedy] = "give_up"
     default_code: ClassVar[str | None] = "server_error"
+    advice: ClassVar[str] = "Try again."
 
     def __init__(
         self,
@@ -211,6 +213,12 @@ class Unauthorized(GatewayError):
     status = 401
     type = "invalid_request_error"
     default_code = "invalid_api_key"
+
+
+class Forbidden(GatewayError):
+    status = 403
+    type = "permission_error"
+    default_code = "permission_denied"
 
 
 class ModelNotFound(GatewayError):
@@ -258,22 +266,26 @@ class RateLimited(UpstreamError):
     type = "rate_limit_error"
     remedy = "next_account"
     default_code = "rate_limit_exceeded"
+    advice = "Wait, or add an account of another project."
 
 
 class CredentialRefused(UpstreamError):
     remedy = "next_account"
+    advice = "Check the keys with `agproxy check --online`."
 
 
 class Overloaded(UpstreamError):
     status = 503
     remedy = "same_account"
     default_code = "server_is_overloaded"
+    advice = "Try again later, or ask another model."
 
 
 class UpstreamTimeout(UpstreamError):
     status = 504
     remedy = "same_account"
     default_code = "timeout"
+    advice = "Try again, or raise proxy.timeouts."
 
 
 class UpstreamBroken(UpstreamError):
@@ -556,9 +568,7 @@ SECTIONS: Mapping[str, Kind] = {
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
-NOT_USED_YET = {"proxy.allowed_hosts", "proxy.cors_origins", "proxy.strict", "proxy.max_wait_s", "proxy.store"} | {
-    "models.fallback"
-}
+NOT_USED_YET = {"proxy.strict", "proxy.max_wait_s", "proxy.store"} | {"models.fallback"}
 
 
 def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
@@ -571,7 +581,9 @@ def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{source}{line}: not valid YAML: {getattr(error, 'problem', error)}.") from None
+        raise ConfigError(
+            f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)}). Mend this line."
+        ) from None
     given = file.section(node, "", SECTIONS)
     proxy, models = given.get("proxy", {}), given.get("models", {})
     timeouts = Timeouts(**proxy.pop("timeouts", {}))
@@ -597,8 +609,13 @@ def config_problems(config: Config) -> list[str]:
 
 
 def is_loopback(host: str) -> bool:
+    return host == "localhost" or (is_address(host) and ip_address(host.strip("[]")).is_loopback)
+
+
+def is_address(host: str) -> bool:
+    """Whether a host is a literal address and not a name."""
     try:
-        return host == "localhost" or ip_address(host.strip("[]")).is_loopback
+        return bool(ip_address(host.strip("[]")))
     except ValueError:
         return False
 
@@ -818,7 +835,8 @@ class Fields:
 
     def __init__(self, value: Any, path: str = "") -> None:
         if not isinstance(value, dict):
-            raise BadRequest(f"{path or 'The body'} must be a JSON object.", code="invalid_type", param=path or None)
+            what = f"'{path}'" if path else "The body"
+            raise BadRequest(f"{what} is not a JSON object. Send {{...}}.", code="invalid_type", param=path or None)
         self.value = value
         self.path = path
 
@@ -830,7 +848,7 @@ class Fields:
         if value is None:
             return None
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise BadRequest(f"'{self.at(key)}' must be {word}.", code="invalid_type", param=self.at(key))
+            raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
         return value
 
     def text(self, key: str) -> str | None:
@@ -844,7 +862,11 @@ class Fields:
         return value
 
     def missing(self, key: str) -> BadRequest:
-        return BadRequest(f"'{self.at(key)}' is required.", code="missing_required_parameter", param=self.at(key))
+        return self.wrong(key, "is missing", "Add it", "missing_required_parameter")
+
+    def wrong(self, key: str, what: str, remedy: str, code: str = "invalid_value") -> BadRequest:
+        """The refusal of a field: what is wrong with it, and what to do."""
+        return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
 
     def flag(self, key: str) -> bool:
         return bool(self.get(key, bool, "true or false"))
@@ -853,7 +875,7 @@ class Fields:
         value: float | None = self.get(key, (int, float), "a number")
         if value is not None and not low <= value <= high:
             code = "decimal_below_min_value" if value < low else "decimal_above_max_value"
-            raise BadRequest(f"'{self.at(key)}' must be from {low} to {high}.", code=code, param=self.at(key))
+            raise self.wrong(key, f"is {value}", f"Send a number from {low} to {high}", code)
         return value
 
     def count(self, key: str, high: float = math.inf) -> int | None:
@@ -861,7 +883,7 @@ class Fields:
         if value is not None and not 1 <= value <= high:
             code = "integer_below_min_value" if value < 1 else "integer_above_max_value"
             limits = "at least 1" if math.isinf(high) else f"from 1 to {high}"
-            raise BadRequest(f"'{self.at(key)}' must be {limits}.", code=code, param=self.at(key))
+            raise self.wrong(key, f"is {value}", f"Send a whole number, {limits}", code)
         return value
 
     def integer(self, key: str) -> int | None:
@@ -929,7 +951,7 @@ def parse_completion(body: Any) -> list[Request]:
     )
     prompts = parse_prompts(fields)
     if len(prompts) * shared.n > CHOICES_MAX:
-        raise BadRequest(f"'prompt' times 'n' is more than {CHOICES_MAX}.", code="invalid_value", param="prompt")
+        raise fields.wrong("prompt", f"times 'n' is more than {CHOICES_MAX} choices", "Send fewer prompts at once")
     wholes = [f"<prefix>{prompt}</prefix>\n<suffix>{suffix}</suffix>" if suffix else prompt for prompt in prompts]
     return [replace(shared, messages=(Message("user", (Text(whole),)),)) for whole in wholes]
 
@@ -944,8 +966,8 @@ def parse_prompts(fields: Fields) -> list[str]:
     value = fields.value.get("prompt")
     prompts = value if isinstance(value, list) and value else [value or ""]
     if not all(isinstance(prompt, str) for prompt in prompts):
-        text = "'prompt' must be a string or an array of strings; token arrays are not served, send the text."
-        raise BadRequest(text, code="invalid_type", param="prompt")
+        what = "is neither a string nor an array of strings; token arrays are not served"
+        raise fields.wrong("prompt", what, "Send the text itself", "invalid_type")
     return prompts
 
 
@@ -975,14 +997,11 @@ def parse_response(body: Any) -> Request:
 def refuse_state(fields: Fields) -> None:
     """What asks for an answer kept on this side, which is not served."""
     if fields.text("previous_response_id"):
-        raise BadRequest(
-            f"Previous response with id '{fields.value['previous_response_id']}' not found.",
-            code="previous_response_not_found",
-            param="previous_response_id",
-        )
+        what = f"names '{fields.value['previous_response_id']}', which is not kept here"
+        raise fields.wrong("previous_response_id", what, "Send the whole input", "previous_response_not_found")
     for key in ("background", "conversation", "prompt"):
         if fields.value.get(key):
-            raise BadRequest(f"'{key}' is not served; leave it out.", code="unsupported_parameter", param=key)
+            raise fields.wrong(key, "is not served", "Leave it out", "unsupported_parameter")
 
 
 def parse_input(fields: Fields) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -1016,7 +1035,7 @@ def parse_item(item: Fields) -> Message | None:
         return Message("tool", (ToolResult(item.needed_text("call_id"), "\n".join(texts_of(item, "output"))),))
     if HOSTED_ITEMS.fullmatch(kind):
         return None
-    raise BadRequest(f"Input items of type '{kind}' are not served.", code="invalid_value", param=item.at("type"))
+    raise item.wrong("type", f"is '{kind}', which is not served", "Send message, function_call or function_call_output")
 
 
 def is_hosted(tool: Fields) -> bool:
@@ -1027,9 +1046,9 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
     value = fields.value.get("stop")
     stops = [value] if isinstance(value, str) else value or []
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise BadRequest("'stop' must be a string or an array of strings.", code="invalid_type", param="stop")
+        raise fields.wrong("stop", "has the wrong type", "Send a string or an array of strings", "invalid_type")
     if len(stops) > STOPS_MAX:
-        raise BadRequest(f"'stop' holds more than {STOPS_MAX} strings.", code="invalid_value", param="stop")
+        raise fields.wrong("stop", f"holds {len(stops)} strings", f"Send at most {STOPS_MAX}")
     return tuple(stop for stop in stops if stop)
 
 
@@ -1046,17 +1065,14 @@ def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
             raise form.missing("json_schema")
         schema = spec.object("schema")
         return JsonFormat(schema.value if schema else None)
-    text = f"'{form.at('type')}' must be text, json_object or json_schema."
-    raise BadRequest(text, code="invalid_value", param=form.at("type"))
+    raise form.wrong("type", f"is '{kind}', which is not served", "Send text, json_object or json_schema")
 
 
 def parse_tool(tool: Fields) -> Tool:
     """A function tool, nested as chat has it or flat as Responses has it."""
     kind = tool.text("type") or "function"
     if kind != "function":
-        raise BadRequest(
-            f"Tools of type '{kind}' are not served; use 'function'.", code="invalid_value", param=tool.at("type")
-        )
+        raise tool.wrong("type", f"is '{kind}', which is not served", "Send 'function'")
     inner = tool.object("function") or tool
     parameters = inner.object("parameters")
     return Tool(inner.needed_text("name"), inner.text("description") or "", parameters.value if parameters else None)
@@ -1075,11 +1091,8 @@ def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
         choice = Fields(value, "tool_choice")
         name = (choice.object("function") or choice).text("name")
     if name not in {tool.name for tool in tools}:
-        raise BadRequest(
-            "'tool_choice' must be none, auto, required or name a declared function.",
-            code="invalid_value",
-            param="tool_choice",
-        )
+        what = "names no declared function"
+        raise fields.wrong("tool_choice", what, "Send none, auto, required or the name of one of 'tools'")
     return ToolChoice("required", (name,))
 
 
@@ -1096,11 +1109,7 @@ def parse_message(message: Fields) -> Message:
     if role == "tool":
         result = ToolResult(message.needed_text("tool_call_id"), "\n".join(texts_of(message)))
         return Message("tool", (result,))
-    raise BadRequest(
-        f"'{message.at('role')}' must be system, developer, user, assistant or tool.",
-        code="invalid_value",
-        param=message.at("role"),
-    )
+    raise message.wrong("role", f"is '{role}'", "Send system, developer, user, assistant or tool")
 
 
 def texts_of(message: Fields, key: str = "content") -> list[str]:
@@ -1122,7 +1131,7 @@ def parse_part(part: Fields) -> Part:
         return Text(part.text("refusal") or "")
     if kind in ("image_url", "input_image"):
         return parse_image(part)
-    raise BadRequest(f"Content parts of type '{kind}' are not served.", code="invalid_value", param=part.at("type"))
+    raise part.wrong("type", f"is '{kind}', which is not served", "Send text or image_url")
 
 
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]*)*;base64,", re.ASCII)
@@ -1133,16 +1142,12 @@ def parse_image(part: Fields) -> Media:
     url = Fields(value, part.at("image_url")).needed_text("url") if isinstance(value, dict) else value
     match = DATA_URL.match(url) if isinstance(url, str) else None
     if match is None or not isinstance(url, str):
-        raise invalid_image(part, "must be a data: URL with base64 content")
+        raise part.wrong("image_url", "is no data: URL", "Send data:image/png;base64,...", "invalid_image_url")
     data = url[match.end() :]
     payload = data.encode("ascii", "replace").rstrip(b"=")
     if not payload or payload.translate(None, BASE64_ALPHABET) or len(payload) % 4 == 1:
-        raise invalid_image(part, "does not hold valid base64")
+        raise part.wrong("image_url", "is not valid base64", "Encode the file anew", "invalid_image_url")
     return Media(match[1], data)
-
-
-def invalid_image(part: Fields, what: str) -> BadRequest:
-    return BadRequest(f"'{part.at('image_url')}' {what}.", code="invalid_image_url", param=part.at("image_url"))
 
 
 def parse_call(call: Fields) -> ToolCall:
@@ -1191,7 +1196,9 @@ def map_model(name: str, config: Config, listed: Sequence[str] | None) -> Mapped
         return settled(config.default_model, "models.default", listed)
     near = difflib.get_close_matches(bare, [*config.aliases, *(listed or STATIC_MODELS), *BUILTIN_ALIASES], 3, 0.4)
     hint = f" Near names: {', '.join(near)}." if near else ""
-    raise ModelNotFound(f"The model '{name}' is not known.{hint} Add it under models.map.", param="model")
+    raise ModelNotFound(
+        f"The model '{name}' is not known.{hint} Use one of GET /v1/models, or map it in models.map.", param="model"
+    )
 
 
 def look_up(name: str, table: Iterable[str]) -> str | None:
@@ -1278,11 +1285,13 @@ class AccountPool:
         rests = {a.name: r for a in self.accounts if (r := self._rests.get((a.name, model))) and r[0] > now}
         reasons = {name: error for name, (_, error) in rests.items()} | dict(refusals)
         if not reasons:
-            return PoolExhausted("No account is configured.", Overloaded("no account"), None)
+            return PoolExhausted("No account is configured. Add one under accounts.", Overloaded("no account"), None)
         wait = min((until - now for until, _ in rests.values()), default=None)
-        text = "; ".join(f"{name}: {error.message}" for name, error in reasons.items())
+        text = "; ".join(f"{name}: {error.message.rstrip('.')}" for name, error in reasons.items())
         last = list((refusals or reasons).values())[-1]
-        return PoolExhausted(f"No account could answer. {text}", last, wait or last.retry_after_s)
+        wait = wait or last.retry_after_s
+        again = f" Please try again in {wait:.1f}s." if wait and last.status in (429, 503) else ""
+        return PoolExhausted(f"No account could answer ({text}). {last.advice}{again}", last, wait)
 
 
 class SignatureMemory:
@@ -1585,7 +1594,7 @@ class GeminiReader:
     def _finish(self, error: UpstreamError | None = None) -> list[Event]:
         unfinished = (self._said | self._called | set(self._open)) - set(self._reasons)
         if unfinished or not self._reasons:
-            self._fail(error or UpstreamBroken("Gemini's answer broke off before its end."))
+            self._fail(error or UpstreamBroken("Gemini's answer broke off before its end. Try again."))
         for choice, raw in sorted(self._reasons.items()):
             if self._failed:
                 break
@@ -2113,6 +2122,29 @@ class Trace:
         return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
 
 
+@dataclass(slots=True)
+class Tally:
+    """What a gateway did since it was started."""
+
+    requests: int = 0
+    failed: int = 0
+    usage: Usage = Usage()
+    accounts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, trace: Trace, status: int) -> None:
+        if trace.model:
+            self.requests += 1
+            self.failed += status >= 400
+        if trace.account and status < 400:
+            self.usage += trace.usage or Usage()
+            self.accounts[trace.account.name] = self.accounts.get(trace.account.name, 0) + 1
+
+    def bill(self) -> str:
+        accounts = ", ".join(f"{name} {count}" for name, count in self.accounts.items()) or "none"
+        tokens = f"{self.usage.prompt} tokens in, {self.usage.completion} out"
+        return f"{self.requests} requests ({self.failed} failed), {tokens}; accounts: {accounts}"
+
+
 def masked(name: str) -> str:
     """An e-mail with its first letter and domain left; any other name as it is."""
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
@@ -2172,7 +2204,7 @@ class Answer:
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s.")
+        self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
         self._response.close()
 
     async def batches(self) -> AsyncIterator[list[Event]]:
@@ -2186,7 +2218,9 @@ class Answer:
                 if events := self._reader.feed(data):
                     yield events
         except TimeoutError:
-            error = UpstreamTimeout("Gemini fell silent in the middle of its answer.")
+            error = UpstreamTimeout(
+                "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
+            )
         except aiohttp.ClientError:
             pass  # the reader knows whether the answer was whole
         yield self._reader.close(self._late or error)
@@ -2238,16 +2272,17 @@ def renumbered(event: Event, choice: int) -> Event:
 class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
-    def __init__(self, config: Config, session: aiohttp.ClientSession) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
         self._pool = AccountPool(config.accounts)
-        self._session = session
+        self._session = open_session(config.timeouts)
         self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
         self._models: tuple[str, ...] | None = None
         self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
         self.signatures = SignatureMemory()
+        self.skew_s = 0.0
 
     async def close(self) -> None:
         if self._listing:
@@ -2276,14 +2311,28 @@ class Upstream:
         self._models_until = time.monotonic() + MODELS_RETRY_S
         for account in self._pool.accounts:
             try:
-                self._models = await self._list_models_of(account)
-            except (aiohttp.ClientError, TimeoutError, ValueError, KeyError, TypeError) as error:
-                log.debug("the models of %s cannot be listed: %s", account.name, type(error).__name__)
+                self._models = await self.models_of(account)
+            except UpstreamError as error:
+                log.debug("the models of %s cannot be listed: %s", account.name, error.message)
             else:
                 self._models_until = time.monotonic() + MODELS_FRESH_S
                 return
 
-    async def _list_models_of(self, account: Account) -> tuple[str, ...]:
+    async def models_of(self, account: Account) -> tuple[str, ...]:
+        """What one account's upstream lists. Raises UpstreamError."""
+        try:
+            async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
+                return await self._pages_of(account)
+        except TimeoutError:
+            raise UpstreamTimeout(
+                "Gemini did not answer in time; check the network and whether a proxy is needed"
+            ) from None
+        except aiohttp.ClientError as error:
+            raise UpstreamBroken(connection_problem(error)) from None
+        except (ValueError, KeyError, TypeError):
+            raise UpstreamBroken("what answers at base_url is not Gemini; check base_url") from None
+
+    async def _pages_of(self, account: Account) -> tuple[str, ...]:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
         names: list[str] = []
         page = ""
@@ -2291,7 +2340,9 @@ class Upstream:
             url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
             headers = {"x-goog-api-key": account.api_key}
             async with self._session.get(url, headers=headers, proxy=self._proxies[account.base_url]) as response:
-                response.raise_for_status()
+                self.skew_s = clock_skew(response.headers.get("Date"), time.time())
+                if response.status != 200:
+                    raise classify_error(response.status, parse_json(await response.read()))
                 answer = await response.json(content_type=None)
             for model in answer["models"]:
                 if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
@@ -2327,7 +2378,7 @@ class Upstream:
             async with asyncio.timeout(total_s):
                 answer = await self._retry(trace, body, sse)
         except TimeoutError:
-            raise UpstreamTimeout("No answer began within proxy.timeouts.total_s.") from None
+            raise UpstreamTimeout("No answer began within proxy.timeouts.total_s. Raise it, or try again.") from None
         if total_s:
             answer.end_by(total_s - (time.monotonic() - trace.started))
         return answer
@@ -2377,6 +2428,12 @@ class Upstream:
             raise
 
 
+def open_session(wait: Timeouts) -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s, sock_read=wait.idle_s)
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
 async def first_events(response: aiohttp.ClientResponse, sse: bool) -> Answer:
     """The answer with its first events. Raises what the status or the first event says, and aiohttp's errors."""
     if response.status != 200:
@@ -2397,6 +2454,16 @@ def unless_failed(events: list[Event]) -> list[Event]:
     if events and isinstance(events[0], Failed):
         raise events[0].error
     return events
+
+
+def clock_skew(date: str | None, now: float) -> float:
+    """Seconds by which this machine's clock is ahead of an answer's Date header; 0 without one."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return now - parsedate_to_datetime(date or "").timestamp()
+    except ValueError:
+        return 0.0
 
 
 def connection_problem(error: aiohttp.ClientError) -> str:
@@ -2454,9 +2521,10 @@ ROUTE = re.compile(
 class Gateway:
     """The handlers."""
 
-    def __init__(self, config: Config, upstream: Upstream) -> None:
+    def __init__(self, config: Config, upstream: Upstream, tally: Tally) -> None:
         self._config = config
         self._upstream = upstream
+        self._tally = tally
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -2469,12 +2537,16 @@ class Gateway:
         except GatewayError as error:
             response = error_response(error, trace)
         except web.HTTPRequestEntityTooLarge:
-            response = error_response(BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX} bytes."), trace)
+            response = error_response(
+                BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one."), trace
+            )
         except Exception:
             log.exception("%s failed", trace.id)
-            response = error_response(GatewayError("The gateway failed; its log says why."), trace)
+            response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
-            fields = log_fields(trace, response.status if response else 499, time.monotonic())
+            status = response.status if response else 499
+            self._tally.add(trace, status)
+            fields = log_fields(trace, status, time.monotonic())
             log.info("%s", log_text(fields), extra={"fields": fields})
         if not response.prepared:
             response.headers.update(self._cors(http))
@@ -2483,14 +2555,15 @@ class Gateway:
     async def _route(self, http: web.Request, trace: Trace) -> web.StreamResponse:
         match = ROUTE.fullmatch(re.sub("/{2,}", "/", http.path))
         trace.route = route = match["route"] if match else http.path
+        self._guard(http)
         if http.method == "OPTIONS":
             return web.Response(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
         if match is None:
             base = f"{http.scheme}://{http.host}/v1"
-            raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). The base URL is {base}.")
+            raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
         if http.method != METHODS[route] and (http.method, METHODS[route]) != ("HEAD", "GET"):
-            text = f"{http.method} is not served at /v1/{route}; use {METHODS[route]}."
+            text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
@@ -2513,23 +2586,38 @@ class Gateway:
             raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
         trace.client = right[0]
 
+    def _guard(self, http: web.Request) -> None:
+        """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
+        if self._config.auth != "off":
+            return
+        host = urlsplit(f"//{http.headers.get('Host', 'localhost')}").hostname or ""
+        literal = self._config.allow_lan_access and is_address(host)
+        if not (is_loopback(host) or literal or host in self._config.allowed_hosts):
+            text = (
+                f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or set proxy.api_key."
+            )
+            raise Forbidden(text, code="host_not_allowed")
+        origin = http.headers.get("Origin", "")
+        if origin.startswith(("http://", "https://")) and not self._is_allowed(origin):
+            text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or set proxy.api_key."
+            raise Forbidden(text, code="origin_not_allowed")
+
+    def _is_allowed(self, origin: str) -> bool:
+        return is_loopback(urlsplit(origin).hostname or "") or origin in self._config.cors_origins
+
     def _cors(self, http: web.Request) -> dict[str, str]:
         """What lets a browser's page read the answer: any page where a key is needed, else those allowed."""
         origin = http.headers.get("Origin")
-        if origin is None:
-            return {}
-        local = is_loopback(urlsplit(origin).hostname or "")
-        if self._config.auth == "off" and not local and origin not in self._config.cors_origins:
+        if origin is None or (self._config.auth == "off" and not self._is_allowed(origin)):
             return {}
         headers = {"Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin, "Vary": "Origin"}
-        if http.method == "OPTIONS":
-            asked = http.headers.get("Access-Control-Request-Headers", "authorization, content-type")
-            return headers | {
-                "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
-                "Access-Control-Allow-Headers": asked,
-                "Access-Control-Max-Age": "600",
-            }
-        return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
+        if http.method != "OPTIONS":
+            return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
+        return headers | {
+            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "authorization"),
+            "Access-Control-Max-Age": "600",
+        }
 
     async def _models(self, name: str | None) -> dict[str, Any]:
         """The list of models, or the one that is named."""
@@ -2620,15 +2708,11 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def create_app(config: Config) -> web.Application:
+async def create_app(config: Config, tally: Tally | None = None) -> web.Application:
     """The gateway as an aiohttp application; what it opened closes with it."""
-    wait = config.timeouts
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s, sock_read=wait.idle_s)
-    connector = aiohttp.TCPConnector(limit=0)
-    session = aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-    upstream = Upstream(config, session)
+    upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    app.router.add_route("*", "/{tail:.*}", Gateway(config, upstream).handle)
+    app.router.add_route("*", "/{tail:.*}", Gateway(config, upstream, tally or Tally()).handle)
 
     async def close(_: web.Application) -> None:
         await upstream.close()
@@ -2797,11 +2881,95 @@ def create_demo(fault: str | None) -> web.Application:
 # 15. Command line
 # ==============================================================================
 
-NOTHING_TO_SERVE = """\
-There is no account to ask. Three ways to go on:
-  agproxy serve --demo                       try everything without a key
-  GEMINI_API_KEY=... agproxy serve           one account from the environment
-  agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
+THREE_WAYS = """\
+agproxy serve --demo                       try everything without a key
+GEMINI_API_KEY=... agproxy serve           one account from the environment
+agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
+
+# What a person pastes for each client: where, and the text. {base}, {key} and {root} (without /v1) are filled in.
+CLIENTS: Mapping[str, tuple[str, str]] = {
+    "curl": (
+        "a shell",
+        """\
+curl {base}/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
+    ),
+    "aider": ("a shell", "aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {key}"),
+    "codex": (
+        "~/.codex/config.toml, then: export OPENAI_API_KEY={key}",
+        """\
+model = "gpt-5"
+model_provider = "agproxy"
+
+[model_providers.agproxy]
+name = "agproxy"
+base_url = "{base}"
+wire_api = "responses"
+env_key = "OPENAI_API_KEY\"""",
+    ),
+    "llm": (
+        'extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value "{key}"',
+        """\
+- model_id: agproxy
+  model_name: gpt-4o
+  api_base: "{base}"
+  api_key_name: agproxy""",
+    ),
+    "langchain": (
+        "Python",
+        """\
+from langchain_openai import ChatOpenAI
+
+model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key="{key}")""",
+    ),
+    "opencode": (
+        "opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello",
+        """\
+{{
+  "$schema": "https://opencode.ai/config.json",
+  "provider": {{
+    "agproxy": {{
+      "npm": "@ai-sdk/openai-compatible",
+      "options": {{"baseURL": "{base}", "apiKey": "{key}"}},
+      "models": {{"gpt-4o": {{}}}}
+    }}
+  }}
+}}""",
+    ),
+    "continue": (
+        "~/.continue/config.yaml",
+        """\
+name: agproxy
+version: 0.0.1
+schema: v1
+models:
+  - name: agproxy
+    provider: openai
+    model: gpt-4o
+    apiBase: {base}
+    apiKey: {key}
+    roles: [chat, edit, apply, autocomplete]""",
+    ),
+    "cline": (
+        "Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible",
+        """\
+Base URL: {base}
+API Key: {key}
+Model ID: gpt-4o""",
+    ),
+    "cursor": (
+        "Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet",
+        """\
+OpenAI API Key: {key}
+Override OpenAI Base URL: {base}""",
+    ),
+}
+DOORS_NOT_BUILT = {"claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"}
+SHELLS: Mapping[str, Callable[[str, str], str]] = {
+    "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
+    "fish": lambda name, value: "set -gx {} '{}'".format(name, re.sub(r"(['\\])", r"\\\1", value)),
+    "powershell": lambda name, value: "$env:{} = '{}'".format(name, value.replace("'", "''")),
+}
 
 
 def file_fingerprint() -> str:
@@ -2833,9 +3001,12 @@ def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
 
 
 class Unusable(click.ClickException):
-    """What the user gave cannot be used."""
+    """What the user gave cannot be used; the code at the end stands in README's table."""
 
     exit_code = 2
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(f"{message} [{code}]")
 
 
 def configured(accounts: str | None, host: str | None = None, port: int | None = None, demo: bool = False) -> Config:
@@ -2844,14 +3015,14 @@ def configured(accounts: str | None, host: str | None = None, port: int | None =
         config = find_config(accounts, os.environ)
         if named := os.environ.get("AGPROXY_PORT"):
             if not named.isdecimal() or int(named) > 65535:
-                raise ConfigError(f"AGPROXY_PORT is '{named}'; it must be a number from 0 to 65535.")
+                raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
             config = replace(config, port=int(named))
         config = replace(config, host=host or config.host, port=config.port if port is None else port, demo=demo)
         if problems := config_problems(config):
             raise ConfigError("\n".join(problems))
         return config
     except ConfigError as error:
-        raise Unusable(str(error)) from None
+        raise Unusable(str(error), "config_invalid") from None
 
 
 def servable(config: Config) -> Config:
@@ -2859,11 +3030,16 @@ def servable(config: Config) -> Config:
     if config.auth != "off" and not config.api_key:
         raise Unusable(
             "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set. "
-            f"A fresh one to paste into the accounts file:\nproxy:\n  api_key: sk-{secrets.token_urlsafe(32)}"
+            f"Paste this fresh one into the accounts file:\nproxy:\n  api_key: {fresh_key()}",
+            "key_needed",
         )
     if not config.accounts and not config.demo:
-        raise Unusable(NOTHING_TO_SERVE)
+        raise Unusable(f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}", "no_accounts")
     return config
+
+
+def fresh_key() -> str:
+    return f"sk-{secrets.token_urlsafe(32)}"
 
 
 class JsonFormatter(logging.Formatter):
@@ -2887,6 +3063,7 @@ def banner(config: Config) -> str:
     """What a person needs to know at the start."""
     proxies = {without_credentials(p) for a in config.accounts if (p := proxy_for(a.base_url, config))}
     names = ", ".join(account.name for account in config.accounts)
+    open_to_all = config.auth == "off" and not is_loopback(config.bind)
     lines = [
         f"agproxy {__version__} listens on {config.bind}:{config.port}",
         f"  base URL  {config.base_url}",
@@ -2894,6 +3071,7 @@ def banner(config: Config) -> str:
         f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
+        *(["  WARNING   anybody on the network can use these accounts; set proxy.api_key"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
     ]
     return "\n".join(lines)
@@ -2903,20 +3081,52 @@ def without_credentials(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-async def run(config: Config) -> None:
+async def run_until_signal(config: Config) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        if config.demo:
-            demo = await listen(create_demo(os.environ.get("AGPROXY_DEMO_FAULT")), "127.0.0.1", 0, stack)
-            config = replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{demo}"),))
+        config = await with_demo(config, stack)
         port = await listen(await create_app(config), config.bind, config.port, stack)
-        config = replace(config, port=port)
-        click.echo(banner(config), err=True)
-        with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers; Ctrl-C ends the loop there
-            for number in (signal.SIGTERM, signal.SIGINT):
-                asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        click.echo(banner(replace(config, port=port)), err=True)
+        on_signals((signal.SIGTERM, signal.SIGINT), lambda _: stop.set())
         await stop.wait()
+
+
+def on_signals(numbers: Iterable[signal.Signals], act: Callable[[signal.Signals], None]) -> None:
+    with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers; Ctrl-C ends the loop there
+        for number in numbers:
+            asyncio.get_running_loop().add_signal_handler(number, act, number)
+
+
+async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
+    """The config, with the demo's account instead of the file's where the demo is asked for."""
+    if not config.demo:
+        return config
+    port = await listen(create_demo(os.environ.get("AGPROXY_DEMO_FAULT")), "127.0.0.1", 0, stack)
+    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),))
+
+
+async def run_command(config: Config, command: Sequence[str]) -> int:
+    """Serves one command on a free loopback port with a key of its own; its exit code. Raises OSError."""
+    key, tally = fresh_key(), Tally()
+    config = replace(config, host="127.0.0.1", port=0, auth_mode="strict", api_key=(ClientKey("run", key),))
+    async with contextlib.AsyncExitStack() as stack:
+        config = await with_demo(config, stack)
+        port = await listen(await create_app(config, tally), "127.0.0.1", 0, stack)
+        env = {**os.environ, **client_environment(replace(config, port=port))}
+        child = await asyncio.create_subprocess_exec(*command, env=env)
+        by_terminal = sys.stdin is not None and sys.stdin.isatty()  # then Ctrl-C reaches the child by itself
+        on_signals([signal.SIGTERM, signal.SIGHUP], child.send_signal)
+        on_signals([signal.SIGINT], (lambda _: None) if by_terminal else child.send_signal)
+        code = await child.wait()
+        click.echo(f"agproxy: {tally.bill()}", err=True)
+    return 128 - code if code < 0 else code
+
+
+def client_environment(config: Config) -> dict[str, str]:
+    """The variables by which OpenAI's clients find the gateway."""
+    key = config.api_key[0].key if config.api_key else "unused"
+    return {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
 
 
 async def listen(app: web.Application, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
@@ -2930,18 +3140,11 @@ async def listen(app: web.Application, host: str, port: int, stack: contextlib.A
     return address[1]
 
 
-@click.group(invoke_without_command=True)
+@click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
 @click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
 @click.pass_context
 def main(context: click.Context) -> None:
-    """An OpenAI-compatible gateway in front of Gemini, in one file.
-
-    \b
-    Three ways to begin:
-      agproxy serve --demo                       try everything without a key
-      GEMINI_API_KEY=... agproxy serve           one account from the environment
-      agproxy serve --accounts accounts.yaml     several accounts
-    """
+    """An OpenAI-compatible gateway in front of Gemini, in one file."""
     if context.invoked_subcommand is None:
         click.echo(context.get_help())
 
@@ -2957,11 +3160,14 @@ port_option = click.option(
 )
 
 
+demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
+
+
 @main.command()
 @host_option
 @port_option
 @accounts_option
-@click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
+@demo_option
 @click.option(
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
 )
@@ -2971,31 +3177,116 @@ def serve(
 ) -> None:
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
+    warn_of_readers(find_file(accounts, os.environ))
     set_up_logging(log_level, log_format)
     try:
-        asyncio.run(run(config))
+        asyncio.run(run_until_signal(config))
     except OSError as error:
-        raise click.ClickException(
-            f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port."
-        ) from None
+        text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another port with --port."
+        raise Unusable(text, "cannot_listen") from None
     except KeyboardInterrupt:
         pass
 
 
+def warn_of_readers(path: Path | None) -> None:
+    if path and os.name == "posix" and path.stat().st_mode & 0o077:
+        click.echo(f"Warning: others can read the keys in {path}. Close it with: chmod 600 {path}", err=True)
+
+
+@main.command(context_settings={"ignore_unknown_options": True})
+@accounts_option
+@demo_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
+    """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
+    config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
+    set_up_logging("error", "text")
+    try:
+        sys.exit(asyncio.run(run_command(config, command)))
+    except OSError as error:
+        text = f"'{command[0]}' cannot be started ({error.strerror}). Check its name and $PATH."
+        raise Unusable(text, "command_not_started") from None
+
+
+@main.command("models")
+@accounts_option
+@demo_option
+@click.argument("name", required=False)
+def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
+    """List the models that are served, or say what NAME maps to and by which rule."""
+    config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
+    listed = asyncio.run(list_models(config))
+    if name is None:
+        for known in (*(listed or STATIC_MODELS), *(alias for alias in config.aliases if "*" not in alias)):
+            click.echo(known)
+        return
+    try:
+        mapped = map_model(name, config, listed)
+    except ModelNotFound as error:
+        raise Unusable(error.message, "model_not_found") from None
+    instead = f"; the upstream does not list {mapped.wished}" if mapped.wished else ""
+    click.echo(f"{name} -> {mapped.model} (by {mapped.rule}{instead})")
+
+
+async def list_models(config: Config) -> tuple[str, ...] | None:
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = Upstream(await with_demo(config, stack))
+        stack.push_async_callback(upstream.close)
+        return await upstream.models()
+
+
 @main.command()
 @accounts_option
-def check(accounts: str | None) -> None:
+@click.option("--online", is_flag=True, help="Ask each account's upstream, too.")
+def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
-    config = configured(accounts)
-    if not config.accounts:
-        raise Unusable(NOTHING_TO_SERVE)
-    rows = [("account", "kind", "key", "upstream")]
-    rows += [(a.name, a.kind, masked_key(a.api_key), a.base_url) for a in config.accounts]
+    config = servable(replace(configured(accounts), auth_mode="off"))
+    warn_of_readers(find_file(accounts, os.environ))
+    found: Sequence[tuple[str, ...]]
+    found = asyncio.run(probe(config)) if online else [(masked_key(a.api_key), a.base_url) for a in config.accounts]
+    rows: list[tuple[str, ...]] = [("account", "kind", *(ONLINE_COLUMNS if online else ("key", "upstream")))]
+    rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
     for line in config.unused:
         click.echo(line)
+    if any(row[0] == "no" for row in found):
+        sys.exit(1)
+
+
+ONLINE_COLUMNS = ("reachable", "models", "remedy")
+
+
+async def probe(config: Config) -> Sequence[tuple[str, ...]]:
+    """Of each account: whether its upstream answers, with how many models, and what to do where it does not."""
+    upstream = Upstream(config)
+    try:
+        return [await probe_account(upstream, account) for account in config.accounts]
+    finally:
+        await upstream.close()
+
+
+async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str, str]:
+    try:
+        listed = await upstream.models_of(account)
+    except UpstreamError as error:
+        return "no", "-", f"{error.message.rstrip('.')}. {remedy_of(error)}".rstrip()
+    skew_s = upstream.skew_s
+    late = f"This machine's clock is off by {skew_s:.0f} s. Set it by NTP." if abs(skew_s) > CLOCK_SKEW_S_MAX else ""
+    return "yes", str(len(listed)), late
+
+
+def remedy_of(error: UpstreamError) -> str:
+    """What the owner of an account can do about a refusal. Texts: https://ai.google.dev/gemini-api/docs/troubleshooting"""
+    remedies = {
+        "location is not supported": "Use a machine or a proxy (proxy.upstream_proxy) in a region that Gemini serves.",
+        "billing": "Turn on billing for the key's project.",
+        "has not been used|is disabled": "Turn on the Generative Language API for the key's project.",
+        "API key|unregistered callers|credentials|PERMISSION": "Make a new key at https://aistudio.google.com/apikey.",
+    }
+    found = (remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE))
+    return next(found, "" if ";" in error.message else error.advice)
 
 
 def masked_key(key: str) -> str:
@@ -3007,13 +3298,23 @@ def masked_key(key: str) -> str:
 @host_option
 @port_option
 @accounts_option
-def print_env(host: str | None, port: int | None, accounts: str | None) -> None:
-    """Print what a shell needs: eval "$(agproxy env)"."""
+@click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
+@click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
+def print_env(host: str | None, port: int | None, accounts: str | None, shell: str, client: str | None) -> None:
+    """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
     config = configured(accounts, host, port)
-    key = config.api_key[0].key if config.api_key else "unused"
-    values = {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
-    for name, value in values.items():
-        click.echo(f"export {name}={shlex.quote(value)}")
+    values = client_environment(config)
+    if client in DOORS_NOT_BUILT:
+        raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
+    if client:
+        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": values["OPENAI_API_KEY"]}
+        where, text = (text.format(**filled) for text in CLIENTS[client])
+        click.echo(f"# {where}", err=True)
+        click.echo(text)
+    elif shell == "json":
+        click.echo(json.dumps(values, indent=2))
+    else:
+        click.echo("\n".join(SHELLS[shell](name, value) for name, value in values.items()))
 
 
 if __name__ == "__main__":

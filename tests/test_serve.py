@@ -158,7 +158,7 @@ async def test_a_taken_port_is_said(serve: Serve, file: str) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         served = await serve("--accounts", file, "--port", str(taken.getsockname()[1]))
-        assert await served.ended() == 1
+        assert await served.ended() == 2
     assert "Cannot listen on 127.0.0.1" in served.said
     assert "base URL" not in served.said
 

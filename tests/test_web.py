@@ -278,8 +278,8 @@ async def test_what_each_refusal_costs_and_says(
 @pytest.mark.parametrize(
     ("timeouts", "pause", "text"),
     [
-        ({"first_event_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time."),
-        ({"idle_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time."),
+        ({"first_event_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time"),
+        ({"idle_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time"),
         ({"total_s": 0.2}, {"silence_s": 1.0}, "No answer began within proxy.timeouts.total_s."),
         ({"idle_s": 0.2}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
         ({"total_s": 0.2}, {"pause_s": 0.15}, "The answer took longer than proxy.timeouts.total_s."),
