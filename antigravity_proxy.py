@@ -2325,12 +2325,12 @@ class Upstream:
                 return await self._pages_of(account)
         except TimeoutError:
             raise UpstreamTimeout(
-                "Gemini did not answer in time; check the network and whether a proxy is needed"
+                "Gemini did not answer in time. Check the network and whether a proxy is needed."
             ) from None
         except aiohttp.ClientError as error:
             raise UpstreamBroken(connection_problem(error)) from None
         except (ValueError, KeyError, TypeError):
-            raise UpstreamBroken("what answers at base_url is not Gemini; check base_url") from None
+            raise UpstreamBroken("What answers at base_url is not Gemini. Check base_url.") from None
 
     async def _pages_of(self, account: Account) -> tuple[str, ...]:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
@@ -2469,14 +2469,14 @@ def clock_skew(date: str | None, now: float) -> float:
 def connection_problem(error: aiohttp.ClientError) -> str:
     """What went wrong on the way to Gemini, and what to do, without its URL."""
     if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
-        return "The proxy to Gemini could not be used; check proxy.upstream_proxy or HTTPS_PROXY."
+        return "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
     if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-        return "Gemini's TLS certificate was refused; check this machine's clock and SSL_CERT_FILE."
+        return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
     if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "Gemini's host name could not be resolved; check DNS and base_url."
+        return "Gemini's host name could not be resolved. Check DNS and base_url."
     if isinstance(error, aiohttp.ClientConnectorError):
-        return "Gemini could not be reached; check the network, base_url and whether a proxy is needed."
-    return "Gemini broke the connection before its answer began."
+        return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
+    return "Gemini broke the connection before its answer began. Try again."
 
 
 def proxy_for(url: str, config: Config) -> str | None:
@@ -3286,7 +3286,7 @@ def remedy_of(error: UpstreamError) -> str:
         "API key|unregistered callers|credentials|PERMISSION": "Make a new key at https://aistudio.google.com/apikey.",
     }
     found = (remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE))
-    return next(found, "" if ";" in error.message else error.advice)
+    return next(found, "" if ". " in error.message else error.advice)
 
 
 def masked_key(key: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp.test_utils import TestServer
+from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 ROOT = Path(__file__).parent.parent
@@ -63,3 +65,11 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             process.kill()
             await process.wait()
         process._transport.close()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+async def gemini() -> AsyncIterator[FakeGemini]:
+    fake = FakeGemini()
+    async with TestServer(fake.app) as server:
+        fake.url = str(server.make_url("")).rstrip("/")
+        yield fake

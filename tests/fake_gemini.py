@@ -52,17 +52,22 @@ class FakeGemini:
         self.echo = False
         self.pause_s = 0.0
         self.silence_s = 0.0
+        self.date = ""
         self.script: list[Step] = []
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
-        self.models = ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3-flash-preview"]
+        self.models: Any = ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3-flash-preview"]
         self.app = web.Application()
         self.app.router.add_get("/v1beta/models", self.list_models)
         self.app.router.add_post("/v1beta/models/{model_and_method:.+}", self.handle)
 
     async def list_models(self, request: web.Request) -> web.Response:
+        if isinstance(self.models, tuple):
+            return web.json_response(self.models[1], status=self.models[0])
         methods = {"supportedGenerationMethods": ["generateContent", "countTokens"]}
-        return web.json_response({"models": [{"name": f"models/{name}", **methods} for name in self.models]})
+        listed = [{"name": f"models/{name}", **methods} for name in self.models or ["broken"]]
+        date = {"Date": self.date} if self.date else {}
+        return web.json_response({"models": listed if self.models else 5}, headers=date)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

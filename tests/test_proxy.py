@@ -110,4 +110,4 @@ async def test_a_dead_proxy_is_named(serve: Serve, gemini: FakeGemini, tmp_path:
     async with aiohttp.ClientSession() as session:
         response = await session.post(f"{base_url}/chat/completions", json=HELLO)
         assert response.status == 502
-        assert "check proxy.upstream_proxy or HTTPS_PROXY" in (await response.json())["error"]["message"]
+        assert "Check proxy.upstream_proxy or HTTPS_PROXY" in (await response.json())["error"]["message"]

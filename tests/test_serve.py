@@ -13,17 +13,8 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp.test_utils import TestServer
 from conftest import HELLO, Serve
 from fake_gemini import FakeGemini, error, said
-
-
-@pytest.fixture
-async def gemini() -> AsyncIterator[FakeGemini]:
-    fake = FakeGemini()
-    async with TestServer(fake.app) as server:
-        fake.url = str(server.make_url("")).rstrip("/")
-        yield fake
 
 
 @pytest.fixture
