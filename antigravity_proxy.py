@@ -3022,7 +3022,7 @@ def configured(accounts: str | None, host: str | None = None, port: int | None =
             raise ConfigError("\n".join(problems))
         return config
     except ConfigError as error:
-        raise Unusable(str(error), "config_invalid") from None
+        raise Unusable(f"{error}\nMend that; `agproxy check` tries again.", "config_invalid") from None
 
 
 def servable(config: Config) -> Config:

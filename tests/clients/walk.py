@@ -7,13 +7,16 @@
 Ends with a table of what ran and what was skipped, and with 1 if a recipe failed.
 """
 
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,11 +73,11 @@ class Walk:
         subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
         command = re.search(r"```sh\n(python3 -m venv .*--demo --port 8045)\n```", (ROOT / "README.md").read_text())
         assert command is not None
-        gateway = subprocess.Popen(["bash", "-ec", f"exec bash -c '{command[1]}'"], cwd=project, env=self.env)
+        gateway = subprocess.Popen(["bash", "-c", command[1]], cwd=project, env=self.env, start_new_session=True)
         for _ in range(1200):
             if gateway.poll() is not None:
                 sys.exit(f"README's first command ended with {gateway.returncode}")
-            if subprocess.run(["curl", "-sf", "http://127.0.0.1:8045/healthz"], capture_output=True).returncode == 0:
+            with contextlib.suppress(OSError), urllib.request.urlopen("http://127.0.0.1:8045/healthz"):
                 return gateway
             time.sleep(0.1)
         sys.exit("README's first command did not answer within two minutes")
@@ -95,7 +98,13 @@ class Walk:
         script.write_text(text)
         try:
             done = subprocess.run(
-                [*RUNNERS[language], str(script)], cwd=place, env=env, capture_output=True, text=True, timeout=180
+                [*RUNNERS[language], str(script)],
+                cwd=place,
+                env=env,
+                check=False,
+                capture_output=True,
+                text=True,
+                timeout=180,
             )
         except subprocess.TimeoutExpired:
             return "FAILED: no end within 180 s"
@@ -109,7 +118,10 @@ class Walk:
             commands = [["python3", "-m", "venv", "venv"], ["venv/bin/pip", "-q", "install", client.pip]]
         if client.npm:
             commands = [["npm", "init", "-y"], ["npm", "install", client.npm]]
-        run = (subprocess.run(command, cwd=place, env=env, capture_output=True, timeout=900) for command in commands)
+        run = (
+            subprocess.run(command, cwd=place, env=env, check=False, capture_output=True, timeout=900)
+            for command in commands
+        )
         return all(done.returncode == 0 for done in run)
 
 
@@ -126,9 +138,7 @@ def main() -> None:
                 results[name] = "skipped: not asked for" if left_out else walk.run(name, client)
                 print(f"{name:14} {results[name]}", flush=True)  # noqa: T201
         finally:
-            subprocess.run(
-                ["pkill", "-TERM", "-f", f"{folder}/project/.venv/bin/agproxy|agproxy serve --demo --port 8045"]
-            )
+            os.killpg(gateway.pid, signal.SIGTERM)
             gateway.wait(timeout=40)
     sys.exit(any(result.startswith("FAILED") for result in results.values()))
 
