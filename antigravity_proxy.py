@@ -2840,10 +2840,10 @@ def demo_text(body: dict[str, Any], config: dict[str, Any], prompt: str) -> list
         files = [part["inlineData"]["mimeType"] for part in parts if "inlineData" in part]
         system = " ".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", []))
         text = "This is the demo of agproxy; no model was asked."
-        text += f" You said: {prompt}" if prompt and not results else ""
+        text += f" You said: {prompt[:200]}" if prompt and not results else ""
         text += "".join(f" The tool {result['name']} answered: {json.dumps(result['response'])}" for result in results)
         text += f" With it came: {', '.join(files)}." if files else ""
-        text += f" The instructions were: {system}" if system else ""
+        text += f" The instructions were: {system[:200]}" if system else ""
     return [{"text": word} for word in re.findall(r"\s*\S+|\s+$", text)]
 
 
