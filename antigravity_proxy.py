@@ -25,8 +25,10 @@ The rooms, in reading order. A room may use the rooms above it, never below.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import difflib
+import functools
 import hashlib
 import hmac
 import importlib
@@ -39,15 +41,17 @@ import re
 import secrets
 import shlex
 import signal
+import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
+from dataclasses import fields as fields_of
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, assert_never
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar, assert_never
+from urllib.parse import quote, urljoin, urlsplit
 
 import click
 
@@ -71,6 +75,8 @@ if TYPE_CHECKING:
     from aiohttp import web
 else:
     asyncio, aiohttp, web = _Lazy("asyncio"), _Lazy("aiohttp"), _Lazy("aiohttp.web")
+
+T = TypeVar("T")
 
 log = logging.getLogger("agproxy")
 
@@ -111,6 +117,9 @@ CLOCK_SKEW_S_MAX = 300.0
 STOPS_MAX = 4
 CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
+CALLS_MAX = 1000
+CALL_ID_MAX = 64  # OpenAI's own limit
+ERROR_CHARS_MAX = 2000
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
@@ -143,6 +152,132 @@ BUILTIN_ALIASES: Mapping[str, str] = {
     "claude-instant*": "gemini-2.5-flash-lite",
     "text-embedding-*": "gemini-embedding-001",
 }
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+# Source: https://ai.google.dev/gemini-api/docs/openai#thinking
+EFFORT_BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768), strict=True))
+
+TOOL_NAME_MAX = 64
+EMBEDDINGS_MAX = 2048
+EMBEDDINGS_A_CALL = 100
+ANSWER_TOOL = "give_final_answer"
+CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
+# Source: https://ai.google.dev/gemini-api/docs/image-understanding, .../audio, .../video-understanding, .../document-processing
+MEDIA_TYPES = re.compile(
+    r"image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf", re.ASCII
+)
+MEDIA_ALIASES = {"image/jpg": "image/jpeg"} | dict.fromkeys(
+    ("application/json", "application/xml", "application/javascript", "application/x-yaml"), "text/plain"
+)
+MEDIA_BYTES_MAX = 20 << 20
+MEDIA_LINKS_MAX = 16
+MEDIA_S_MAX = 20.0
+REDIRECTS_MAX = 5
+AUDIO_FORMATS = ("wav", "mp3", "aac", "aiff", "flac", "ogg")
+# What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
+PASSED_LINKS = re.compile(
+    r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
+)
+FILE_TYPES = {"txt": "text/plain", "md": "text/plain", "py": "text/plain", "csv": "text/csv", "html": "text/html"} | {
+    "json": "application/json",
+    "xml": "text/xml",
+    "png": "image/png",
+    "jpg": "image/jpeg",
+    "jpeg": "image/jpeg",
+    "webp": "image/webp",
+    "mp3": "audio/mp3",
+    "wav": "audio/wav",
+    "mp4": "video/mp4",
+}
+# Google's Schema takes these words as JSON Schema has them; the handled ones are translated.
+SCHEMA_WORDS = {"title", "description", "format", "default", "example", "pattern", "propertyOrdering", "nullable"} | {
+    f"{limit}{what}" for limit in ("min", "max") for what in ("imum", "Items", "Length", "Properties")
+}
+SCHEMA_HANDLED = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "items", "properties", "required", "$ref"} | {
+    "$defs",
+    "definitions",
+    "$schema",
+    "$id",
+    "exclusiveMinimum",
+    "exclusiveMaximum",
+}
+
+# What becomes of each field of a body: carried over, known to have no effect here, or lost.
+Fate = Literal["mapped", "ignored", "dropped"]
+SAMPLING_FIELDS: Mapping[str, tuple[Fate, str]] = {
+    "model": ("mapped", "the model in the URL"),
+    "temperature": ("mapped", "generationConfig.temperature"),
+    "top_p": ("mapped", "generationConfig.topP"),
+    "presence_penalty": ("mapped", "generationConfig.presencePenalty"),
+    "frequency_penalty": ("mapped", "generationConfig.frequencyPenalty"),
+    "seed": ("mapped", "generationConfig.seed"),
+    "stop": ("mapped", "generationConfig.stopSequences"),
+    "n": ("mapped", "as many upstream calls"),
+    "logprobs": ("mapped", "generationConfig.responseLogprobs"),
+    "top_logprobs": ("mapped", "generationConfig.logprobs, as far as logprobs are"),
+    "stream": ("mapped", "streamGenerateContent"),
+    "stream_options": ("mapped", "the usage chunk"),
+    "max_tokens": ("mapped", "generationConfig.maxOutputTokens, where max_completion_tokens is not there"),
+    "logit_bias": ("dropped", "Gemini has no bias by token"),
+    "user": ("ignored", "who asks has no effect on the answer"),
+    "metadata": ("ignored", "no effect on the answer"),
+    "store": ("ignored", "no effect on the answer"),
+    "service_tier": ("ignored", "there is one tier"),
+    "safety_identifier": ("ignored", "no effect on the answer"),
+    "prompt_cache_key": ("ignored", "Gemini caches prompts by itself"),
+    "prompt_cache_retention": ("ignored", "Gemini caches prompts by itself"),
+    "prompt_cache_options": ("ignored", "Gemini caches prompts by itself"),
+    "extra_body": ("mapped", "google.thinking_config"),
+    "google": ("mapped", "google.thinking_config"),
+}
+TOOL_FIELDS: Mapping[str, tuple[Fate, str]] = {
+    "tools": ("mapped", "tools[0].functionDeclarations"),
+    "tool_choice": ("mapped", "toolConfig.functionCallingConfig"),
+    "parallel_tool_calls": ("mapped", "further calls are left out of the answer"),
+    "moderation": ("ignored", "Gemini has filters of its own"),
+}
+CHAT_FIELDS: Mapping[str, tuple[Fate, str]] = {
+    **SAMPLING_FIELDS,
+    **TOOL_FIELDS,
+    "messages": ("mapped", "contents and systemInstruction"),
+    "max_completion_tokens": ("mapped", "generationConfig.maxOutputTokens"),
+    "functions": ("mapped", "tools[0].functionDeclarations"),
+    "function_call": ("mapped", "toolConfig.functionCallingConfig"),
+    "response_format": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
+    "reasoning_effort": ("mapped", "generationConfig.thinkingConfig"),
+    "modalities": ("mapped", "generationConfig.responseModalities, for images"),
+    "audio": ("mapped", "refused"),
+    "web_search_options": ("mapped", "tools[0].googleSearch"),
+    "verbosity": ("dropped", "Gemini has no verbosity; ask for it in the instructions"),
+    "prediction": ("ignored", "only makes OpenAI's answer faster"),
+}
+COMPLETION_FIELDS: Mapping[str, tuple[Fate, str]] = {
+    **SAMPLING_FIELDS,
+    "prompt": ("mapped", "contents, one upstream call each"),
+    "suffix": ("mapped", "an instruction"),
+    "echo": ("mapped", "the prompt before the text"),
+    "best_of": ("ignored", "the first answer is the best"),
+    "logprobs": ("dropped", "not served here"),
+}
+RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
+    **SAMPLING_FIELDS,
+    **TOOL_FIELDS,
+    "input": ("mapped", "contents and systemInstruction"),
+    "instructions": ("mapped", "systemInstruction"),
+    "max_output_tokens": ("mapped", "generationConfig.maxOutputTokens"),
+    "text": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
+    "reasoning": ("mapped", "generationConfig.thinkingConfig"),
+    "include": ("ignored", "what there is, is included"),
+    "truncation": ("ignored", "nothing is truncated"),
+    "max_tool_calls": ("ignored", "counts hosted tools only"),
+    "client_metadata": ("ignored", "no effect on the answer"),
+    "context_management": ("ignored", "nothing is truncated"),
+    "background": ("mapped", "refused"),
+    "conversation": ("mapped", "refused"),
+    "prompt": ("mapped", "refused"),
+    "previous_response_id": ("mapped", "refused"),
+    "top_logprobs": ("dropped", "not served here"),
+}
+
 # What is served while the upstream's own list cannot be had.
 STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-embedding-001")
 
@@ -157,6 +292,68 @@ HOSTED_TOOLS = re.compile(
     r"|tool_search|programmatic_tool_calling"
 )
 
+ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What a model can and must do; asked through traits_of, never by its name in passing."""
+
+    thinking: Literal["none", "budget", "level"] = "level"
+    thinks: bool = True
+    """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
+    can_stop_thinking: bool = False
+    budget: tuple[int, int] = (128, 32768)
+    levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
+    signatures: bool = True
+    """Refuses a function call in the history that has no thought signature."""
+    call_ids: bool = False
+    """Gives its function calls ids, and wants them back."""
+    sampling: bool = True
+    penalties: bool = False
+    logprobs: bool = False
+    json_schema: bool = True
+    """Takes standard JSON Schema; without it, Google's subset."""
+    json_with_tools: bool = True
+    files_in_results: bool = True
+    prefill: bool = True
+    """Continues an answer that the last turn begins."""
+    answers: tuple[str, ...] = ("TEXT",)
+    output_tokens_max: int = 65535
+
+
+# Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
+# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
+TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
+    (
+        r".*",
+        (0, 0),
+        {"thinking": "none", "thinks": False, "signatures": False, "json_with_tools": False, "files_in_results": False}
+        | {"penalties": True, "logprobs": True, "output_tokens_max": 8192, "json_schema": False},
+    ),
+    (r".*", (2, 0), {"json_schema": True}),
+    (r".*-image(-.+)?", (0, 0), {"answers": ("TEXT", "IMAGE")}),
+    (r".*-tts", (0, 0), {"answers": ("AUDIO",)}),
+    (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
+    (r"-pro", (2, 5), {"thinking": "budget", "thinks": True, "budget": (128, 32768)}),
+    (r"-flash", (2, 5), {"thinking": "budget", "thinks": True, "budget": (0, 24576), "can_stop_thinking": True}),
+    (r"-flash-lite", (2, 5), {"thinking": "budget", "budget": (512, 24576), "can_stop_thinking": True}),
+    (
+        r".*",
+        (3, 0),
+        {"thinking": "level", "thinks": True, "signatures": True, "json_with_tools": True, "files_in_results": True}
+        | {"can_stop_thinking": False, "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")},
+    ),
+    (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
+    (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
+    (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
+    (r"-flash-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
+    (r".*", (3, 5), {"call_ids": True}),
+    (r"-flash-lite", (3, 5), {"sampling": False}),
+    (r".*", (3, 6), {"sampling": False, "prefill": False}),
+    (r".*", (3, 7), {"levels": ("LOW", "MEDIUM", "HIGH")}),
+)
+
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
 
 # ==============================================================================
@@ -168,7 +365,10 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
+#     │   ├── ModelGone, TooLong, TooLarge
+#     │   └── SignatureRefused  worth one more try without the thought signatures
 #     ├── RateLimited       this account, for now
+#     │   └── QuotaGone     this account, for long
 #     ├── CredentialRefused this account, until its credentials change
 #     ├── Overloaded        not the account's fault
 #     ├── UpstreamTimeout   no answer in time
@@ -261,12 +461,31 @@ class ModelGone(UpstreamRefused):
     default_code = "model_not_found"
 
 
+class TooLong(UpstreamRefused):
+    default_code = "context_length_exceeded"
+
+
+class TooLarge(UpstreamRefused):
+    status = 413
+    default_code = "request_too_large"
+
+
+class SignatureRefused(UpstreamRefused):
+    """A thought signature is missing, or another model or project made it."""
+
+
 class RateLimited(UpstreamError):
     status = 429
     type = "rate_limit_error"
     remedy = "next_account"
     default_code = "rate_limit_exceeded"
     advice = "Wait, or add an account of another project."
+
+
+class QuotaGone(RateLimited):
+    type = "insufficient_quota"
+    default_code = "insufficient_quota"
+    advice = "Wait for the new day, turn on billing, or add an account of another project."
 
 
 class CredentialRefused(UpstreamError):
@@ -290,6 +509,26 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamBroken(UpstreamError):
     remedy = "same_account"
+
+
+# What an error body of Gemini means: the first row whose statuses and pattern fit it. What fits none is broken, or
+# overloaded where the status is no known one (529 comes from proxies).
+# Source: https://ai.google.dev/gemini-api/docs/troubleshooting; the texts as servers gave them
+REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] = (
+    ((429,), r"limit: 0\b|PerDay|Daily", QuotaGone, None),
+    ((429,), "", RateLimited, None),
+    ((401, 403), "", CredentialRefused, None),
+    ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
+    ((400,), r"token count.* exceeds|maximum number of tokens|[Cc]ontext (length|window)", TooLong, None),
+    ((400, 413), r"payload size exceeds", TooLarge, None),
+    ((413,), "", TooLarge, None),
+    ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
+    ((400,), r"MIME type", UpstreamRefused, "invalid_value"),
+    ((400,), "", UpstreamRefused, None),
+    ((404,), "", ModelGone, None),
+    ((408, 499, 504), "", UpstreamTimeout, None),
+    ((503,), "", Overloaded, None),
+)
 
 
 class PoolExhausted(GatewayError):
@@ -350,6 +589,9 @@ class Config:
     strict: bool = False
     max_wait_s: float = 10.0
     store: str | None = None
+    fetch_media: bool = True
+    media_hosts: tuple[str, ...] = ()
+    images_in_text: bool = False
     timeouts: Timeouts = Timeouts()
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
@@ -479,6 +721,13 @@ def read_texts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
     return tuple(read_text(file, item, where) for item in nodes)
 
 
+def read_range(file: ConfigFile, node: Any, where: str) -> tuple[int, int]:
+    ends = read_texts(file, node, where)
+    if len(ends) != 2 or not all(end.isdecimal() for end in ends):
+        raise ValueError("must be two whole numbers, [least, most].")
+    return int(ends[0]), int(ends[1])
+
+
 def read_url(file: ConfigFile, node: Any, where: str) -> str:
     value = read_secret(file, node, where).rstrip("/")
     if not re.match(r"https?://[^/\s]+", value):
@@ -533,7 +782,14 @@ CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
 TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
     ("connect_s", "first_event_s", "idle_s", "total_s"), read_number(0.001, 86400)
 )
-TRAIT_KEYS: Mapping[str, Kind] = {"thinks": read_flag, "signatures": read_flag}
+TRAIT_KEYS: Mapping[str, Kind] = {
+    **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
+    "thinking": read_word("none", "budget", "level"),
+    "levels": read_texts,
+    "answers": read_texts,
+    "budget": read_range,
+    "output_tokens_max": read_number(1, 1 << 30, int),
+}
 PROXY_KEYS: Mapping[str, Kind] = {
     "host": read_text,
     "port": read_number(0, 65535, int),
@@ -547,6 +803,9 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "strict": read_flag,
     "max_wait_s": read_number(0, 3600),
     "store": read_text,
+    "fetch_media": read_flag,
+    "media_hosts": read_texts,
+    "images_in_text": read_flag,
     "timeouts": read_section(TIMEOUT_KEYS),
 }
 MODELS_KEYS: Mapping[str, Kind] = {
@@ -568,7 +827,7 @@ SECTIONS: Mapping[str, Kind] = {
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
-NOT_USED_YET = {"proxy.strict", "proxy.max_wait_s", "proxy.store"} | {"models.fallback"}
+NOT_USED_YET = {"proxy.max_wait_s", "proxy.store", "models.fallback"}
 
 
 def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
@@ -612,6 +871,21 @@ def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ip_address(host.strip("[]")).is_loopback)
 
 
+def is_public(host: str) -> bool:
+    """Whether an address belongs to the internet; one that carries another inside counts as that one."""
+    address = ip_address(host.strip("[]").partition("%")[0])
+    if isinstance(address, IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
+        if address in NAT64:
+            inner = IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner:
+            return is_public(str(inner))
+    return address.is_global and not address.is_multicast
+
+
+NAT64 = ip_network("64:ff9b::/96")
+
+
 def is_address(host: str) -> bool:
     """Whether a host is a literal address and not a name."""
     try:
@@ -626,9 +900,38 @@ def is_address(host: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
+class Change:
+    """Something of a request that could not be carried over as it was, at a JSON pointer."""
+
+    pointer: str
+    kind: ChangeKind
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A web source of the text from `start` to `end`, counted in code points."""
+
+    start: int
+    end: int
+    url: str
+    title: str
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """A thought signature, and from where to where in its text the piece stands that Gemini signed."""
+
+    value: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Text:
     text: str
-    signature: str | None = None
+    signature: Signature | None = None
+    citations: tuple[Citation, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -643,6 +946,9 @@ class Media:
     data: str
     """Base64, as it came."""
     signature: str | None = None
+    url: str = ""
+    """Where the content is, while `data` is empty."""
+    path: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -650,14 +956,16 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """A JSON text, as the client or the model wrote it."""
+    """A JSON text, as the client or the model wrote it; of a custom tool the free text itself."""
     signature: str | None = None
+    namespace: str | None = None
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ToolResult:
     call_id: str
-    text: str
+    parts: tuple[Text | Media, ...]
 
 
 Part = Text | Thinking | Media | ToolCall | ToolResult
@@ -674,6 +982,11 @@ class Tool:
     name: str
     description: str
     parameters: Mapping[str, Any] | None
+    namespace: str | None = None
+    custom: bool = False
+    """Takes free text instead of an object."""
+    source: str = ""
+    """Where in the body it stands, as a JSON pointer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -688,6 +1001,15 @@ class JsonFormat:
 
 
 @dataclass(frozen=True, slots=True)
+class ThinkingWish:
+    effort: str | None = None
+    budget: int | None = None
+    show: bool = False
+    """Wants to see summaries of the model's thoughts."""
+    source: str = "/reasoning_effort"
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """What a client asks for, whatever API it spoke."""
 
@@ -696,17 +1018,33 @@ class Request:
     system: tuple[str, ...] = ()
     tools: tuple[Tool, ...] = ()
     tool_choice: ToolChoice = ToolChoice()
+    parallel_calls: bool = True
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logprobs: int | None = None
+    """How many alternatives a token; 0 is none, None is no log probabilities at all."""
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
-    thoughts: bool = False
-    """Wants to see summaries of the model's thoughts."""
+    modalities: tuple[str, ...] = ()
+    thinking: ThinkingWish = ThinkingWish()
     n: int = 1
     stream: bool = False
     include_usage: bool = False
+    sources: Mapping[str, str] = field(default_factory=dict)
+    """JSON pointers of what the front formats name differently; `search` stands here where a web search is wished."""
+    changes: tuple[Change, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingRequest:
+    model: str
+    texts: tuple[str, ...]
+    dimensions: int | None = None
+    base64: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -757,6 +1095,16 @@ class ArgumentsDelta:
 
 
 @dataclass(frozen=True, slots=True)
+class Annotated:
+    """The sources of a choice's text, all at once, before its part ends."""
+
+    choice: int
+    citations: tuple[Citation, ...]
+    before: int
+    """How many characters of the choice's text stand before its part; the citations count from there."""
+
+
+@dataclass(frozen=True, slots=True)
 class PartEnd:
     """Repeats the part whole, so that no renderer remembers text."""
 
@@ -768,6 +1116,8 @@ class PartEnd:
 class Finished:
     choice: int
     reason: FinishReason
+    logprobs: tuple[Mapping[str, Any], ...] = ()
+    """Of each token: token, logprob and its alternatives, where they were asked for and given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -780,13 +1130,16 @@ class Failed:
     error: GatewayError
 
 
-Event = Started | PartStart | TextDelta | ThinkingDelta | ArgumentsDelta | PartEnd | Finished | Ended | Failed
+Event = (
+    Started | PartStart | TextDelta | ThinkingDelta | ArgumentsDelta | Annotated | PartEnd | Finished | Ended | Failed
+)
 
 
 @dataclass(slots=True)
 class Choice:
     parts: list[Part] = field(default_factory=list)
     reason: FinishReason = "stop"
+    logprobs: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def text(self) -> str:
@@ -808,13 +1161,14 @@ def collect(events: Iterable[Event]) -> Reply:
         match event:
             case PartEnd(choice, part):
                 reply.choices.setdefault(choice, Choice()).parts.append(part)
-            case Finished(choice, reason):
-                reply.choices.setdefault(choice, Choice()).reason = reason
+            case Finished(choice, reason, logprobs):
+                made = reply.choices.setdefault(choice, Choice())
+                made.reason, made.logprobs = reason, logprobs
             case Ended(usage):
                 reply.usage = usage
             case Failed(error):
                 raise error
-            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta():
+            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta() | Annotated():
                 pass
             case _:
                 assert_never(event)
@@ -825,23 +1179,38 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 # ==============================================================================
 # 5. From the client
 # ==============================================================================
 
 
 class Fields:
-    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the field's path."""
+    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the field's path.
 
-    def __init__(self, value: Any, path: str = "") -> None:
+    `changes` is one list for the whole body: what of it could not be carried over.
+    """
+
+    def __init__(self, value: Any, path: str = "", changes: list[Change] | None = None) -> None:
         if not isinstance(value, dict):
             what = f"'{path}'" if path else "The body"
             raise BadRequest(f"{what} is not a JSON object. Send {{...}}.", code="invalid_type", param=path or None)
         self.value = value
         self.path = path
+        self.changes: list[Change] = [] if changes is None else changes
 
     def at(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
+
+    def change(self, key: str, kind: ChangeKind, reason: str) -> None:
+        self.changes.append(Change(pointer_of(self.at(key)), kind, reason))
 
     def get(self, key: str, kind: type | tuple[type, ...], word: str) -> Any:
         value = self.value.get(key)
@@ -868,8 +1237,9 @@ class Fields:
         """The refusal of a field: what is wrong with it, and what to do."""
         return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
 
-    def flag(self, key: str) -> bool:
-        return bool(self.get(key, bool, "true or false"))
+    def flag(self, key: str, default: bool = False) -> bool:
+        value = self.get(key, bool, "true or false")
+        return default if value is None else bool(value)
 
     def number(self, key: str, low: float, high: float) -> float | None:
         value: float | None = self.get(key, (int, float), "a number")
@@ -878,25 +1248,26 @@ class Fields:
             raise self.wrong(key, f"is {value}", f"Send a number from {low} to {high}", code)
         return value
 
-    def count(self, key: str, high: float = math.inf) -> int | None:
+    def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
         value: int | None = self.get(key, int, "a whole number")
-        if value is not None and not 1 <= value <= high:
-            code = "integer_below_min_value" if value < 1 else "integer_above_max_value"
-            limits = "at least 1" if math.isinf(high) else f"from 1 to {high}"
+        if value is not None and not low <= value <= high:
+            code = "integer_below_min_value" if value < low else "integer_above_max_value"
+            limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
             raise self.wrong(key, f"is {value}", f"Send a whole number, {limits}", code)
-        return value
-
-    def integer(self, key: str) -> int | None:
-        value: int | None = self.get(key, int, "a whole number")
         return value
 
     def object(self, key: str) -> Fields | None:
         value = self.get(key, dict, "an object")
-        return None if value is None else Fields(value, self.at(key))
+        return None if value is None else Fields(value, self.at(key), self.changes)
 
     def objects(self, key: str) -> list[Fields]:
         items = self.get(key, list, "an array") or []
-        return [Fields(item, f"{self.at(key)}[{i}]") for i, item in enumerate(items)]
+        return [Fields(item, f"{self.at(key)}[{i}]", self.changes) for i, item in enumerate(items)]
+
+
+def pointer_of(path: str) -> str:
+    """The JSON pointer of a path such as messages[0].content."""
+    return "/" + re.sub(r"\[(\d+)\]", r".\1", path).replace(".", "/")
 
 
 def parse_chat(body: Any) -> Request:
@@ -910,32 +1281,102 @@ def parse_chat(body: Any) -> Request:
     messages = fields.objects("messages")
     if not messages:
         raise fields.missing("messages")
-    tools = tuple(parse_tool(tool) for tool in fields.objects("tools"))
-    return Request(
+    tools = parse_tools(fields)
+    limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
+    request = Request(
         model=fields.needed_text("model"),
-        system=tuple(text for m in messages if m.value.get("role") in ("system", "developer") for text in texts_of(m)),
-        messages=tuple(parse_message(m) for m in messages if m.value.get("role") not in ("system", "developer")),
+        system=tuple(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m)),
+        messages=tuple(parse_message(m) for m in messages if m.value.get("role") not in SYSTEM_ROLES),
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
-        max_output_tokens=fields.count("max_completion_tokens") or fields.count("max_tokens"),
+        parallel_calls=fields.flag("parallel_tool_calls", default=True),
+        max_output_tokens=fields.count(limit),
         json_format=parse_format(fields.object("response_format"), nested=True),
-        thoughts=True,
+        modalities=parse_modalities(fields),
+        thinking=parse_thinking(fields, fields.text("reasoning_effort"), "/reasoning_effort", show=True),
+        sources={"max_output_tokens": f"/{limit}", "json_format": "/response_format"} | search_source(fields),
         **parse_sampling(fields),
     )
+    return with_changes(request, fields, CHAT_FIELDS)
+
+
+SYSTEM_ROLES = ("system", "developer")
+
+
+def with_changes(request: Request, fields: Fields, table: Mapping[str, tuple[Fate, str]]) -> Request:
+    """The request, with what its body holds that cannot be served."""
+    for key, value in fields.value.items():
+        fate, reason = table.get(key, ("dropped", "unknown field"))
+        if fate == "dropped" and value not in (None, [], {}, False):
+            fields.change(key, "dropped", reason)
+    return replace(request, changes=tuple(fields.changes))
+
+
+def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]:
+    """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
+    if isinstance(body, dict) and "messages" not in body and "prompt" in body:
+        return parse_completion(body), COMPLETION_FIELDS
+    if isinstance(body, dict) and body.get("messages") is None and "input" in body:
+        return [parse_response(body)], RESPONSE_FIELDS
+    return [parse_chat(body)], CHAT_FIELDS
+
+
+def explain_fields(
+    body: Mapping[str, Any], table: Mapping[str, tuple[Fate, str]], changes: Iterable[Change]
+) -> dict[str, str]:
+    """What becomes of each field of a body, and of each place inside one that was changed, by JSON pointer."""
+    told: dict[str, str] = {}
+    for change in changes:
+        before = f"{told[change.pointer]}; " if change.pointer in told else f"{change.kind}: "
+        told[change.pointer] = before + change.reason
+    fields = {f"/{key}": ": ".join(table.get(key, ("dropped", "unknown field"))) for key in body}
+    fields |= {f"/{key}": "ignored: null is as if it were not there" for key in body if body[key] is None}
+    return fields | told
+
+
+def parse_modalities(fields: Fields) -> tuple[str, ...]:
+    if fields.value.get("audio") is not None:
+        raise fields.wrong("audio", "is not served", "Leave it out", "unsupported_parameter")
+    wished = fields.get("modalities", list, "an array") or []
+    if not all(one in ("text", "image") for one in wished):
+        raise fields.wrong(
+            "modalities", "asks for what is not served", "Send text, or text and image", "unsupported_value"
+        )
+    return tuple(wished)
 
 
 def parse_sampling(fields: Fields) -> dict[str, Any]:
     """The fields that chat, completions and (but for `n`, `stop` and `seed`) Responses share."""
     stream_options = fields.object("stream_options")
+    fields.object("metadata")
+    top = fields.count("top_logprobs", 20, low=0)
+    wanted = "logprobs" in fields.value and fields.value["logprobs"] not in (None, False)
     return {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
-        "seed": fields.integer("seed"),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "logprobs": top or 0 if wanted or top else None,
+        "seed": fields.get("seed", int, "a whole number"),
         "stop": parse_stop(fields),
         "n": fields.count("n", CHOICES_MAX) or 1,
         "stream": fields.flag("stream"),
         "include_usage": bool(stream_options and stream_options.flag("include_usage")),
     }
+
+
+def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: bool) -> ThinkingWish:
+    """The wish for thinking: an effort, or Google's own thinking_config, which its SDK users send in `extra_body`."""
+    google = (fields.object("extra_body") or fields).object("google")
+    config = google.object("thinking_config") if google else None
+    if config is None:
+        return ThinkingWish(effort=effort, show=show, source=source)
+    return ThinkingWish(
+        effort=config.text("thinking_level") or effort,
+        budget=config.get("thinking_budget", int, "a whole number"),
+        show=config.flag("include_thoughts", default=show),
+        source=pointer_of(config.path),
+    )
 
 
 def parse_completion(body: Any) -> list[Request]:
@@ -946,9 +1387,13 @@ def parse_completion(body: Any) -> list[Request]:
         model=fields.needed_text("model"),
         messages=(),
         system=(COMPLETE_THE_MIDDLE,) if suffix else (),
-        max_output_tokens=fields.count("max_tokens"),
-        **parse_sampling(fields),
+        max_output_tokens=fields.count("max_tokens", low=0) or None,
+        sources={"max_output_tokens": "/max_tokens"},
+        **parse_sampling(fields) | {"logprobs": None},
     )
+    if suffix:
+        fields.change("suffix", "emulated", "asked for by an instruction")
+    shared = with_changes(shared, fields, COMPLETION_FIELDS)
     prompts = parse_prompts(fields)
     if len(prompts) * shared.n > CHOICES_MAX:
         raise fields.wrong("prompt", f"times 'n' is more than {CHOICES_MAX} choices", "Send fewer prompts at once")
@@ -968,30 +1413,54 @@ def parse_prompts(fields: Fields) -> list[str]:
     if not all(isinstance(prompt, str) for prompt in prompts):
         what = "is neither a string nor an array of strings; token arrays are not served"
         raise fields.wrong("prompt", what, "Send the text itself", "invalid_type")
-    return prompts
+    return [str(prompt) for prompt in prompts]
+
+
+def parse_embeddings(body: Any) -> EmbeddingRequest:
+    """An embeddings body. Raises BadRequest."""
+    fields = Fields(body)
+    value = fields.value.get("input")
+    texts = value if isinstance(value, list) else [value]
+    if not texts or not all(isinstance(text, str) and text for text in texts):
+        remedy = "Send a text or texts; for LangChain's Python class set check_embedding_ctx_length=False"
+        raise fields.wrong(
+            "input", "is empty or not made of strings; token arrays are not served", remedy, "invalid_type"
+        )
+    if len(texts) > EMBEDDINGS_MAX:
+        raise fields.wrong("input", f"holds {len(texts)} texts", f"Send at most {EMBEDDINGS_MAX} at once")
+    form = fields.text("encoding_format") or "float"
+    if form not in ("float", "base64"):
+        raise fields.wrong("encoding_format", f"is '{form}'", "Send float or base64")
+    return EmbeddingRequest(
+        fields.needed_text("model"), tuple(map(str, texts)), fields.count("dimensions"), form == "base64"
+    )
 
 
 def parse_response(body: Any) -> Request:
     """A Responses body. Raises BadRequest."""
     fields = Fields(body)
     refuse_state(fields)
-    messages, system = parse_input(fields)
-    tools = tuple(parse_tool(tool) for tool in fields.objects("tools") if not is_hosted(tool))
+    messages, system, more_tools = parse_input(fields)
+    tools = (*parse_tools(fields), *more_tools)
     text, reasoning = fields.object("text"), fields.object("reasoning")
     instructions = fields.text("instructions")
-    return Request(
+    effort, summary = (reasoning.text("effort"), reasoning.text("summary")) if reasoning else (None, None)
+    request = Request(
         model=fields.needed_text("model"),
         system=(*([instructions] if instructions else []), *system),
         messages=messages,
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
+        parallel_calls=fields.flag("parallel_tool_calls", default=True),
         max_output_tokens=fields.count("max_output_tokens"),
         temperature=fields.number("temperature", 0, 2),
         top_p=fields.number("top_p", 0, 1),
         json_format=parse_format(text and text.object("format"), nested=False),
-        thoughts=bool(reasoning and reasoning.text("summary")),
+        thinking=parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary)),
         stream=fields.flag("stream"),
+        sources={"max_output_tokens": "/max_output_tokens", "json_format": "/text/format"} | search_source(fields),
     )
+    return with_changes(request, fields, RESPONSE_FIELDS)
 
 
 def refuse_state(fields: Fields) -> None:
@@ -1004,23 +1473,26 @@ def refuse_state(fields: Fields) -> None:
             raise fields.wrong(key, "is not served", "Leave it out", "unsupported_parameter")
 
 
-def parse_input(fields: Fields) -> tuple[tuple[Message, ...], tuple[str, ...]]:
-    """The messages of a Responses input, neighbours of one role merged, and its system texts."""
+def parse_input(fields: Fields) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
+    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools."""
     value = fields.value.get("input")
     if isinstance(value, str):
-        return (Message("user", (Text(value),)),), ()
+        return (Message("user", (Text(value),)),), (), ()
     if value is None:
         raise fields.missing("input")
     messages: list[Message] = []
     system: list[str] = []
+    tools: list[Tool] = []
     for item in fields.objects("input"):
-        if item.value.get("role") in ("system", "developer"):
+        if item.value.get("type") == "additional_tools":
+            tools += parse_tools(item)
+        elif item.value.get("role") in SYSTEM_ROLES:
             system += texts_of(item)
         elif message := parse_item(item):
             joined = messages and messages[-1].role == message.role != "user"
             parts = messages.pop().parts if joined else ()
             messages.append(replace(message, parts=parts + message.parts))
-    return tuple(messages), tuple(system)
+    return tuple(messages), tuple(system), tuple(tools)
 
 
 def parse_item(item: Fields) -> Message | None:
@@ -1028,18 +1500,18 @@ def parse_item(item: Fields) -> Message | None:
     kind = item.text("type") or "message"
     if kind == "message":
         return parse_message(item)
-    if kind == "function_call":
-        call = ToolCall(item.needed_text("call_id"), item.needed_text("name"), item.text("arguments") or "{}")
-        return Message("assistant", (call,))
-    if kind == "function_call_output":
-        return Message("tool", (ToolResult(item.needed_text("call_id"), "\n".join(texts_of(item, "output"))),))
+    if kind in ("function_call", "custom_tool_call"):
+        custom = kind == "custom_tool_call"
+        text = item.text("input" if custom else "arguments") or ""
+        names = (item.needed_text("call_id"), item.needed_text("name"))
+        return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace"), custom=custom),))
+    if kind in ("function_call_output", "custom_tool_call_output"):
+        return Message("tool", (ToolResult(item.needed_text("call_id"), tuple(parse_content(item, "output"))),))
     if HOSTED_ITEMS.fullmatch(kind):
+        if kind != "reasoning":
+            item.change("type", "dropped", f"a replayed {kind} has no counterpart")
         return None
     raise item.wrong("type", f"is '{kind}', which is not served", "Send message, function_call or function_call_output")
-
-
-def is_hosted(tool: Fields) -> bool:
-    return HOSTED_TOOLS.fullmatch(tool.text("type") or "") is not None
 
 
 def parse_stop(fields: Fields) -> tuple[str, ...]:
@@ -1068,62 +1540,125 @@ def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
     raise form.wrong("type", f"is '{kind}', which is not served", "Send text, json_object or json_schema")
 
 
-def parse_tool(tool: Fields) -> Tool:
-    """A function tool, nested as chat has it or flat as Responses has it."""
-    kind = tool.text("type") or "function"
-    if kind != "function":
-        raise tool.wrong("type", f"is '{kind}', which is not served", "Send 'function'")
-    inner = tool.object("function") or tool
+def parse_tools(fields: Fields) -> tuple[Tool, ...]:
+    """The declared tools, each name once: chat's and Responses' forms, and chat's old `functions`."""
+    tools: dict[tuple[str | None, str], Tool] = {}
+    declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry)]
+    for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
+        if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
+            fields.changes.append(Change(tool.source, "dropped", f"the tool '{tool.name}' is declared twice"))
+    return tuple(tools.values())
+
+
+def parse_tool(entry: Fields) -> list[Tool]:
+    """One entry of `tools`, nested as chat has it or flat as Responses has it; a namespace holds several."""
+    kind = entry.text("type") or "function"
+    inner = entry.object(kind) if kind in ("function", "custom") else None
+    if kind == "function":
+        return [parse_function(entry, inner or entry)]
+    if kind == "custom":
+        return [parse_custom(entry, inner or entry)]
+    if kind == "namespace":
+        name = entry.needed_text("name")
+        return [replace(tool, namespace=name) for one in entry.objects("tools") for tool in parse_tool(one)]
+    if HOSTED_TOOLS.fullmatch(kind) is None:
+        raise entry.wrong("type", f"is '{kind}', which is not served", "Send function, custom or namespace")
+    if not kind.startswith("web_search"):
+        entry.change("type", "dropped", f"the hosted tool '{kind}' has no counterpart")
+    return []
+
+
+def parse_function(entry: Fields, inner: Fields) -> Tool:
     parameters = inner.object("parameters")
-    return Tool(inner.needed_text("name"), inner.text("description") or "", parameters.value if parameters else None)
+    description = inner.text("description") or ""
+    source = pointer_of(inner.path)
+    return Tool(inner.needed_text("name"), description, parameters.value if parameters else None, source=source)
+
+
+def parse_custom(entry: Fields, inner: Fields) -> Tool:
+    """A tool that takes free text: declared as a function of one string, its grammar told in the description."""
+    form = inner.object("format")
+    grammar = (form.object("grammar") or form).text("definition") if form else None
+    description = inner.text("description") or ""
+    if grammar:
+        description += f"\nThe input must follow this grammar:\n{grammar}"
+    entry.change("type", "emulated", "free text is asked for as a function of one string")
+    name, source = inner.needed_text("name"), pointer_of(entry.path)
+    return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=source)
+
+
+def search_source(fields: Fields) -> dict[str, str]:
+    """Where a web search is asked for, if it is: as a hosted tool, or by chat's own field."""
+    kinds = [str(entry.value.get("type")) for entry in fields.objects("tools")]
+    found = [f"/tools/{i}" for i, kind in enumerate(kinds) if kind.startswith("web_search")]
+    found += ["/web_search_options"] if fields.object("web_search_options") is not None else []
+    return {"search": found[0]} if found else {}
 
 
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
-    value = fields.value.get("tool_choice")
+    key = "tool_choice" if fields.value.get("tool_choice") is not None else "function_call"
+    value = fields.value.get(key)
     if not tools or value is None or value == "auto":
         return ToolChoice()
-    if value == "none":
-        return ToolChoice("none")
-    if value == "required":
-        return ToolChoice("required")
-    name = None
+    if value in ("none", "required"):
+        return ToolChoice(value)
+    names: list[str | None] = [None]
+    mode: Literal["auto", "required"] = "required"
     if isinstance(value, dict):
-        choice = Fields(value, "tool_choice")
-        name = (choice.object("function") or choice).text("name")
-    if name not in {tool.name for tool in tools}:
+        choice = Fields(value, key, fields.changes)
+        kind = choice.text("type") or "function"
+        if HOSTED_TOOLS.fullmatch(kind):
+            choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
+            return ToolChoice()
+        inner = choice.object(kind) if kind in ("function", "custom", "allowed_tools") else None
+        spec = inner or choice
+        names = [spec.text("name")]
+        if kind == "allowed_tools":
+            mode = "required" if spec.text("mode") == "required" else "auto"
+            names = [
+                (one.object("function") or one.object("custom") or one).text("name") for one in spec.objects("tools")
+            ]
+    known = tuple(name for name in names if name in {tool.name for tool in tools})
+    if not known or len(known) < len(names):
         what = "names no declared function"
-        raise fields.wrong("tool_choice", what, "Send none, auto, required or the name of one of 'tools'")
-    return ToolChoice("required", (name,))
+        raise fields.wrong(key, what, "Send none, auto, required or the name of one of 'tools'")
+    return ToolChoice(mode, tuple(name for name in known if name))
 
 
 def parse_message(message: Fields) -> Message:
     role = message.text("role")
     if role == "user":
-        parts = tuple(parse_content(message))
         if message.value.get("content") is None:
             raise message.missing("content")
-        return Message("user", parts)
+        return Message("user", tuple(parse_content(message)))
     if role == "assistant":
-        calls = tuple(parse_call(call) for call in message.objects("tool_calls"))
+        calls = [parse_call(call) for call in message.objects("tool_calls")]
+        if legacy := message.object("function_call"):
+            name = legacy.needed_text("name")
+            calls.append(ToolCall(f"call_{name}", name, legacy.text("arguments") or ""))
         return Message("assistant", (*parse_content(message), *calls))
     if role == "tool":
-        result = ToolResult(message.needed_text("tool_call_id"), "\n".join(texts_of(message)))
-        return Message("tool", (result,))
+        return Message("tool", (ToolResult(message.needed_text("tool_call_id"), tuple(parse_content(message))),))
+    if role == "function":
+        return Message("tool", (ToolResult(f"call_{message.needed_text('name')}", tuple(parse_content(message))),))
     raise message.wrong("role", f"is '{role}'", "Send system, developer, user, assistant or tool")
 
 
-def texts_of(message: Fields, key: str = "content") -> list[str]:
-    return [part.text for part in parse_content(message, key) if isinstance(part, Text)]
+def texts_of(message: Fields) -> list[str]:
+    return [part.text for part in parse_content(message) if isinstance(part, Text)]
 
 
-def parse_content(message: Fields, key: str = "content") -> list[Part]:
+def parse_content(message: Fields, key: str = "content") -> list[Text | Media]:
+    """The parts of a content that is a string or an array; empty texts are left out."""
     content = message.value.get(key)
     if isinstance(content, str):
         return [Text(content)] if content else []
+    if content is not None and not isinstance(content, list):
+        raise message.wrong(key, "has the wrong type", "Send a string or an array of parts", "invalid_type")
     return [part for item in message.objects(key) if (part := parse_part(item)) != Text("")]
 
 
-def parse_part(part: Fields) -> Part:
+def parse_part(part: Fields) -> Text | Media:
     kind = part.text("type")
     if kind in ("text", "input_text", "output_text"):
         return Text(part.text("text") or "")
@@ -1131,36 +1666,90 @@ def parse_part(part: Fields) -> Part:
         return Text(part.text("refusal") or "")
     if kind in ("image_url", "input_image"):
         return parse_image(part)
-    raise part.wrong("type", f"is '{kind}', which is not served", "Send text or image_url")
+    if kind == "input_audio":
+        audio = part.object("input_audio")
+        if audio is None:
+            raise part.missing("input_audio")
+        form = audio.needed_text("format")
+        if form not in AUDIO_FORMATS:
+            raise audio.wrong("format", f"is '{form}', which is not served", f"Send one of {', '.join(AUDIO_FORMATS)}")
+        return Media(f"audio/{form}", checked_base64(audio, "data", audio.needed_text("data")))
+    if kind in ("file", "input_file"):
+        return parse_file(part.object("file") or part)
+    what = f"is '{kind}', which is not served"
+    raise part.wrong("type", what, "Send text, image_url, input_audio or file")
 
 
-DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]*)*;base64,", re.ASCII)
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]{0,100}){0,5};base64,", re.ASCII)
 
 
 def parse_image(part: Fields) -> Media:
-    value = part.value.get("image_url")
-    url = Fields(value, part.at("image_url")).needed_text("url") if isinstance(value, dict) else value
-    match = DATA_URL.match(url) if isinstance(url, str) else None
-    if match is None or not isinstance(url, str):
-        raise part.wrong("image_url", "is no data: URL", "Send data:image/png;base64,...", "invalid_image_url")
-    data = url[match.end() :]
+    if part.value.get("file_id"):
+        raise part.wrong("file_id", "is not served", "Send the image as a data: URL", "unsupported_parameter")
+    inner = part.object("image_url") if isinstance(part.value.get("image_url"), dict) else None
+    if (inner or part).text("detail") in ("low", "high", "original"):
+        (inner or part).change("detail", "dropped", "Gemini chooses the resolution itself")
+    return (
+        parse_url(inner, "url", inner.value.get("url"))
+        if inner
+        else parse_url(part, "image_url", part.text("image_url"))
+    )
+
+
+def parse_file(file: Fields) -> Media:
+    """A file as data URL, bare base64 with a file name, or URL."""
+    if file.value.get("file_id"):
+        raise file.wrong("file_id", "is not served", "Send the file's content as file_data", "unsupported_parameter")
+    if file.value.get("file_url"):
+        return parse_url(file, "file_url", file.text("file_url"))
+    data = file.needed_text("file_data")
+    if data.startswith("data:"):
+        return parse_url(file, "file_data", data)
+    return Media(media_type_by(file.text("filename") or ""), checked_base64(file, "file_data", data))
+
+
+def media_type_by(filename: str) -> str:
+    return FILE_TYPES.get(filename.rpartition(".")[2].lower(), "application/pdf")
+
+
+def parse_url(part: Fields, key: str, url: Any) -> Media:
+    """Media by URL: the content of a data: URL, or a link to be followed later."""
+    if isinstance(url, str) and (match := DATA_URL.match(url)):
+        mime = match[1].lower()
+        if mime == "application/octet-stream":
+            mime = media_type_by(part.text("filename") or "")
+        mime = MEDIA_ALIASES.get(mime, mime)
+        if not MEDIA_TYPES.fullmatch(mime):
+            what = f"is of type {mime}, which Gemini does not read"
+            raise part.wrong(key, what, "Send PNG, JPEG, WebP, PDF, text, audio or video", "invalid_image_url")
+        return Media(mime, checked_base64(part, key, url[match.end() :]))
+    if isinstance(url, str) and re.match(r"(https?|gs)://[^/\s]", url):
+        return Media("", "", url=url, path=part.at(key))
+    what = "is neither a data: URL with base64 nor an http(s) URL"
+    raise part.wrong(key, what, "Send data:image/png;base64,...", "invalid_image_url")
+
+
+def checked_base64(part: Fields, key: str, data: str) -> str:
     payload = data.encode("ascii", "replace").rstrip(b"=")
     if not payload or payload.translate(None, BASE64_ALPHABET) or len(payload) % 4 == 1:
-        raise part.wrong("image_url", "is not valid base64", "Encode the file anew", "invalid_image_url")
-    return Media(match[1], data)
+        raise part.wrong(key, "is not valid base64", "Encode the file anew", "invalid_image_url")
+    return data
 
 
 def parse_call(call: Fields) -> ToolCall:
-    function = call.object("function")
-    if function is None:
-        raise call.missing("function")
-    google = ((call.value.get("extra_content") or {}).get("google") or {}) if call.value.get("extra_content") else {}
+    custom = call.text("type") == "custom"
+    inner = call.object("custom" if custom else "function")
+    if inner is None:
+        raise call.missing("custom" if custom else "function")
+    extra = call.value.get("extra_content")
+    google = extra.get("google") if isinstance(extra, dict) else None
     signature = google.get("thought_signature") if isinstance(google, dict) else None
     return ToolCall(
         call.needed_text("id"),
-        function.needed_text("name"),
-        function.text("arguments") or "{}",
-        signature if isinstance(signature, str) else None,
+        inner.needed_text("name"),
+        inner.text("input" if custom else "arguments") or "",
+        signature if isinstance(signature, str) and signature else None,
+        custom=custom,
     )
 
 
@@ -1234,24 +1823,16 @@ def version_of(model: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or 0)) if match else NEWEST
 
 
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What a model can and must do; asked here, never by its name in passing."""
-
-    thinks: bool
-    """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
-
-    signatures: bool
-    """Refuses a function call in the history that has no thought signature."""
-
-
 def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
-    """Traits by the parsed version, a name without one counting as the newest; `overrides` (models.traits) beat them."""
-    version = version_of(model)
-    quiet = version < (2, 5) or (version == (2, 5) and tier_of(model) not in ("-pro", "-flash"))
-    traits = Traits(thinks=model.startswith("gemini-") and not quiet, signatures=version >= (3, 0))
-    pattern = look_up(model, overrides)
-    return replace(traits, **overrides[pattern]) if pattern else traits
+    """Traits by tier and parsed version, a name without one counting as the newest; `overrides` (models.traits) win."""
+    version, tier = (version_of(model), tier_of(model)) if model.startswith("gemini-") else ((0, 0), model)
+    values: dict[str, Any] = {}
+    for pattern, least, row in TRAITS:
+        if version >= least and re.fullmatch(pattern, tier):
+            values |= row
+    if given := look_up(model, overrides):
+        values |= overrides[given]
+    return Traits(**values)
 
 
 # ==============================================================================
@@ -1295,102 +1876,364 @@ class AccountPool:
 
 
 class SignatureMemory:
-    """Thought signatures by tool-call id, for clients that drop unknown keys; the oldest give way."""
+    """Thought signatures by tool-call id or by the answer's text, for clients that drop unknown keys; the oldest give way."""
 
     def __init__(self, size: int = SIGNATURES_MAX) -> None:
         self._size = size
-        self._known: dict[str, tuple[str, str]] = {}
+        self._known: dict[str, tuple[str, Any]] = {}
 
     def remember(self, events: Iterable[Event], model: str) -> None:
         for event in events:
-            if isinstance(event, PartEnd) and isinstance(event.part, ToolCall) and event.part.signature:
-                self._known[event.part.id] = (model, event.part.signature)
+            if isinstance(event, PartEnd) and isinstance(event.part, ToolCall | Text) and event.part.signature:
+                self._known[signature_key(event.part)] = (model, event.part.signature)
         while len(self._known) > self._size:
             del self._known[next(iter(self._known))]
 
     def recall(self, request: Request, model: str) -> Request:
-        """The request with the signatures that this model made put back on its calls."""
+        """The request with the signatures that this model made put back, and without those of other models."""
+        if not self._known:
+            return request
 
         def signed(part: Part) -> Part:
-            made_by, signature = self._known.get(part.id, ("", "")) if isinstance(part, ToolCall) else ("", "")
-            if not isinstance(part, ToolCall) or part.signature or made_by != model:
+            if not isinstance(part, ToolCall | Text):
                 return part
-            return replace(part, signature=signature)
+            made_by, signature = self._known.get(signature_key(part), (model, None))
+            kept: Any = (part.signature or signature) if made_by == model else None
+            return part if kept is part.signature else replace(part, signature=kept)
 
-        return replace(request, messages=tuple(replace(m, parts=tuple(map(signed, m.parts))) for m in request.messages))
+        return with_signatures(request, signed)
+
+
+def signature_key(part: ToolCall | Text) -> str:
+    return part.id if isinstance(part, ToolCall) else hashlib.sha256(part.text.encode()).hexdigest()
+
+
+def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
+    """The request with the parts of its answers changed."""
+    messages = [replace(m, parts=tuple(map(signed, m.parts))) if m.role == "assistant" else m for m in request.messages]
+    return replace(request, messages=tuple(messages))
 
 
 # ==============================================================================
 # 8. To Gemini
 # ==============================================================================
 
+Dialect = Literal["gemini", "vertex"]
 
-def build_generate_content(request: Request, traits: Traits) -> dict[str, Any]:
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A generateContent body, what could not be carried into it, and how its answer's calls are read back."""
+
+    body: dict[str, Any]
+    changes: tuple[Change, ...]
+    tools: Mapping[str, Tool]
+    """By the name that Gemini knows the tool by."""
+
+
+def build_generate_content(request: Request, traits: Traits, dialect: Dialect = "gemini") -> Built:
     """The generateContent body for a request.
 
     Source: https://ai.google.dev/api/generate-content#request-body
     """
-    body: dict[str, Any] = {"contents": build_contents(request.messages, traits)}
-    if request.system:
-        body["systemInstruction"] = {"parts": [{"text": text} for text in request.system]}
-    if request.tools:
-        body["tools"] = [{"functionDeclarations": [build_declaration(tool) for tool in request.tools]}]
-        body["toolConfig"] = {"functionCallingConfig": build_calling_config(request.tool_choice)}
-    if config := build_generation_config(request, traits):
-        body["generationConfig"] = config
-    return body
+    return Builder(request, traits, dialect).build()
 
 
-def build_declaration(tool: Tool) -> dict[str, Any]:
-    declaration: dict[str, Any] = {"name": tool.name, "description": tool.description or tool.name}
-    if tool.parameters and tool.parameters.get("properties"):
-        declaration["parametersJsonSchema"] = tool.parameters
-    return declaration
+class Builder:
+    """Builds one body; `changes` grows as it goes."""
+
+    def __init__(self, request: Request, traits: Traits, dialect: Dialect) -> None:
+        self.request = request
+        self.traits = traits
+        self.takes_json_schema = traits.json_schema and dialect == "gemini"
+        self.changes: list[Change] = []
+        self.names: dict[tuple[str | None, str], str] = {}
+
+    def build(self) -> Built:
+        request = self.request
+        for tool in request.tools:
+            self.name(tool.namespace, tool.name, tool.source)
+        tools = self.tools()
+        config = self.generation_config()
+        system = list(request.system)
+        if answer := self.answer_by_tool(config, system):
+            tools.append(answer)
+        body: dict[str, Any] = {"contents": self.contents()}
+        if system:
+            body["systemInstruction"] = {"parts": [{"text": text} for text in system if text]}
+        if tools:
+            body["tools"] = [{"functionDeclarations": [self.declaration(tool) for tool in tools]}]
+            body["toolConfig"] = {"functionCallingConfig": self.calling_config(answer)}
+        self.search(body)
+        if config:
+            body["generationConfig"] = config
+        known = {self.names.get((tool.namespace, tool.name), tool.name): tool for tool in tools}
+        return Built(body, tuple(self.changes), known)
+
+    def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
+        self.changes.append(Change(pointer, kind, reason))
+
+    # ---- tools
+
+    def name(self, namespace: str | None, name: str, source: str = "") -> str:
+        """The name that Gemini takes for a tool: its own where it may, else a short one that is never another's."""
+        if known := self.names.get((namespace, name)):
+            return known
+        whole = f"{namespace}__{name}" if namespace else name
+        made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
+        if len(made) > TOOL_NAME_MAX or made in self.names.values():
+            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+        if made != name and source:
+            self.change(f"{source}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
+        self.names[namespace, name] = made
+        return made
+
+    def tools(self) -> list[Tool]:
+        """The tools to declare: all, or those that an optional choice allows."""
+        choice = self.request.tool_choice
+        if choice.mode != "auto" or not choice.names:
+            return list(self.request.tools)
+        self.change("/tool_choice", "emulated", "only the allowed tools are declared")
+        return [tool for tool in self.request.tools if tool.name in choice.names]
+
+    def declaration(self, tool: Tool) -> dict[str, Any]:
+        name = self.names.get((tool.namespace, tool.name), tool.name)
+        declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
+        schema = tool.parameters
+        if not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}):
+            return declaration
+        if self.takes_json_schema:
+            return declaration | {"parametersJsonSchema": schema}
+        reduced = SchemaReducer(schema, f"{tool.source}/parameters", self.changes).reduce(schema)
+        return declaration | ({"parameters": reduced} if reduced.get("properties") else {})
+
+    def calling_config(self, answer: Tool | None) -> dict[str, Any]:
+        choice = self.request.tool_choice
+        if answer is not None and choice.mode == "auto":
+            return {"mode": "ANY"}
+        config: dict[str, Any] = {"mode": {"auto": "AUTO", "none": "NONE", "required": "ANY"}[choice.mode]}
+        if choice.names and choice.mode == "required":
+            named = [tool for tool in self.request.tools if tool.name in choice.names]
+            config["allowedFunctionNames"] = [self.name(tool.namespace, tool.name) for tool in named]
+        return config
+
+    def search(self, body: dict[str, Any]) -> None:
+        source = self.request.sources.get("search")
+        if not source:
+            return
+        if "tools" in body:
+            self.change(source, "dropped", "web search cannot be combined with functions")
+        else:
+            body["tools"] = [{"googleSearch": {}}]
+
+    def answer_by_tool(self, config: dict[str, Any], system: list[str]) -> Tool | None:
+        """Where JSON cannot be asked for beside tools: a further tool that takes the answer, or an instruction.
+
+        Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling with a response mime
+        type: 'application/json' is unsupported"; 3.x refuses it with mode ANY)
+        """
+        request, source = self.request, self.request.sources.get("json_format", "/response_format")
+        forced = request.tool_choice.mode == "required"
+        if not request.json_format or not request.tools or (self.traits.json_with_tools and not forced):
+            return None
+        schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
+        del config["responseMimeType"]
+        if forced:
+            self.change(source, "dropped", "a call is demanded, so no text can follow the schema")
+            return None
+        if schema and schema.get("properties") and request.tool_choice.mode == "auto":
+            self.change(source, "emulated", f"asked for as a call of '{ANSWER_TOOL}'")
+            text = "Give the final answer by calling this, once no other tool is needed."
+            return Tool(ANSWER_TOOL, text, request.json_format.schema, source=source)
+        self.change(source, "emulated", "asked for by an instruction")
+        system.append(
+            "Answer with one JSON value alone, without Markdown fences." + (f" {dumps(schema)}" if schema else "")
+        )
+        return None
+
+    # ---- generationConfig
+
+    def generation_config(self) -> dict[str, Any]:
+        request, traits = self.request, self.traits
+        config: dict[str, Any] = {
+            "temperature": self.sampled("temperature", request.temperature, traits.sampling),
+            "topP": self.sampled("top_p", request.top_p, traits.sampling),
+            "presencePenalty": self.sampled("presence_penalty", request.presence_penalty or None, traits.penalties),
+            "frequencyPenalty": self.sampled("frequency_penalty", request.frequency_penalty or None, traits.penalties),
+            "seed": None if request.seed is None else request.seed & 0x7FFFFFFF,  # Gemini's is an int32
+            "stopSequences": list(request.stop) or None,
+            "responseModalities": self.modalities(),
+        }
+        if self.sampled("logprobs", request.logprobs, traits.logprobs) is not None:
+            config |= {"responseLogprobs": True, "logprobs": request.logprobs or None}
+        if request.json_format is not None:
+            config |= self.json_output(request.json_format)
+        thinking = self.thinking()
+        config["thinkingConfig"] = thinking or None
+        config["maxOutputTokens"] = self.output_limit(thinking.get("thinkingBudget", 0))
+        return {key: value for key, value in config.items() if value is not None}
+
+    def sampled(self, field: str, value: float | None, served: bool) -> float | None:
+        if value is None or served:
+            return value
+        self.change(f"/{field}", "dropped", "this model does not take it")
+        return None
+
+    def modalities(self) -> list[str] | None:
+        """What the answer is made of, where that is not the model's default."""
+        if self.traits.answers == ("AUDIO",):
+            return ["AUDIO"]
+        if "image" not in self.request.modalities:
+            return None
+        if "IMAGE" in self.traits.answers:
+            return list(self.traits.answers)
+        self.change("/modalities", "dropped", "this model makes no images")
+        return None
+
+    def json_output(self, form: JsonFormat) -> dict[str, Any]:
+        config: dict[str, Any] = {"responseMimeType": "application/json"}
+        if form.schema and self.takes_json_schema:
+            config["responseJsonSchema"] = form.schema
+        elif form.schema:
+            source = self.request.sources.get("json_format", "/response_format")
+            config["responseSchema"] = SchemaReducer(form.schema, source, self.changes).reduce(form.schema)
+        return config
+
+    def output_limit(self, budget: int) -> int | None:
+        """Gemini counts thoughts against the limit, so that a known budget is added to what the client wants to read."""
+        wanted = self.request.max_output_tokens
+        if wanted is None:
+            return None
+        limit = min(wanted + max(0, budget), self.traits.output_tokens_max)
+        source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        if limit < wanted:
+            self.change(source, "clamped", f"the model's limit is {limit}")
+        elif limit > wanted:
+            self.change(source, "clamped", f"raised to {limit}: thoughts count against it")
+        return limit
+
+    def thinking(self) -> dict[str, Any]:
+        wish, traits = self.request.thinking, self.traits
+        asked = wish.effort is not None or wish.budget is not None
+        if traits.thinking == "none":
+            if asked:
+                self.change(wish.source, "dropped", "this model does not think")
+            return {}
+        config: dict[str, Any] = self.level(wish) if traits.thinking == "level" else self.budget(wish)
+        quiet = config.get("thinkingBudget") == 0 if config else not traits.thinks
+        return config | ({"includeThoughts": True} if wish.show and not quiet else {})
+
+    def level(self, wish: ThinkingWish) -> dict[str, Any]:
+        if wish.budget is not None and wish.effort is None:
+            return {"thinkingBudget": wish.budget}  # accepted for compatibility
+        if wish.effort is None:
+            return {}
+        wanted = effort_of(wish.effort)
+        ladder = sorted(EFFORTS.index(level.lower()) for level in self.traits.levels)
+        rung = next((rung for rung in ladder if rung >= EFFORTS.index(wanted)), ladder[-1])
+        if EFFORTS[rung] != wish.effort.lower():
+            self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{EFFORTS[rung]}'")
+        return {"thinkingLevel": EFFORTS[rung].upper()}
+
+    def budget(self, wish: ThinkingWish) -> dict[str, Any]:
+        if wish.budget is None and wish.effort is None:
+            return {}
+        low, high = self.traits.budget
+        wanted = wish.budget if wish.budget is not None else EFFORT_BUDGETS[effort_of(wish.effort or "")]
+        may_stop = wanted == 0 and self.traits.can_stop_thinking
+        budget = wanted if wanted == -1 or may_stop else min(max(wanted, low), high)
+        if budget != wanted or (wish.effort is not None and wish.effort not in EFFORT_BUDGETS):
+            self.change(wish.source, "clamped", f"a budget of {budget} tokens")
+        return {"thinkingBudget": budget}
+
+    # ---- contents
+
+    def contents(self) -> list[dict[str, Any]]:
+        """Turns as Gemini takes them: neighbours of one role merged, and each turn of calls answered by exactly one turn
+        of results, in call order, whatever order the client sent.
+
+        Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
+        """
+        waiting: dict[str, list[ToolResult]] = {}
+        for part in (part for message in self.request.messages for part in message.parts):
+            if isinstance(part, ToolResult):
+                waiting.setdefault(part.call_id, []).append(part)
+        contents: list[dict[str, Any]] = []
+        for message in self.request.messages:
+            calls = [part for part in message.parts if isinstance(part, ToolCall)]
+            if message.role == "tool":
+                orphans = [part for part in message.parts if isinstance(part, ToolResult) and take(waiting, part)]
+                add_turn(contents, "user", [built for orphan in orphans for built in self.orphan(orphan)])
+                continue
+            role = "model" if message.role == "assistant" else "user"
+            add_turn(contents, role, self.parts(message.parts))
+            if calls:
+                results = [next(iter(waiting.get(call.id, [])), None) for call in calls]
+                for result in results:
+                    take(waiting, result)
+                contents += self.results(calls, results)
+        self.end(contents)
+        return contents
+
+    def end(self, contents: list[dict[str, Any]]) -> None:
+        """Makes the last turn the user's where the model demands it, and never sends no turn at all."""
+        if not contents:
+            contents.append({"role": "user", "parts": [{"text": PLACEHOLDER}]})
+        if contents[-1]["role"] == "model" and not self.traits.prefill:
+            self.change(
+                f"/messages/{len(self.request.messages) - 1}", "emulated", "this model continues only when asked to"
+            )
+            contents.append({"role": "user", "parts": [{"text": "Continue exactly where you stopped."}]})
+
+    def parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+        built = [made for part in parts for made in self.part(part)]
+        first_call = next((part for part in built if "functionCall" in part), None)
+        if first_call is not None and self.traits.signatures:
+            first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
+        return built
+
+    def part(self, part: Part) -> list[dict[str, Any]]:
+        match part:
+            case Text(text, signature):
+                return text_parts(text, signature)
+            case Media():
+                return [media_part(part)]
+            case ToolCall(id, name, arguments, signature, namespace, custom):
+                args = {"input": arguments} if custom else arguments_object(arguments)
+                call: dict[str, Any] = {"name": self.name(namespace, name), "args": args}
+                call |= {"id": id} if self.traits.call_ids else {}
+                return [{"functionCall": call} | ({"thoughtSignature": signature} if signature else {})]
+            case Thinking() | ToolResult():
+                return []
+            case _:
+                assert_never(part)
+
+    def results(self, calls: Sequence[ToolCall], results: Sequence[ToolResult | None]) -> list[dict[str, Any]]:
+        """A turn of one functionResponse a call; files inside it where the model takes them there, else a turn behind."""
+        made: list[dict[str, Any]] = []
+        files: list[dict[str, Any]] = []
+        for call, result in zip(calls, results, strict=True):
+            response: dict[str, Any] = {"name": self.name(call.namespace, call.name), "response": result_object(result)}
+            response |= {"id": call.id} if self.traits.call_ids else {}
+            media = [media_part(part) for part in result.parts if isinstance(part, Media)] if result else []
+            if media and self.traits.files_in_results:
+                response["parts"] = media
+            else:
+                files += media
+            made.append({"functionResponse": response})
+        return [{"role": "user", "parts": parts} for parts in (made, files) if parts]
+
+    def orphan(self, result: ToolResult) -> list[dict[str, Any]]:
+        """A result whose call is not in the history, told as what it is: text."""
+        return [made for part in result.parts for made in self.part(part)]
 
 
-def build_calling_config(choice: ToolChoice) -> dict[str, Any]:
-    config: dict[str, Any] = {"mode": {"auto": "AUTO", "none": "NONE", "required": "ANY"}[choice.mode]}
-    if choice.names:
-        config["allowedFunctionNames"] = list(choice.names)
-    return config
-
-
-def build_generation_config(request: Request, traits: Traits) -> dict[str, Any]:
-    config: dict[str, Any] = {
-        "temperature": request.temperature,
-        "topP": request.top_p,
-        "maxOutputTokens": request.max_output_tokens,
-        "seed": None if request.seed is None else request.seed & 0x7FFFFFFF,  # Gemini's is an int32
-        "stopSequences": list(request.stop) or None,
-        "thinkingConfig": {"includeThoughts": True} if request.thoughts and traits.thinks else None,
-    }
-    if request.json_format is not None:
-        config["responseMimeType"] = "application/json"
-        config["responseJsonSchema"] = request.json_format.schema
-    return {key: value for key, value in config.items() if value is not None}
-
-
-def build_contents(messages: Sequence[Message], traits: Traits) -> list[dict[str, Any]]:
-    """Turns as Gemini takes them: neighbours of one role merged, and each turn of calls answered by exactly one turn
-    of results, in call order, whatever order the client sent.
-
-    Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
-    """
-    results = {part.call_id: part for m in messages for part in m.parts if isinstance(part, ToolResult)}
-    contents: list[dict[str, Any]] = []
-    answered: set[str] = set()
-    for message in messages:
-        calls = [part for part in message.parts if isinstance(part, ToolCall)]
-        if message.role == "tool":
-            orphans = [p for p in message.parts if isinstance(p, ToolResult) and p.call_id not in answered]
-            add_turn(contents, "user", [{"text": orphan.text} for orphan in orphans if orphan.text])
-            continue
-        role = "model" if message.role == "assistant" else "user"
-        add_turn(contents, role, build_parts(message.parts, traits))
-        if calls:
-            contents.append({"role": "user", "parts": [build_result(call, results.get(call.id)) for call in calls]})
-            answered |= {call.id for call in calls}
-    return contents
+def take(waiting: Mapping[str, list[ToolResult]], result: ToolResult | None) -> bool:
+    """Removes a result from those that wait for their call; whether it was there."""
+    if result is None or result not in waiting.get(result.call_id, []):
+        return False
+    waiting[result.call_id].remove(result)
+    return True
 
 
 def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
@@ -1400,45 +2243,153 @@ def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, An
     if last and last["role"] == role and "functionResponse" not in last["parts"][0]:
         last["parts"].extend(parts)
     elif not last and role == "model":
-        contents.extend([{"role": "user", "parts": [{"text": "…"}]}, {"role": role, "parts": parts}])
+        contents.extend([{"role": "user", "parts": [{"text": PLACEHOLDER}]}, {"role": role, "parts": parts}])
     else:
         contents.append({"role": role, "parts": parts})
 
 
-def build_parts(parts: Sequence[Part], traits: Traits) -> list[dict[str, Any]]:
-    built = [built for part in parts if (built := build_part(part))]
-    first_call = next((part for part in built if "functionCall" in part), None)
-    if first_call is not None and traits.signatures:
-        first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
-    return built
+PLACEHOLDER = "…"
 
 
-def build_part(part: Part) -> dict[str, Any] | None:
-    match part:
-        case Text(text):
-            return {"text": text}
-        case Media(mime, data):
-            return {"inlineData": {"mimeType": mime, "data": data}}
-        case ToolCall(_, name, arguments, signature):
-            call: dict[str, Any] = {"functionCall": {"name": name, "args": arguments_object(arguments)}}
-            return call | ({"thoughtSignature": signature} if signature else {})
-        case Thinking() | ToolResult():
-            return None
-        case _:
-            assert_never(part)
+def text_parts(text: str, signature: Signature | None) -> list[dict[str, Any]]:
+    """A text as Gemini sent it: the signed piece apart from what stood before and after it."""
+    if signature is None:
+        return [{"text": text}]
+    before, signed, after = text[: signature.start], text[signature.start : signature.end], text[signature.end :]
+    around = [[{"text": piece}] if piece else [] for piece in (before, after)]
+    return [*around[0], {"text": signed, "thoughtSignature": signature.value}, *around[1]]
+
+
+def media_part(media: Media) -> dict[str, Any]:
+    if media.url:
+        return {"fileData": {"fileUri": media.url} | ({"mimeType": media.mime} if media.mime else {})}
+    data: dict[str, Any] = {"inlineData": {"mimeType": media.mime, "data": media.data}}
+    return data | ({"thoughtSignature": media.signature} if media.signature else {})
 
 
 def arguments_object(arguments: str) -> dict[str, Any]:
+    """A call's arguments as the object that Gemini wants; what is no object is kept inside one."""
     try:
-        value = json.loads(arguments)
-    except ValueError:
+        value = json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
         value = arguments
     return value if isinstance(value, dict) else {"input": value}
 
 
-def build_result(call: ToolCall, result: ToolResult | None) -> dict[str, Any]:
-    text = result.text if result else "(no result was given for this call)"
-    return {"functionResponse": {"name": call.name, "response": {"output" if result else "error": text}}}
+def result_object(result: ToolResult | None) -> dict[str, Any]:
+    """A tool's answer as an object: a JSON object as it is, anything else as text.
+
+    A `$ref` inside would be read as a reference: https://github.com/BerriAI/litellm/issues/38223
+    """
+    if result is None:
+        return {"error": "(no result was given for this call)"}
+    text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
+    value = parse_json(text) if text.lstrip().startswith("{") and '"$ref"' not in text else None
+    return value if isinstance(value, dict) else {"output": text}
+
+
+def effort_of(word: str) -> str:
+    """The nearest known effort."""
+    near = difflib.get_close_matches(word.lower(), EFFORTS, 1, 0.0)
+    return near[0] if word else "medium"
+
+
+def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
+    """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+    about: dict[str, Any] = {"model": f"models/{model}"} | ({"outputDimensionality": dimensions} if dimensions else {})
+    return {"requests": [about | {"content": {"parts": [{"text": text}]}} for text in texts]}
+
+
+class SchemaReducer:
+    """JSON Schema to Google's Schema subset: references inlined with cycles cut, unions as anyOf, the rest reported.
+
+    Source: https://ai.google.dev/api/caching#Schema
+    """
+
+    def __init__(self, root: Mapping[str, Any], pointer: str, changes: list[Change]) -> None:
+        self.root = root
+        self.pointer = pointer
+        self.changes = changes
+        self.lost: set[str] = set()
+
+    def reduce(self, schema: Any, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+        if not isinstance(schema, Mapping):
+            return {"type": "STRING"} if schema is not False else {"type": "NULL"}
+        if isinstance(ref := schema.get("$ref"), str):
+            target = self.resolve(ref)
+            if ref in seen or target is None:
+                self.report("$ref")
+                return {"type": "OBJECT"}
+            return self.reduce({**target, **{k: v for k, v in schema.items() if k != "$ref"}}, (*seen, ref))
+        schema = self.merged(schema, seen)
+        made: dict[str, Any] = {key: schema[key] for key in SCHEMA_WORDS & schema.keys()}
+        for key in schema.keys() - SCHEMA_WORDS - SCHEMA_HANDLED:
+            self.report(key)
+        self.typed(schema, made)
+        self.nested(schema, made, seen)
+        return made
+
+    def report(self, key: str) -> None:
+        if key not in self.lost:
+            self.lost.add(key)
+            self.changes.append(Change(self.pointer, "dropped", f"the schema's '{key}' is not known to this upstream"))
+
+    def resolve(self, ref: str) -> Mapping[str, Any] | None:
+        found: Any = self.root
+        for step in ref.removeprefix("#/").split("/"):
+            found = found.get(step) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) and ref.startswith("#/") else None
+
+    def merged(self, schema: Mapping[str, Any], seen: tuple[str, ...]) -> Mapping[str, Any]:
+        """The schema with its allOf laid into it."""
+        parts = [part for part in schema.get("allOf") or () if isinstance(part, Mapping)]
+        whole: dict[str, Any] = {key: value for key, value in schema.items() if key != "allOf"}
+        for part in parts:
+            target = (
+                self.resolve(part["$ref"]) if isinstance(part.get("$ref"), str) and part["$ref"] not in seen else part
+            )
+            for key, value in (target or {}).items():
+                if key == "properties" and isinstance(value, Mapping):
+                    whole[key] = {**value, **whole.get(key, {})}
+                elif key == "required":
+                    whole[key] = [*whole.get(key, []), *value]
+                else:
+                    whole.setdefault(key, value)
+        return whole
+
+    def typed(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
+        """Type, enum and nullability; enums are of strings only."""
+        kinds = schema.get("type") or ("object" if "properties" in schema else "array" if "items" in schema else None)
+        listed = [kinds] if isinstance(kinds, str) else list(kinds or [])
+        kept = [kind for kind in listed if kind != "null"]
+        if "null" in listed and kept:
+            made["nullable"] = True
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(values, list):
+            made["enum"] = [value if isinstance(value, str) else dumps(value) for value in values if value is not None]
+            kept = ["string"]
+        if len(kept) > 1 and "anyOf" not in schema and "oneOf" not in schema:
+            made["anyOf"] = [self.reduce({"type": kind} | ({"items": {}} if kind == "array" else {})) for kind in kept]
+        elif kept or not (schema.keys() & {"anyOf", "oneOf"}):
+            made["type"] = (kept or listed or ["string"])[0].upper()
+        if isinstance(low := schema.get("exclusiveMinimum"), int) and made.get("type") == "INTEGER":
+            made["minimum"] = low + 1
+        if isinstance(high := schema.get("exclusiveMaximum"), int) and made.get("type") == "INTEGER":
+            made["maximum"] = high - 1
+
+    def nested(self, schema: Mapping[str, Any], made: dict[str, Any], seen: tuple[str, ...]) -> None:
+        if union := schema.get("anyOf") or schema.get("oneOf"):
+            made["anyOf"] = [self.reduce(one, seen) for one in union]
+            made.pop("type", None)
+        if made.get("type") == "ARRAY":
+            made["items"] = self.reduce(schema.get("items") or {}, seen)
+        if made.get("type") == "OBJECT":
+            properties = schema.get("properties")
+            made["properties"] = {name: self.reduce(one, seen) for name, one in (properties or {}).items()}
+            required = [name for name in schema.get("required") or [] if name in made["properties"]]
+            made |= {"required": required} if required else {}
+            if not made["properties"]:
+                del made["properties"]
 
 
 # ==============================================================================
@@ -1450,50 +2401,80 @@ class SseSplitter:
     """Bytes of a text/event-stream, cut anywhere, to the JSON texts of its events.
 
     Lines end at CR, LF or CRLF only: U+2028 may stand inside a JSON string.
-    A bare JSON text without `data:` is how an error in mid-stream may come.
+    A bare JSON text without `data:`, over one line or several, is how an error in mid-stream may come.
     """
 
     def __init__(self) -> None:
-        self._rest = b""
-        self._bare = b""
+        self._rest: list[bytes] = []
+        self._bare: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        *lines, self._rest = (self._rest + data).replace(b"\r", b"\n").split(b"\n")
+        first, *others = data.replace(b"\r", b"\n").split(b"\n")
+        self._rest.append(first)  # joined once its line is whole: an image may be one line of many reads
+        if not others:
+            return []
+        lines = [b"".join(self._rest), *others[:-1]]
+        self._rest = [others[-1]]
         return [text for line in lines if (text := self._line(line))]
 
     def close(self) -> list[bytes]:
-        last, self._rest = self._rest, b""
-        text = self._line(last)
-        return [text] if text else []
+        text = self._line(b"".join(self._rest))
+        self._rest = []
+        rest = b"\n".join(self._bare)  # what never became JSON is told too
+        return [each for each in (text, rest) if each]
 
     def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:"):
             return line[5:].strip()
-        if not line or (not self._bare and line[:1] not in b"{["):
+        if not line or not (self._bare or line[:1] in b"{["):
             return b""
-        self._bare += line
-        try:
-            json.loads(self._bare)
-        except ValueError:
+        self._bare.append(line)
+        whole = b"\n".join(self._bare) if line.endswith((b"}", b"]")) else b""
+        if not whole or parse_json(whole) is None:
             return b""
-        text, self._bare = self._bare, b""
-        return text
+        self._bare = []
+        return whole
+
+
+@dataclass(slots=True)
+class Candidate:
+    """What is known of one choice while its chunks come."""
+
+    kind: type[Text | Thinking] | None = None
+    """Of the part that is open."""
+    texts: list[str] = field(default_factory=list)
+    """Of the part that is open."""
+    length: int = 0
+    signature: Signature | None = None
+    before: str = ""
+    """The text of the parts that ended."""
+    said: bool = False
+    calls: int = 0
+    answered: bool = False
+    """Has given its answer by the answer tool."""
+    reason: str = ""
+    pcm: list[bytes] = field(default_factory=list)
+    pcm_rate: int = 24000
+    grounding: list[Mapping[str, Any]] = field(default_factory=list)
+    logprobs: list[Mapping[str, Any]] = field(default_factory=list)
 
 
 class GeminiReader:
     """Chunks of one answer to Events; knows of no transport and no client.
 
-    `new_id` makes the id of a tool call that came without one.
+    `new_id` makes the id of a tool call that came without one; `tools` are the declared ones by Gemini's name.
     """
 
-    def __init__(self, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
+    ) -> None:
         self._new_id = new_id
+        self._tools = tools or {}
+        self._calls_max = CALLS_MAX if parallel_calls else 1
+        self._ids: set[str] = set()
         self._splitter = SseSplitter()
-        self._open: dict[int, tuple[type[Text | Thinking], list[str]]] = {}
-        self._reasons: dict[int, str] = {}
-        self._said: set[int] = set()
-        self._called: set[int] = set()
-        self._usage: dict[str, Any] = {}
+        self._candidates: dict[int, Candidate] = {}
+        self._usage: Mapping[str, Any] = {}
         self._events: list[Event] = []
         self._started = False
         self._failed = False
@@ -1516,68 +2497,133 @@ class GeminiReader:
         for text in texts:
             if self._failed:
                 break
-            try:
-                chunk = json.loads(text)
-            except ValueError:
-                chunk = None
-            self._chunk(chunk[0] if isinstance(chunk, list) and chunk else chunk)
+            chunk = parse_json(text)
+            self._try(self._chunk, chunk[0] if isinstance(chunk, list) and chunk else chunk)
         events, self._events = self._events, []
         return events
 
+    def _try(self, step: Callable[..., None], *what: Any) -> None:
+        """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
+        try:
+            step(*what)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+            self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
+
     def _chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
-            return self._fail(UpstreamBroken("Gemini sent something that is not JSON."))
+            return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
         if "error" in chunk:
             return self._fail(classify_error(502, chunk))
         self._usage = chunk.get("usageMetadata") or self._usage
         if (chunk.get("promptFeedback") or {}).get("blockReason"):
-            self._reasons.setdefault(0, "SAFETY")
-        for candidate in chunk.get("candidates") or []:
-            choice = candidate.get("index") or 0
-            for part in (candidate.get("content") or {}).get("parts") or []:
-                self._part(choice, part)
-            if reason := candidate.get("finishReason"):
-                self._reasons[choice] = reason
+            self._candidate(0).reason = "SAFETY"
+        for raw in chunk.get("candidates") or ():
+            choice = int(raw.get("index") or 0)
+            candidate = self._candidate(choice)
+            for part in (raw.get("content") or {}).get("parts") or ():
+                self._part(choice, candidate, part)
+            if reason := raw.get("finishReason"):
+                candidate.reason = checked_text(reason)
+            for key in GROUNDING_KEYS & raw.keys():
+                candidate.grounding.append(raw[key])
+            if result := raw.get("logprobsResult"):
+                candidate.logprobs += logprobs_of(result)
 
-    def _part(self, choice: int, part: dict[str, Any]) -> None:
-        if text := part.get("text"):
-            self._text(choice, Thinking if part.get("thought") else Text, text)
+    def _candidate(self, choice: int) -> Candidate:
+        known = self._candidates.get(choice)
+        if known is None:
+            known = self._candidates[choice] = Candidate()
+        return known
+
+    def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
+        text, signature = part.get("text"), part.get("thoughtSignature")
+        if text or (signature and text is not None):
+            self._text(choice, candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
         elif call := part.get("functionCall"):
-            self._call(choice, call, part.get("thoughtSignature"))
+            self._call(choice, candidate, call, signature and checked_text(signature))
         elif (blob := part.get("inlineData")) and not part.get("thought"):
-            self._whole_part(choice, Media(blob.get("mimeType", ""), blob.get("data", "")))
+            self._media(choice, candidate, Media(checked_text(blob["mimeType"]), checked_text(blob["data"]), signature))
+        elif code := part.get("executableCode"):
+            language = str(code.get("language", "")).lower()
+            self._text(choice, candidate, Text, f"\n```{language}\n{checked_text(code['code'])}\n```\n", None)
+        elif result := part.get("codeExecutionResult"):
+            self._text(choice, candidate, Text, f"\n```\n{checked_text(result.get('output') or '')}\n```\n", None)
 
-    def _text(self, choice: int, kind: type[Text | Thinking], text: str) -> None:
-        current = self._open.get(choice)
-        if current is None or current[0] is not kind:
-            self._end_part(choice)
-            current = self._open[choice] = (kind, [])
+    def _text(
+        self, choice: int, candidate: Candidate, kind: type[Text | Thinking], text: str, signature: str | None
+    ) -> None:
+        if candidate.kind is not kind:
+            self._end_part(choice, candidate)
+            candidate.kind = kind
             self._emit(PartStart(choice, kind("")))
-        current[1].append(text)
+        if signature and kind is Text:
+            span = (candidate.length, candidate.length + len(text))
+            candidate.signature = Signature(checked_text(signature), *span)
+        if not text:
+            return
+        candidate.texts.append(text)
+        candidate.length += len(text)
         if kind is Text:
-            self._said.add(choice)
+            candidate.said = True
             self._emit(TextDelta(choice, text))
         else:
             self._emit(ThinkingDelta(choice, text))
 
-    def _call(self, choice: int, call: dict[str, Any], signature: str | None) -> None:
-        self._called.add(choice)
-        arguments = dumps(call.get("args") or {})
-        id_ = call.get("id") or self._new_id()
-        self._end_part(choice)
-        self._emit(PartStart(choice, ToolCall(id_, call.get("name", ""), "", signature)))
+    def _call(self, choice: int, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
+        name = checked_text(call.get("name") or "")
+        tool = self._tools.get(name) or Tool(name, "", None)
+        args = dict(call.get("args") or {})
+        if tool.name == ANSWER_TOOL and ANSWER_TOOL in self._tools:
+            return self._answer(choice, candidate, dumps(args))
+        candidate.calls += 1
+        if candidate.calls > self._calls_max:
+            return
+        arguments = str(args.get("input", "")) if tool.custom else dumps(args)
+        id_ = self._id(call.get("id"))
+        self._end_part(choice, candidate)
+        made = ToolCall(id_, tool.name, arguments, signature, tool.namespace, tool.custom)
+        self._emit(PartStart(choice, replace(made, arguments="")))
         self._emit(ArgumentsDelta(choice, arguments))
-        self._emit(PartEnd(choice, ToolCall(id_, call.get("name", ""), arguments, signature)))
+        self._emit(PartEnd(choice, made))
 
-    def _whole_part(self, choice: int, part: Part) -> None:
-        self._said.add(choice)
-        self._end_part(choice)
+    def _answer(self, choice: int, candidate: Candidate, text: str) -> None:
+        """The JSON that was asked for as a call's arguments, as the text that the client waits for; only the first."""
+        if not candidate.answered:
+            candidate.answered = True
+            self._text(choice, candidate, Text, text, None)
+
+    def _id(self, given: Any) -> str:
+        """Gemini's own id for a call where it is one that OpenAI's clients take, else a new one."""
+        usable = isinstance(given, str) and 0 < len(given) <= CALL_ID_MAX and given not in self._ids
+        made: str = given if usable else self._new_id()
+        self._ids.add(made)
+        return made
+
+    def _media(self, choice: int, candidate: Candidate, media: Media) -> None:
+        if media.mime.lower().startswith("audio/l16"):
+            rate = re.search(r"rate=(\d{1,6})", media.mime)
+            candidate.pcm_rate = int(rate[1]) if rate else candidate.pcm_rate
+            candidate.pcm.append(base64.b64decode(media.data))
+            candidate.said = True
+        else:
+            self._whole_part(choice, candidate, media)
+
+    def _whole_part(self, choice: int, candidate: Candidate, part: Part) -> None:
+        candidate.said = True
+        self._end_part(choice, candidate)
         self._emit(PartStart(choice, part))
         self._emit(PartEnd(choice, part))
 
-    def _end_part(self, choice: int) -> None:
-        if current := self._open.pop(choice, None):
-            self._emit(PartEnd(choice, current[0]("".join(current[1]))))
+    def _end_part(self, choice: int, candidate: Candidate, citations: tuple[Citation, ...] = ()) -> None:
+        if candidate.kind is None:
+            return
+        text = "".join(candidate.texts)
+        if candidate.kind is Text:
+            self._emit(PartEnd(choice, Text(text, candidate.signature, citations)))
+            candidate.before += text
+        else:
+            self._emit(PartEnd(choice, Thinking(text)))
+        candidate.kind, candidate.texts, candidate.length, candidate.signature = None, [], 0, None
 
     def _emit(self, event: Event) -> None:
         if not self._started:
@@ -1587,68 +2633,169 @@ class GeminiReader:
 
     def _fail(self, error: GatewayError) -> None:
         self._failed = True
-        for choice in sorted(self._open):
-            self._end_part(choice)
+        for choice, candidate in sorted(self._candidates.items()):
+            self._end_part(choice, candidate)
         self._events.append(Failed(error))
 
     def _finish(self, error: UpstreamError | None = None) -> list[Event]:
-        unfinished = (self._said | self._called | set(self._open)) - set(self._reasons)
-        if unfinished or not self._reasons:
+        if not self._candidates or not all(candidate.reason for candidate in self._candidates.values()):
             self._fail(error or UpstreamBroken("Gemini's answer broke off before its end. Try again."))
-        for choice, raw in sorted(self._reasons.items()):
-            if self._failed:
-                break
-            self._finish_choice(choice, raw)
+        for choice, candidate in sorted(self._candidates.items()):
+            if not self._failed:
+                self._try(self._finish_choice, choice, candidate)
         if not self._failed:
             self._emit(Ended(usage_of(self._usage)))
         events, self._events = self._events, []
         return events
 
-    def _finish_choice(self, choice: int, raw: str) -> None:
-        self._end_part(choice)
-        reason = FINISH_REASONS.get(raw, "stop")
-        if reason == "stop" and choice in self._called:
+    def _finish_choice(self, choice: int, candidate: Candidate) -> None:
+        reason = FINISH_REASONS.get(candidate.reason, "stop")
+        if reason == "stop" and candidate.calls:
             reason = "tool_calls"
-        if reason == "stop" and choice not in self._said:
-            return self._fail(UpstreamBroken(f"Gemini's answer is empty (finish reason {raw})."))
-        self._emit(Finished(choice, reason))
+        if reason == "stop" and not candidate.said:
+            return self._fail(UpstreamBroken(f"Gemini's answer is empty ({told_reason(candidate.reason)}). Try again."))
+        if candidate.pcm:
+            self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
+        before = len(candidate.before)
+        if found := citations_of(candidate.before + "".join(candidate.texts), candidate.grounding):
+            citations = tuple(replace(c, start=max(0, c.start - before), end=max(0, c.end - before)) for c in found)
+            self._emit(Annotated(choice, citations, before))
+            self._end_part(choice, candidate, citations)
+        self._end_part(choice, candidate)
+        self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
+
+
+GROUNDING_KEYS = {"groundingMetadata", "citationMetadata"}
+
+
+def checked_text(value: Any) -> str:
+    """The text. Raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{type(value).__name__} where a text should be")
+    return value
+
+
+def told_reason(raw: str) -> str:
+    return f"finish reason {raw}" if re.fullmatch(r"[A-Z_]{1,40}", raw) else "unknown finish reason"
+
+
+def wav(pcm: bytes, rate: int) -> Media:
+    """Raw 16-bit mono samples, as Gemini's speech models send them, with the header that players need."""
+    head = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + len(pcm), b"WAVEfmt ", 16, 1, 1, rate, rate * 2, 2, 16, b"data", len(pcm))  # fmt: skip
+    return Media("audio/wav", base64.b64encode(head + pcm).decode())
+
+
+def citations_of(text: str, grounding: Sequence[Mapping[str, Any]]) -> tuple[Citation, ...]:
+    """Web sources of a text. Gemini counts UTF-8 bytes and leaves a zero start out; ours are code points.
+
+    Source: https://ai.google.dev/api/generate-content#Segment
+    """
+    encoded = text.encode()
+
+    def span(segment: Mapping[str, Any]) -> tuple[int, int]:
+        start, end = (len(encoded[: count_of(segment.get(key))].decode(errors="ignore")) for key in SPAN_KEYS)
+        quoted = segment.get("text")
+        if isinstance(quoted, str) and quoted and text[start:end] != quoted and quoted in text:
+            start = text.index(quoted)
+            end = start + len(quoted)
+        return start, end
+
+    found: dict[Citation, None] = {}
+    pages = [(chunk.get("web") or {}) for about in grounding for chunk in about.get("groundingChunks") or ()]
+    for about in grounding:
+        for support in about.get("groundingSupports") or ():
+            cited = [pages[i] for i in support.get("groundingChunkIndices") or () if i < len(pages)]
+            for page in (page for page in cited if page.get("uri")):
+                found[Citation(*span(support.get("segment") or {}), str(page["uri"]), str(page.get("title") or ""))] = (
+                    None
+                )
+        for source in (*(about.get("citationSources") or ()), *(about.get("citations") or ())):
+            if source.get("uri"):
+                found[Citation(*span(source), str(source["uri"]), str(source.get("title") or ""))] = None
+    return tuple(found)
+
+
+SPAN_KEYS = ("startIndex", "endIndex")
+
+
+def logprobs_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Of each token: token, logprob and its alternatives."""
+    tops = result.get("topCandidates") or ()
+    chosen = [logprob_of(one) for one in result.get("chosenCandidates") or ()]
+    for i, one in enumerate(chosen):
+        one["top_logprobs"] = [logprob_of(top) for top in tops[i].get("candidates") or ()] if i < len(tops) else []
+    return list(chosen)
+
+
+def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    token = checked_text(raw.get("token") or "")
+    logprob = max(float(raw.get("logProbability") or 0), LOGPROB_MIN)
+    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+
+LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
+
+
+def count_of(value: Any) -> int:
+    """A count that may come as a number or as digits; 0 for anything else."""
+    digits = re.match(r"\d{1,15}", str(value))
+    return int(digits[0]) if digits else 0
 
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
-    def count(key: str) -> int:
-        return int(raw.get(key) or 0)
-
-    thoughts = count("thoughtsTokenCount")
+    """Source: https://ai.google.dev/api/generate-content#UsageMetadata (total = prompt + tool use + candidates + thoughts)"""
+    thoughts = count_of(raw.get("thoughtsTokenCount"))
     return Usage(
-        prompt=count("promptTokenCount") + count("toolUsePromptTokenCount"),
-        completion=count("candidatesTokenCount") + thoughts,
-        cached=count("cachedContentTokenCount"),
+        prompt=count_of(raw.get("promptTokenCount")) + count_of(raw.get("toolUsePromptTokenCount")),
+        completion=count_of(raw.get("candidatesTokenCount")) + thoughts,
+        cached=count_of(raw.get("cachedContentTokenCount")),
         reasoning=thoughts,
     )
 
 
-RETRY_TEXT = re.compile(r"retry in ([\d.]+)(ms|s)", re.IGNORECASE)
+def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
+    """The vectors, each of length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
+    try:
+        vectors = [[float(value) for value in one["values"]] for one in answer["embeddings"]]
+        norms = [math.hypot(*vector) or 1.0 for vector in vectors]
+    except (ArithmeticError, LookupError, TypeError, ValueError):
+        vectors, norms = [], []
+    if len(vectors) != count or not all(vectors):
+        raise UpstreamBroken("Gemini sent other vectors than were asked for. Try again.")
+    return [
+        vector if abs(norm - 1) < 1e-6 else [v / norm for v in vector]
+        for vector, norm in zip(vectors, norms, strict=True)
+    ]
+
+
+RETRY_TEXT = re.compile(r"retry in (\d+(?:\.\d+)?)(ms|s)", re.IGNORECASE)
 
 
 def classify_error(status: int, body: Any) -> UpstreamError:
     """What an error answer of Gemini means for this account and this request. `body` is its JSON, or None."""
+    error = error_of(body)
+    told = error.get("code")
+    status = told if isinstance(told, int) and 400 <= told < 600 else status
+    message = str(error.get("message") or f"Gemini answered HTTP {status}.")[:ERROR_CHARS_MAX]
+    everything = dumps(error) if error else ""
+    for statuses, pattern, kind, code in REFUSALS:
+        if status in statuses and re.search(pattern, everything):
+            param = "model" if kind is ModelGone else None
+            return kind(message, code=code, param=param, retry_after_s=retry_after(error))
+    return (Overloaded if status > 504 else UpstreamBroken)(message)
+
+
+def error_of(body: Any) -> Mapping[str, Any]:
+    """The error object of an error body: bare, in an array, or as JSON inside another error's message."""
     body = body[0] if isinstance(body, list) and body else body
     error = body.get("error") if isinstance(body, dict) else None
-    error = error if isinstance(error, dict) else {}
-    status = int(error.get("code") or status)
-    message = str(error.get("message") or f"Gemini answered HTTP {status}.")
-    reasons = {detail.get("reason") for detail in error.get("details") or [] if isinstance(detail, dict)}
-    if status == 429:
-        return RateLimited(message, retry_after_s=retry_after(error))
-    if status in (401, 403) or "API_KEY_INVALID" in reasons:
-        return CredentialRefused(message)
-    if status == 404:
-        return ModelGone(message, param="model")
-    if status == 400:
-        return UpstreamRefused(message)
-    if status == 504:
-        return UpstreamTimeout(message)
-    return Overloaded(message, retry_after_s=retry_after(error)) if status in (503, 529) else UpstreamBroken(message)
+    if isinstance(error, str):
+        return {"message": error}
+    if not isinstance(error, dict):
+        return {}
+    message = error.get("message")
+    inner = parse_json(message) if isinstance(message, str) and message.lstrip()[:1] in ("{", "[") else None
+    return error_of(inner) or error
 
 
 def retry_after(error: Mapping[str, Any]) -> float | None:
@@ -1690,25 +2837,50 @@ def render_usage(usage: Usage) -> dict[str, Any]:
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "id": call.id,
-        "type": "function",
-        "function": {"name": call.name, "arguments": call.arguments},
-    }
+    entry: dict[str, Any] = {"id": call.id, "type": "custom" if call.custom else "function"}
+    if call.custom:
+        entry["custom"] = {"name": call.name, "input": call.arguments}
+    else:
+        entry["function"] = {"name": call.name, "arguments": call.arguments}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
 
 
-def render_choice(index: int, choice: Choice) -> dict[str, Any]:
-    thoughts = "".join(part.text for part in choice.parts if isinstance(part, Thinking))
-    calls = [render_call(part) for part in choice.parts if isinstance(part, ToolCall)]
-    message: dict[str, Any] = {"role": "assistant", "content": choice.text or (None if calls else ""), "refusal": None}
-    if thoughts:
-        message["reasoning_content"] = thoughts
-    if calls:
-        message["tool_calls"] = calls
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.reason}
+def render_media(media: Media, index: int, head: Head) -> dict[str, Any]:
+    """What a message or delta holds for generated media: `audio` as OpenAI has it, else `images` as its routers do."""
+    if media.mime.startswith("audio/"):
+        about = {"id": f"audio_{head.id}", "expires_at": head.created + 3600, "transcript": ""}
+        return {"audio": about | {"data": media.data}}
+    return {"images": [{"type": "image_url", "index": index, "image_url": {"url": data_url(media)}}]}
+
+
+def data_url(media: Media) -> str:
+    return f"data:{media.mime};base64,{media.data}"
+
+
+def render_citations(citations: Sequence[Citation], before: int = 0) -> list[dict[str, Any]]:
+    """Annotations as Responses has them; `before` is how much text stands before their part."""
+    return [
+        {
+            "type": "url_citation",
+            "start_index": c.start + before,
+            "end_index": c.end + before,
+            "url": c.url,
+            "title": c.title,
+        }
+        for c in citations
+    ]
+
+
+def chat_annotations(citations: Sequence[Citation], before: int) -> list[dict[str, Any]]:
+    """Annotations as chat has them: one level deeper."""
+    flat = render_citations(citations, before)
+    return [{"type": each.pop("type"), "url_citation": each} for each in flat]
+
+
+def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    return {"content": list(logprobs), "refusal": None} if logprobs else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -1720,6 +2892,8 @@ class Head:
     created: int
     model: str
     include_usage: bool = False
+    images_in_text: bool = False
+    """Generated images are Markdown in the text, for clients that know no other place."""
     now: Callable[[], float] = float
 
 
@@ -1749,7 +2923,10 @@ class ChatRenderer:
         self._about = {"service_tier": "default", "system_fingerprint": FINGERPRINT}
         self._frames = Frames(f"chatcmpl-{head.id}", "chat.completion.chunk", head, self._about)
         self._head = head
+        self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
+        self._media: dict[int, int] = {}
+        self._custom = False
         self._opened: set[int] = set()
 
     def render(self, event: Event) -> str:
@@ -1759,12 +2936,17 @@ class ChatRenderer:
             case ThinkingDelta(choice, text):
                 return self._delta(choice, f'{{"reasoning_content":{encode_basestring(text)}}}')
             case PartStart(choice, ToolCall() as call):
-                self._calls[choice] = self._calls.get(choice, -1) + 1
-                return self._call(choice, render_call(call))
+                return self._start_call(choice, call)
             case ArgumentsDelta(choice, text):
-                return self._call(choice, {"function": {"arguments": text}})
-            case Finished(choice, reason):
-                return self._delta(choice, "{}", f'"{reason}"')
+                return self._call(
+                    choice, {"custom": {"input": text}} if self._custom else {"function": {"arguments": text}}
+                )
+            case PartStart(choice, Media() as media):
+                return self._image(choice, media)
+            case Annotated(choice, citations, before):
+                return self._delta(choice, dumps({"annotations": chat_annotations(citations, before)}))
+            case Finished(choice, reason, logprobs):
+                return self._delta(choice, "{}", f'"{self._reason(reason)}"', dumps(render_logprobs(logprobs)))
             case Ended() | Failed():
                 return self._frames.last(event)
             case Started() | PartStart() | PartEnd():
@@ -1772,12 +2954,29 @@ class ChatRenderer:
             case _:
                 assert_never(event)
 
-    def _call(self, choice: int, entry: dict[str, Any]) -> str:
-        return self._delta(choice, dumps({"tool_calls": [{"index": self._calls[choice], **entry}]}))
+    def _reason(self, reason: FinishReason) -> str:
+        return "function_call" if self._legacy and reason == "tool_calls" else reason
 
-    def _delta(self, choice: int, delta: str, finish: str = "null") -> str:
+    def _start_call(self, choice: int, call: ToolCall) -> str:
+        self._calls[choice] = self._calls.get(choice, -1) + 1
+        self._custom = call.custom
+        return self._call(choice, render_call(call))
+
+    def _call(self, choice: int, entry: dict[str, Any]) -> str:
+        index = self._calls[choice]
+        if self._legacy:  # which knows one call an answer
+            return self._delta(choice, dumps({"function_call": entry["function"]})) if index == 0 else ""
+        return self._delta(choice, dumps({"tool_calls": [{"index": index, **entry}]}))
+
+    def _image(self, choice: int, media: Media) -> str:
+        if self._head.images_in_text and not media.mime.startswith("audio/"):
+            return self._delta(choice, dumps({"content": f"![image]({data_url(media)})"}))
+        index = self._media[choice] = self._media.get(choice, -1) + 1
+        return self._delta(choice, dumps(render_media(media, index, self._head)))
+
+    def _delta(self, choice: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
         first = "" if choice in self._opened else self._first(choice)
-        frame = f'{{"index":{choice},"delta":{delta},"logprobs":null,"finish_reason":{finish}}}'
+        frame = f'{{"index":{choice},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return first + self._frames.choice(frame)
 
     def _first(self, choice: int) -> str:
@@ -1792,9 +2991,45 @@ class ChatRenderer:
             "created": self._head.created,
             "model": self._head.model,
             **self._about,
-            "choices": [render_choice(index, choice) for index, choice in sorted(reply.choices.items())],
+            "choices": [self.whole_choice(index, choice) for index, choice in sorted(reply.choices.items())],
             "usage": render_usage(reply.usage),
         }
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        """One choice of a chat.completion."""
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        calls: list[dict[str, Any]] = []
+        for part in choice.parts:
+            match part:
+                case Text(text, _, citations):
+                    if citations:
+                        message["annotations"] = chat_annotations(citations, len(message["content"]))
+                    message["content"] += text
+                case Thinking(text):
+                    message["reasoning_content"] = message.get("reasoning_content", "") + text
+                case ToolCall():
+                    calls.append(render_call(part))
+                case Media():
+                    self._add_media(message, part)
+                case ToolResult():
+                    pass
+        if calls:
+            message |= {"function_call": calls[0]["function"]} if self._legacy else {"tool_calls": calls}
+            message["content"] = message["content"] or None
+        reason = self._reason(choice.reason)
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": render_logprobs(choice.logprobs),
+            "finish_reason": reason,
+        }
+
+    def _add_media(self, message: dict[str, Any], media: Media) -> None:
+        if self._head.images_in_text and not media.mime.startswith("audio/"):
+            message["content"] += f"![image]({data_url(media)})"
+            return
+        made = render_media(media, len(message.get("images", ())), self._head)
+        message |= made | ({"images": message.get("images", []) + made["images"]} if "images" in made else {})
 
 
 class CompletionRenderer:
@@ -1816,7 +3051,7 @@ class CompletionRenderer:
                 return self._text(choice, "", "stop" if reason == "tool_calls" else reason)
             case Ended() | Failed():
                 return self._frames.last(event)
-            case Started() | PartStart() | PartEnd() | ThinkingDelta() | ArgumentsDelta():
+            case Started() | PartStart() | PartEnd() | ThinkingDelta() | ArgumentsDelta() | Annotated():
                 return ""
             case _:
                 assert_never(event)
@@ -1884,6 +3119,8 @@ class ResponseRenderer:
                 return ""
             case PartEnd(part=part):
                 return self._done(part, "completed")
+            case Annotated(citations=citations):
+                return self._annotate(citations)
             case Finished(reason=reason):
                 self._reason = reason
                 return self._release("completed" if reason in ("stop", "tool_calls") else "incomplete")
@@ -1916,7 +3153,7 @@ class ResponseRenderer:
         added = {"output_index": len(self._response["output"]), "item": self._item | empty}
         frames = self._frame("output_item.added", added)
         if name == "output_text":
-            frames += self._frame("content_part.added", self._place(place | {"part": text_part("")}))
+            frames += self._frame("content_part.added", self._place(place | {"part": text_part(Text(""))}))
         if name == "reasoning_summary_text":
             frames += self._frame("reasoning_summary_part.added", self._place(place | {"part": summary_part("")}))
         return frames
@@ -1924,6 +3161,13 @@ class ResponseRenderer:
     def _delta(self, text: str) -> str:
         self._sequence += 1
         return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
+
+    def _annotate(self, citations: Sequence[Citation]) -> str:
+        annotations = enumerate(render_citations(citations))
+        places = (
+            self._place({"content_index": 0, "annotation_index": i, "annotation": each}) for i, each in annotations
+        )
+        return "".join(self._frame("output_text.annotation.added", place) for place in places)
 
     def _release(self, status: str) -> str:
         """The text part whose end was held back, now that its status is known."""
@@ -1939,12 +3183,12 @@ class ResponseRenderer:
         match part:
             case Text(text):
                 frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
-                frames += self._frame("content_part.done", self._place(place | {"part": text_part(text)}))
+                frames += self._frame("content_part.done", self._place(place | {"part": text_part(part)}))
             case Thinking(text):
                 frames += self._frame(f"{name}.done", self._place(place | {"text": text}))
                 frames += self._frame("reasoning_summary_part.done", self._place(place | {"part": summary_part(text)}))
-            case ToolCall(name=function, arguments=arguments):
-                more = {"name": function, "arguments": arguments}
+            case ToolCall(name=function, arguments=arguments, custom=custom):
+                more = {"input": arguments} if custom else {"name": function, "arguments": arguments}
                 frames += self._frame(f"{name}.done", self._place(more))
             case Media() | ToolResult():
                 pass
@@ -1984,7 +3228,7 @@ class ResponseRenderer:
             cut = self._response["status"] == "incomplete" and i == len(choice.parts) - 1
             if item := self._render_item(part, "incomplete" if cut else "completed"):
                 self._response["output"].append(item)
-        return self._response | {"choices": [render_choice(0, choice)]}
+        return self._response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
 
 
 def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -2044,14 +3288,18 @@ def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
     """A part as an output item; None for what has no item."""
     match part:
-        case Text(text):
+        case Text():
             message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
-            return message | {"content": [text_part(text)]}
+            return message | {"content": [text_part(part)]}
         case Thinking(text):
             return {"id": f"rs_{id}", "type": "reasoning", "summary": [summary_part(text)], "status": status}
-        case ToolCall(call_id, name, arguments):
-            call = {"id": f"fc_{id}", "type": "function_call", "call_id": call_id, "name": name}
-            return call | {"arguments": arguments, "status": status}
+        case ToolCall(call_id, name, arguments, namespace=namespace, custom=custom):
+            about = {"call_id": call_id, "name": name} | ({"namespace": namespace} if namespace else {})
+            if custom:
+                return {"id": f"ctc_{id}", "type": "custom_tool_call", **about, "input": arguments, "status": status}
+            return {"id": f"fc_{id}", "type": "function_call", **about, "arguments": arguments, "status": status}
+        case Media(mime, data) if mime.startswith("image/"):
+            return {"id": f"ig_{id}", "type": "image_generation_call", "status": status, "result": data}
         case Media() | ToolResult():
             return None
         case _:
@@ -2064,11 +3312,16 @@ def delta_form(part: Part) -> tuple[str, dict[str, int], dict[str, Any]]:
         return "output_text", {"content_index": 0}, {"content": []}
     if isinstance(part, Thinking):
         return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}
+    if isinstance(part, ToolCall) and part.custom:
+        return "custom_tool_call_input", {}, {"input": ""}
+    if isinstance(part, Media):
+        return "", {}, {"result": None}
     return "function_call_arguments", {}, {"arguments": ""}
 
 
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def text_part(part: Text) -> dict[str, Any]:
+    annotations = render_citations(part.citations)
+    return {"type": "output_text", "text": part.text, "annotations": annotations, "logprobs": []}
 
 
 def summary_part(text: str) -> dict[str, Any]:
@@ -2083,6 +3336,17 @@ def render_response_usage(usage: Usage) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.prompt + usage.completion,
     }
+
+
+def render_embeddings(request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
+    """The list of embeddings; base64 is of little-endian float32, as OpenAI's SDKs ask for it by default."""
+
+    def shown(vector: Sequence[float]) -> Any:
+        return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode() if request.base64 else vector
+
+    data = [{"object": "embedding", "index": i, "embedding": shown(vector)} for i, vector in enumerate(vectors)]
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
 
 Renderer = ChatRenderer | CompletionRenderer | ResponseRenderer
@@ -2111,6 +3375,8 @@ class Trace:
     attempts: int = 0
     first_byte: float | None = None
     usage: Usage | None = None
+    changes: tuple[Change, ...] = ()
+    strict: bool = False
 
     def headers(self, now: float) -> dict[str, str]:
         headers = {"X-Request-Id": self.id, "openai-processing-ms": str(milliseconds(now - self.started))}
@@ -2119,6 +3385,8 @@ class Trace:
         if self.account and self.config.show_account != "off":
             shown = self.account.email or self.account.name
             headers["X-Account-Email"] = shown if self.config.show_account == "full" else masked(shown)
+        if self.changes:
+            headers["X-Agproxy-Changes"] = str(len(self.changes))
         return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
 
 
@@ -2282,11 +3550,13 @@ class Upstream:
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
         self.signatures = SignatureMemory()
+        self.media = MediaFetcher(config)
         self.skew_s = 0.0
 
     async def close(self) -> None:
         if self._listing:
             self._listing.cancel()
+        await self.media.close()
         await self._session.close()
 
     # ---- models
@@ -2321,14 +3591,9 @@ class Upstream:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists. Raises UpstreamError."""
         try:
-            async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
-                return await self._pages_of(account)
-        except TimeoutError:
-            raise UpstreamTimeout(
-                "Gemini did not answer in time. Check the network and whether a proxy is needed."
-            ) from None
-        except aiohttp.ClientError as error:
-            raise UpstreamBroken(connection_problem(error)) from None
+            with upstream_errors():
+                async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
+                    return await self._pages_of(account)
         except (ValueError, KeyError, TypeError):
             raise UpstreamBroken("What answers at base_url is not Gemini. Check base_url.") from None
 
@@ -2371,25 +3636,42 @@ class Upstream:
     async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
         signed = self.signatures.recall(request, trace.mapped_model)
-        traits = traits_of(trace.mapped_model, self._config.traits)
-        body = dumps(build_generate_content(signed, traits)).encode()
+        generation = Generation(signed, traits_of(trace.mapped_model, self._config.traits), sse)
+        trace.changes = generation.changes
+        if trace.strict:
+            refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
         try:
             async with asyncio.timeout(total_s):
-                answer = await self._retry(trace, body, sse)
+                answer = await self._retry(trace, functools.partial(self._generate, generation, trace), generation)
         except TimeoutError:
             raise UpstreamTimeout("No answer began within proxy.timeouts.total_s. Raise it, or try again.") from None
         if total_s:
             answer.end_by(total_s - (time.monotonic() - trace.started))
         return answer
 
-    async def _retry(self, trace: Trace, body: bytes, sse: bool) -> Answer:
+    async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
+        """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
+        vectors: list[list[float]] = []
+        tokens = 0
+        for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
+            texts = request.texts[start : start + EMBEDDINGS_A_CALL]
+            body = dumps(build_embeddings(texts, trace.mapped_model, request.dimensions)).encode()
+            answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
+            vectors += read_embeddings(answer, len(texts))
+            tokens += usage_of(answer.get("usageMetadata") or {}).prompt
+        return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
+
+    async def _retry(
+        self, trace: Trace, attempt: Callable[[Account], Awaitable[T]], generation: Generation | None = None
+    ) -> T:
         """The one retry loop: an untried account first; once, after a pause, the same one for a fault not its own."""
         refusals: dict[str, UpstreamError] = {}
         tried: list[Account] = []
         spare = True
+        same: Account | None = None
         while len(tried) < ATTEMPTS_MAX:
-            account = self._pool.acquire(trace.mapped_model, tried, time.monotonic())
+            account = same or self._pool.acquire(trace.mapped_model, tried, time.monotonic())
             if account is None and tried and spare and refusals[tried[-1].name].remedy == "same_account":
                 spare = False
                 await asyncio.sleep(random.uniform(0.2, 1.0))
@@ -2400,32 +3682,97 @@ class Upstream:
             trace.attempts += 1
             trace.account = account
             try:
-                return await self._attempt(account, trace.mapped_model, body, sse)
+                return await attempt(account)
             except UpstreamError as error:
-                if error.remedy == "give_up":
+                mended = generation is not None and len(tried) < ATTEMPTS_MAX and generation.mends(error)
+                if error.remedy == "give_up" and not mended:
                     raise
+                same = account if mended else None
                 refusals[account.name] = error
                 self._pool.failed(account, trace.mapped_model, error, time.monotonic())
         raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
 
-    async def _attempt(self, account: Account, model: str, body: bytes, sse: bool) -> Answer:
-        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        url = f"{account.base_url}/v1beta/models/{quote(model)}:{method}"
-        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
-        response: aiohttp.ClientResponse | None = None
-        try:
+    async def _generate(self, generation: Generation, trace: Trace, account: Account) -> Answer:
+        method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
+        with upstream_errors():
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                proxy = self._proxies[account.base_url]
-                response = await self._session.post(url, data=body, headers=headers, proxy=proxy)
-                return await first_events(response, sse)
-        except BaseException as error:
-            if response is not None:
-                response.close()
-            if isinstance(error, TimeoutError):
-                raise UpstreamTimeout("Gemini did not answer in time.") from None
-            if isinstance(error, aiohttp.ClientError):
-                raise UpstreamBroken(connection_problem(error)) from None
-            raise
+                response = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
+                try:
+                    return await first_events(response, generation)
+                except BaseException:
+                    response.close()
+                    raise
+
+    async def _batch_embed(self, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
+        """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+        with upstream_errors():
+            async with asyncio.timeout(self._config.timeouts.first_event_s):
+                response = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
+                async with response:
+                    answer = parse_json(await response.read())
+        if response.status != 200:
+            raise classify_error(response.status, answer)
+        return answer if isinstance(answer, dict) else {}
+
+    async def _post(self, account: Account, call: str, body: bytes) -> aiohttp.ClientResponse:
+        url = f"{account.base_url}/v1beta/models/{call}"
+        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
+        return await self._session.post(url, data=body, headers=headers, proxy=self._proxies[account.base_url])
+
+
+class Generation:
+    """One answer to be had: the body that is sent for it, whatever account is asked, and the reader of what comes."""
+
+    def __init__(self, request: Request, traits: Traits, sse: bool) -> None:
+        self.sse = sse
+        self._request = request
+        self._traits = traits
+        self._mended = False
+        self._build()
+
+    def _build(self) -> None:
+        built = build_generate_content(self._request, self._traits)
+        self._tools = built.tools
+        self.body = dumps(built.body).encode()
+        self.changes = self._request.changes + built.changes
+
+    def mends(self, error: UpstreamError) -> bool:
+        """Whether the body was changed so that the same account may be asked again: once, without real signatures."""
+        if self._mended or not isinstance(error, SignatureRefused):
+            return False
+        self._mended = True
+        self._request = with_signatures(self._request, unsigned)
+        self._build()
+        return True
+
+    def reader(self) -> GeminiReader:
+        return GeminiReader(
+            lambda: f"call_{secrets.token_hex(12)}", self._tools, parallel_calls=self._request.parallel_calls
+        )
+
+
+def unsigned(part: Part) -> Part:
+    return replace(part, signature=None) if isinstance(part, ToolCall | Text) else part
+
+
+def refuse_dropped(changes: Iterable[Change]) -> None:
+    """Raises BadRequest where something of a request would be lost."""
+    lost = [change for change in changes if change.kind == "dropped"]
+    if lost:
+        told = "; ".join(f"{change.pointer}: {change.reason}" for change in lost)
+        text = f"Not everything can be carried over ({told}). Leave it out, or allow it by proxy.strict: false."
+        raise BadRequest(text, code="unsupported_parameter", param=lost[0].pointer.strip("/").replace("/", "."))
+
+
+@contextlib.contextmanager
+def upstream_errors() -> Iterator[None]:
+    """Raises what goes wrong on the way to Gemini as an UpstreamError."""
+    try:
+        yield
+    except TimeoutError:
+        raise UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.") from None
+    except aiohttp.ClientError as error:
+        raise UpstreamBroken(connection_problem(error)) from None
 
 
 def open_session(wait: Timeouts) -> aiohttp.ClientSession:
@@ -2434,13 +3781,14 @@ def open_session(wait: Timeouts) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
 
-async def first_events(response: aiohttp.ClientResponse, sse: bool) -> Answer:
+async def first_events(response: aiohttp.ClientResponse, generation: Generation) -> Answer:
     """The answer with its first events. Raises what the status or the first event says, and aiohttp's errors."""
     if response.status != 200:
         raise classify_error(response.status, parse_json(await response.read()))
-    reader = GeminiReader(lambda: f"call_{secrets.token_hex(12)}")
-    if not sse:
-        return Answer(None, response, unless_failed(reader.whole(await response.read())))
+    reader = generation.reader()
+    if not generation.sse:
+        events = reader.whole(await response.read())
+        return Answer(None, response, unless_failed(events[-1:]) and events)
     async for data in response.content.iter_any():
         if events := reader.feed(data):
             break
@@ -2454,6 +3802,122 @@ def unless_failed(events: list[Event]) -> list[Event]:
     if events and isinstance(events[0], Failed):
         raise events[0].error
     return events
+
+
+class MediaFetcher:
+    """Fetches what requests only link to; no address but a public one is ever asked."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._session: aiohttp.ClientSession | None = None
+
+    async def close(self) -> None:
+        if self._session:
+            await self._session.close()
+
+    async def filled(self, request: Request) -> Request:
+        """The request with the content of its links. Raises BadRequest with the path of the part."""
+        links = {part.url: part for message in request.messages for part in links_in(message.parts)}
+        if not links:
+            return request
+        if len(links) > MEDIA_LINKS_MAX:
+            raise BadRequest(
+                f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}.", code="invalid_value"
+            )
+        found = await asyncio.gather(*(self._fetch_in_time(media) for media in links.values()))
+        content = dict(zip(links, found, strict=True))
+        return replace(
+            request, messages=tuple(replace(m, parts=with_content(m.parts, content)) for m in request.messages)
+        )
+
+    async def _fetch_in_time(self, media: Media) -> Media:
+        if not self._config.fetch_media:
+            raise self._refused(media, "is a link, and proxy.fetch_media is off")
+        try:
+            async with asyncio.timeout(MEDIA_S_MAX):
+                return await self._fetch(media)
+        except TimeoutError:
+            raise self._refused(media, f"did not come within {MEDIA_S_MAX:.0f} s") from None
+        except (aiohttp.ClientError, OSError, ValueError):
+            raise self._refused(media, "could not be fetched") from None
+
+    async def _fetch(self, media: Media) -> Media:
+        url = media.url
+        for _ in range(REDIRECTS_MAX + 1):
+            host = urlsplit(url).hostname or ""
+            if is_address(host) and not self._may_ask(host, host):
+                raise self._refused(media, "leads to a private address; name its host in proxy.media_hosts to allow it")
+            async with self._open_session().get(url, allow_redirects=False) as response:
+                if response.status in (301, 302, 303, 307, 308):
+                    url = urljoin(url, response.headers.get("Location", ""))
+                    continue
+                if response.status != 200:
+                    raise self._refused(media, f"answered HTTP {response.status}")
+                return await self._content(media, response)
+        raise self._refused(media, f"was redirected more than {REDIRECTS_MAX} times")
+
+    async def _content(self, media: Media, response: aiohttp.ClientResponse) -> Media:
+        mime = MEDIA_ALIASES.get(response.content_type, response.content_type)
+        if mime == "application/octet-stream":
+            mime = media_type_by(urlsplit(media.url).path)
+        if not MEDIA_TYPES.fullmatch(mime):
+            raise self._refused(media, f"is of type {mime}, which Gemini does not read")
+        data = bytearray()
+        async for piece in response.content.iter_any():
+            data += piece
+            if len(data) > MEDIA_BYTES_MAX:
+                raise self._refused(media, f"is larger than {MEDIA_BYTES_MAX >> 20} MB")
+        return replace(media, url="", mime=mime, data=base64.b64encode(data).decode())
+
+    def _refused(self, media: Media, what: str) -> BadRequest:
+        text = f"'{media.path}' {what}. Send the content itself as a data: URL."
+        return BadRequest(text, code="invalid_image_url", param=media.path)
+
+    def _may_ask(self, host: str, address: str) -> bool:
+        return host in self._config.media_hosts or is_public(address)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
+            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+        return self._session
+
+
+class PublicResolver:
+    """Resolves names as aiohttp's own resolver does, and keeps the addresses that may be asked."""
+
+    def __init__(self, may_ask: Callable[[str, str], bool]) -> None:
+        self._may_ask = may_ask
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[Any]:
+        found = await self._resolver.resolve(host, port, family)  # type: ignore[arg-type]  # whatever it is asked
+        if not all(self._may_ask(host, one["host"]) for one in found):
+            raise OSError(f"{host} leads to a private address")
+        return list(found)
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def links_in(parts: Iterable[Part]) -> Iterable[Media]:
+    """The media that are to be fetched, also inside tool results."""
+    for part in parts:
+        if isinstance(part, ToolResult):
+            yield from links_in(part.parts)
+        elif isinstance(part, Media) and part.url and not PASSED_LINKS.match(part.url):
+            yield part
+
+
+def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[Any, ...]:
+    """The parts with the content of their links."""
+    made: list[Any] = []
+    for part in parts:
+        if isinstance(part, ToolResult):
+            made.append(replace(part, parts=with_content(part.parts, content)))
+        else:
+            made.append(content.get(part.url, part) if isinstance(part, Media) else part)
+    return tuple(made)
 
 
 def clock_skew(date: str | None, now: float) -> float:
@@ -2495,13 +3959,6 @@ def proxy_for(url: str, config: Config) -> str | None:
     return proxy if "://" in proxy else f"http://{proxy}"
 
 
-def parse_json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except ValueError:
-        return None
-
-
 # ==============================================================================
 # 13. Web
 # ==============================================================================
@@ -2511,10 +3968,10 @@ DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Rendere
     "completions": (parse_completion, CompletionRenderer),
     "responses": (parse_response, ResponseRenderer),
 }
-METHODS = {"healthz": "GET", "models": "GET"} | dict.fromkeys(DOORS, "POST")
+METHODS = {"healthz": "GET", "models": "GET", "embeddings": "POST"} | dict.fromkeys(DOORS, "POST")
 # Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
-    rf"(?:/(?:v1|models|{'|'.join(DOORS)}))*/(?P<route>{'|'.join(METHODS)})(?:(?<=models)/(?P<id>.+?))?/?"
+    rf"(?:/(?:v1|models|embeddings|{'|'.join(DOORS)}))*/(?P<route>{'|'.join(METHODS)})(?:(?<=models)/(?P<id>.+?))?/?"
 )
 
 
@@ -2535,6 +3992,8 @@ class Gateway:
         try:
             response = await self._route(http, trace)
         except GatewayError as error:
+            if error.code == "context_length_exceeded":
+                error.param = "input" if trace.route == "responses" else "messages"
             response = error_response(error, trace)
         except web.HTTPRequestEntityTooLarge:
             response = error_response(
@@ -2569,7 +4028,8 @@ class Gateway:
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
-        return await self._answer(http, trace)
+        body = parse_body(await http.read())
+        return await (self._embed(body, trace) if route == "embeddings" else self._answer(http, body, trace))
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -2632,15 +4092,24 @@ class Gateway:
         mapped = await self._upstream.resolve(name)
         return {"id": name, "object": "model", "created": 0, "owned_by": owners.get(mapped, "google")}
 
-    async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
-        body = parse_body(await http.read())
+    async def _embed(self, body: Any, trace: Trace) -> web.Response:
+        request = parse_embeddings(body)
+        trace.model = request.model
+        trace.mapped_model = await self._upstream.resolve(request.model)
+        vectors, tokens = await self._upstream.embed(request, trace)
+        trace.usage = Usage(prompt=tokens)
+        return json_response(render_embeddings(request, vectors, tokens), trace)
+
+    async def _answer(self, http: web.Request, body: Any, trace: Trace) -> web.StreamResponse:
         parse, form = DOORS[trace.route]
         parsed = parse(body)
-        prompts = parsed if isinstance(parsed, list) else [parsed]
+        prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
         first = prompts[0]
+        trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
         trace.model = first.model
         trace.mapped_model = await self._upstream.resolve(first.model)
-        head = Head(trace.id[4:], int(time.time()), first.model, first.include_usage, time.time)
+        told = (first.include_usage, self._config.images_in_text, time.time)
+        head = Head(trace.id[4:], int(time.time()), first.model, *told)
         renderer = form(head, body)
         answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
         try:
@@ -2676,7 +4145,9 @@ class Gateway:
         return response
 
 
-EXPOSED_HEADERS = "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Demo, Retry-After"
+EXPOSED_HEADERS = (
+    "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
+)
 
 
 def parse_body(data: bytes) -> Any:
@@ -2705,6 +4176,8 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
         wait_s = error.retry_after_s or 1.0
         response.headers["Retry-After"] = str(math.ceil(wait_s))
         response.headers["Retry-After-Ms"] = str(milliseconds(wait_s))
+    if error.code == "insufficient_quota":
+        response.headers["X-Should-Retry"] = "false"
     return response
 
 
@@ -2725,155 +4198,216 @@ async def create_app(config: Config, tally: Tally | None = None) -> web.Applicat
 # 14. Demo
 # ==============================================================================
 
-DEMO_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-3-pro-preview")
-DEMO_FAULTS = {
-    "429": (429, "RESOURCE_EXHAUSTED", "The demo was told to refuse (AGPROXY_DEMO_FAULT=429). Please retry in 7s."),
-    "503": (503, "UNAVAILABLE", "The demo was told to be overloaded (AGPROXY_DEMO_FAULT=503)."),
+DEMO_CHAT = ("generateContent", "countTokens")
+DEMO_MODELS: Mapping[str, Sequence[str]] = {
+    **dict.fromkeys(("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"), DEMO_CHAT),
+    **dict.fromkeys(("gemini-3-pro-preview", "gemini-3-flash-preview"), DEMO_CHAT),
+    "gemini-embedding-001": ("embedContent", "batchEmbedContents"),
 }
-DEMO_SAMPLES = {"integer": 1, "number": 1.5, "boolean": True, "null": None}
+DEMO_FAULTS = {
+    "429": (429, "RESOURCE_EXHAUSTED", "You exceeded your current quota. Please retry in 7s."),
+    "503": (503, "UNAVAILABLE", "The model is overloaded. Please try again later."),
+}
+DEMO_QUOTA = {"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "quotaValue": "2"}
+DEMO_429_DETAILS = (
+    {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [DEMO_QUOTA]},
+    {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"},
+)
+DEMO_CHUNKS_MAX = 50  # so that the echo of a long prompt is over in half a second too
+DEMO_WORD = re.compile(r"\s*\S+(?:\s+$)?")  # with the space around it: joined, words are the text again
+DEMO_SIGNATURE = "YWdwcm94eS1kZW1v"  # base64 of "agproxy-demo"
+DEMO_THOUGHT = {"text": "The demo thinks of nothing: it repeats what it was told.", "thought": True}
+DEMO_SCHEMA = {"properties": {"demo": {"const": True}, "echo": {"type": "string"}}, "required": ["demo", "echo"]}
+DEMO_FORMATS = {"date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z", "email": "demo@example.com"}
 
 
+@dataclass(frozen=True, slots=True)
 class Demo:
-    """A small Gemini: the real wire format, deterministic answers, no model."""
+    """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
 
-    def __init__(self, fault: str | None) -> None:
-        self._fault = fault
+    fault: str | None
 
     async def list_models(self, _: web.Request) -> web.Response:
-        methods = ["generateContent", "countTokens"]
-        models = [{"name": f"models/{name}", "supportedGenerationMethods": methods} for name in DEMO_MODELS]
-        return web.json_response({"models": models})
+        return web.json_response({"models": [demo_model(name, methods) for name, methods in DEMO_MODELS.items()]})
 
-    async def generate(self, http: web.Request) -> web.StreamResponse:
+    async def call(self, http: web.Request) -> web.StreamResponse:
         model, _, method = http.match_info["call"].partition(":")
-        if model not in DEMO_MODELS or method not in ("generateContent", "streamGenerateContent"):
+        streams = method == "streamGenerateContent"
+        if ("generateContent" if streams else method) not in DEMO_MODELS.get(model, ()):
             return demo_error(404, "NOT_FOUND", f"models/{model} is not found, or is not supported for {method}.")
-        if self._fault in DEMO_FAULTS:
-            return demo_error(*DEMO_FAULTS[self._fault])
-        body = await http.json()
-        chunks = demo_chunks(body, model)
-        if self._fault == "cut":
-            chunks = chunks[: len(chunks) // 2]
-        if method == "generateContent":
-            return await self._whole(http, chunks)
-        return await self._stream(http, chunks)
-
-    async def _whole(self, http: web.Request, chunks: list[dict[str, Any]]) -> web.Response:
-        if self._fault == "cut" and http.transport:
+        if self.fault in DEMO_FAULTS:
+            return demo_error(*DEMO_FAULTS[self.fault])
+        try:
+            answers = demo_answers(method, model, await http.json())
+        except (ValueError, LookupError) as error:
+            return demo_error(400, "INVALID_ARGUMENT", f"The demo cannot read this request: {error!r}")
+        if streams and http.query.get("alt") == "sse":
+            return await self._stream(http, answers)
+        if self.fault == "cut" and http.transport:
             http.transport.abort()
-            return web.Response()
-        parts = [part for chunk in chunks for part in chunk["candidates"][0]["content"]["parts"]]
-        last = chunks[-1]["candidates"][0] | {"content": {"role": "model", "parts": parts}}
-        return web.json_response(chunks[-1] | {"candidates": [last]})
+        return web.json_response(answers if streams else answers[0])
 
     async def _stream(self, http: web.Request, chunks: list[dict[str, Any]]) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(http)
-        for chunk in chunks:
-            await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
-            await asyncio.sleep(0.01)
-        if self._fault == "cut" and http.transport:
+        with contextlib.suppress(ConnectionError):  # whoever has heard enough may leave
+            for chunk in chunks[: len(chunks) // 2] if self.fault == "cut" else chunks:
+                await response.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
+                await asyncio.sleep(0.01)
+        if self.fault == "cut" and http.transport:
             http.transport.abort()
         return response
 
 
+def demo_model(name: str, methods: Sequence[str]) -> dict[str, Any]:
+    about = {"name": f"models/{name}", "displayName": name.replace("-", " ").title()}
+    chats = "generateContent" in methods
+    limits = {"inputTokenLimit": 1_048_576 if chats else 2048, "outputTokenLimit": 65_536 if chats else 1}
+    return {**about, **limits, "supportedGenerationMethods": list(methods), "thinking": chats}
+
+
 def demo_error(code: int, status: str, message: str) -> web.Response:
-    error: dict[str, Any] = {"code": code, "status": status, "message": message}
-    if code == 429:
-        error["details"] = [{"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}]
-    return web.json_response({"error": error}, status=code)
+    details = {"details": DEMO_429_DETAILS} if code == 429 else {}
+    return web.json_response({"error": {"code": code, "message": message, "status": status, **details}}, status=code)
 
 
-def demo_chunks(body: dict[str, Any], model: str) -> list[dict[str, Any]]:
-    """The answer as Gemini would send it: parts in chunks, usage in each, the finish reason in the last."""
-    config = body.get("generationConfig", {})
-    prompt = demo_prompt(body)
-    parts = demo_calls(body, prompt) or demo_text(body, config, prompt)
-    limit = config.get("maxOutputTokens", len(parts))
-    thoughts = [{"text": "The demo thinks about what was said.", "thought": True}]
-    said = (thoughts if config.get("thinkingConfig", {}).get("includeThoughts") else []) + parts[:limit]
-    usage = {
-        "promptTokenCount": max(1, len(json.dumps(body["contents"])) // 4),
-        "candidatesTokenCount": len(parts[:limit]),
-        "thoughtsTokenCount": 7 if said[0].get("thought") else 0,
-    }
-    usage["totalTokenCount"] = sum(usage.values())
-    candidates = [{"content": {"role": "model", "parts": [part]}, "index": 0} for part in said]
-    candidates[-1]["finishReason"] = "STOP" if limit >= len(parts) else "MAX_TOKENS"
-    about = {"usageMetadata": usage, "modelVersion": model, "responseId": "demo"}
+def demo_answers(method: str, model: str, body: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a method answers: the chunks of a stream, else one message."""
+    if method == "countTokens":
+        return [{"totalTokens": demo_usage(body.get("generateContentRequest", body), [])["promptTokenCount"]}]
+    if method == "embedContent":
+        return [{"embedding": demo_embedding(body)}]
+    if method == "batchEmbedContents":
+        return [{"embeddings": [demo_embedding(request) for request in body["requests"]]}]
+    parts, finish_reason = demo_parts(body)
+    about = {"usageMetadata": demo_usage(body, parts), "modelVersion": model, "responseId": "agproxy-demo"}
+    groups = [parts] if method == "generateContent" else [[piece] for part in parts for piece in demo_pieces(part)]
+    candidates: list[dict[str, Any]] = [{"content": {"role": "model", "parts": group}, "index": 0} for group in groups]
+    candidates[-1]["finishReason"] = finish_reason
     return [{"candidates": [candidate], **about} for candidate in candidates]
 
 
-def demo_prompt(body: dict[str, Any]) -> str:
-    """The last thing that the user said."""
-    said = [content for content in body["contents"] if content.get("role") != "model"]
-    return "\n".join(part["text"] for content in said[-1:] for part in content["parts"] if "text" in part)
-
-
-def demo_calls(body: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
-    """A call of each declared function that the prompt names, or of the first where one is demanded."""
-    declared = {f["name"]: f for tool in body.get("tools", []) for f in tool.get("functionDeclarations", [])}
-    config = body.get("toolConfig", {}).get("functionCallingConfig", {})
-    answered = "functionResponse" in body["contents"][-1]["parts"][0]
-    named = [name for name in declared if name in prompt and not answered]
-    if config.get("mode") == "ANY" and not named:
-        named = (config.get("allowedFunctionNames") or list(declared))[:1]
-    if config.get("mode") == "NONE":
-        return []
-    schemas = {name: declared[name].get("parametersJsonSchema") or declared[name].get("parameters") for name in named}
-    calls: list[dict[str, Any]] = [
-        {"functionCall": {"name": name, "args": demo_value(schema, schema, prompt) if schema else {}}}
-        for name, schema in schemas.items()
-    ]
-    return [calls[0] | {"thoughtSignature": "YWdwcm94eS1kZW1v"}, *calls[1:]] if calls else []
-
-
-def demo_text(body: dict[str, Any], config: dict[str, Any], prompt: str) -> list[dict[str, Any]]:
-    """The answer's words, one part each: JSON where it is asked for, else what was understood."""
+def demo_parts(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The answer, whole, and its finish reason."""
+    heard = [content for content in body["contents"] if content.get("role") != "model"][-1]["parts"]
+    prompt = "\n".join(part["text"] for part in heard if "text" in part)
+    config = body.get("generationConfig", {})
+    thoughts = [DEMO_THOUGHT] if config.get("thinkingConfig", {}).get("includeThoughts") else []
+    if calls := demo_calls(body, heard, prompt):
+        return [*thoughts, *calls], "STOP"
+    text = demo_text(body, heard, prompt)
     if config.get("responseMimeType") == "application/json":
-        schema = config.get("responseJsonSchema") or config.get("responseSchema")
-        value = demo_value(schema, schema, prompt) if schema else {"demo": True, "echo": prompt}
-        text = json.dumps(value, ensure_ascii=False)
-    else:
-        parts = body["contents"][-1]["parts"]
-        results = [part["functionResponse"] for part in parts if "functionResponse" in part]
-        files = [part["inlineData"]["mimeType"] for part in parts if "inlineData" in part]
-        system = " ".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", []))
-        text = "This is the demo of agproxy; no model was asked."
-        text += f" You said: {prompt[:200]}" if prompt and not results else ""
-        text += "".join(f" The tool {result['name']} answered: {json.dumps(result['response'])}" for result in results)
-        text += f" With it came: {', '.join(files)}." if files else ""
-        text += f" The instructions were: {system[:200]}" if system else ""
-    return [{"text": word} for word in re.findall(r"\s*\S+|\s+$", text)]
+        schema = config.get("responseJsonSchema") or config.get("responseSchema") or DEMO_SCHEMA
+        text = json.dumps(demo_value(schema, schema, prompt or "demo"), ensure_ascii=False)
+    words = DEMO_WORD.findall(text)
+    limit = int(config.get("maxOutputTokens") or len(words))
+    return [*thoughts, {"text": "".join(words[:limit])}], "MAX_TOKENS" if len(words) > limit else "STOP"
 
 
-def demo_value(schema: Any, root: Any, prompt: str) -> Any:
-    """A small value that fits a JSON schema."""
+def demo_pieces(part: dict[str, Any]) -> list[dict[str, Any]]:
+    """A part as it is streamed: text by a few words, everything else at once."""
+    words = DEMO_WORD.findall(part.get("text", ""))
+    size = max(2, math.ceil(len(words) / DEMO_CHUNKS_MAX))
+    return [part | {"text": "".join(words[i : i + size])} for i in range(0, len(words), size)] or [part]
+
+
+def demo_calls(body: dict[str, Any], heard: list[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """A call of each declared function that the prompt names, or of the first where one is demanded."""
+    tools = [f for tool in body.get("tools", []) for f in tool.get("functionDeclarations", [])]
+    schemas = {f["name"]: f.get("parametersJsonSchema") or f.get("parameters") or {"type": "object"} for f in tools}
+    config = body.get("toolConfig", {}).get("functionCallingConfig", {})
+    allowed = config.get("allowedFunctionNames") or list(schemas)
+    answered = config.get("mode") == "NONE" or any("functionResponse" in part for part in heard)
+    named = [name for name in allowed if not answered and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt)]
+    if config.get("mode") == "ANY":
+        named = named or allowed[:1]
+    args = {name: demo_value(schemas[name], schemas[name], prompt or "demo") for name in named}
+    calls: list[dict[str, Any]] = [{"functionCall": {"name": name, "args": args[name]}} for name in args]
+    return [call | {"thoughtSignature": DEMO_SIGNATURE} for call in calls[:1]] + calls[1:]  # parallel: only the first
+
+
+def demo_text(body: dict[str, Any], heard: list[dict[str, Any]], prompt: str) -> str:
+    """What was understood, so that a caller sees that nothing got lost on the way."""
+    results = [part["functionResponse"] for part in heard if "functionResponse" in part]
+    files = [part["inlineData"]["mimeType"] for part in heard if "inlineData" in part]
+    system = "\n".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", []))
+    said = ["This is the demo of agproxy; no model was asked."]
+    said += [f"The tool {r['name']} answered: {json.dumps(r['response'], ensure_ascii=False)}" for r in results]
+    said += [f"You said: {prompt}"] if prompt else []
+    said += [f"(and {len(files)} file{'s' * (len(files) > 1)} of {', '.join(sorted(set(files)))})"] if files else []
+    return " ".join([*said, f"(The instructions were: {system})"] if system else said)
+
+
+def demo_value(schema: Any, root: Any, prompt: str, seen: frozenset[str] = frozenset({"#"})) -> Any:
+    """A small value that fits a schema; LookupError where every one would contain itself."""
     if not isinstance(schema, dict):
         return prompt
-    if "$ref" in schema:
-        return demo_value(root.get("$defs", {}).get(schema["$ref"].split("/")[-1]), root, prompt)
-    for key in ("const", "enum", "anyOf", "oneOf"):
-        if key in schema:
-            value = schema[key] if key == "const" else schema[key][0]
-            return value if key in ("const", "enum") else demo_value(value, root, prompt)
-    kind = schema.get("type", "object" if "properties" in schema else "string")
-    kind = str(kind[0] if isinstance(kind, list) else kind).lower()
-    if kind == "object":
-        properties = schema.get("properties", {})
-        wanted = schema.get("required") or properties
-        return {name: demo_value(properties.get(name, {}), root, prompt) for name in wanted}
-    if kind == "array":
-        return [demo_value(schema.get("items", {}), root, prompt)]
-    return DEMO_SAMPLES.get(kind, prompt)
+    if ref := schema.get("$ref"):
+        if ref in seen:
+            raise LookupError(f"{ref} has no end")
+        definitions = root["definitions"] if ref.startswith("#/definitions/") else root["$defs"]
+        return demo_value(definitions[ref.split("/")[-1]], root, prompt, seen | {ref})
+    options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    for option in options:
+        with contextlib.suppress(LookupError):  # a linked list ends with its other option, null
+            return demo_value(schema | {"anyOf": (), "oneOf": ()} | option, root, prompt, seen)
+    if options:
+        raise LookupError("no option has an end")
+    return demo_plain_value(schema, root, prompt, seen)
+
+
+def demo_plain_value(schema: dict[str, Any], root: Any, prompt: str, seen: frozenset[str]) -> Any:
+    if "const" in schema or "enum" in schema:
+        return schema["const"] if "const" in schema else schema["enum"][0]
+    kinds = schema.get("type") or ("object" if "properties" in schema else "string")
+    kind = kinds if isinstance(kinds, str) else next((kind for kind in kinds if kind != "null"), "null")
+    match kind.lower():
+        case "object":
+            properties = schema.get("properties", {})
+            return {name: demo_value(properties.get(name), root, prompt, seen) for name in schema.get("required", ())}
+        case "array":
+            items = schema.get("prefixItems") or [schema.get("items")] * max(1, int(schema.get("minItems", 1)))
+            with contextlib.suppress(LookupError):
+                return [demo_value(item, root, prompt, seen) for item in items]
+            return []  # a tree ends where there are no children
+        case "integer" | "number" as kind:
+            number = max(1 if kind == "integer" else 1.5, schema.get("minimum", 1))
+            return min(number, schema.get("maximum", number))
+        case kind:
+            return {"boolean": True, "null": None}.get(kind, DEMO_FORMATS.get(schema.get("format", ""), prompt))
+
+
+def demo_tokens(parts: Iterable[dict[str, Any]]) -> int:
+    """Words, for tokens; a file counts as the 258 that Gemini takes for a small image."""
+    return sum(258 if "inlineData" in part else max(1, len(str(part.get("text", part)).split())) for part in parts)
+
+
+def demo_usage(body: dict[str, Any], said: list[dict[str, Any]]) -> dict[str, int]:
+    contents = [*body["contents"], body.get("systemInstruction", {})]
+    counts = {
+        "promptTokenCount": demo_tokens(part for content in contents for part in content.get("parts", [])),
+        "candidatesTokenCount": demo_tokens(part for part in said if "thought" not in part),
+        "thoughtsTokenCount": demo_tokens(part for part in said if "thought" in part),
+    }
+    return {key: count for key, count in counts.items() if count} | {"totalTokenCount": sum(counts.values())}
+
+
+def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
+    """Words by hash, at length 1: texts that share words lie near each other."""
+    text = " ".join(part.get("text", "") for part in request["content"]["parts"])
+    values = [0.0] * int(request.get("outputDimensionality") or 768)
+    for word in re.findall(r"\w+", text.lower()) or [""]:
+        values[int(hashlib.sha256(word.encode()).hexdigest(), 16) % len(values)] += 1
+    length = math.hypot(*values)
+    return {"values": [value / length for value in values]}
 
 
 def create_demo(fault: str | None) -> web.Application:
     """The demo as an application of its own; `fault` (429, 503 or cut) makes it fail as Gemini does."""
     demo = Demo(fault)
-    app = web.Application(client_max_size=BODY_BYTES_MAX)
+    app = web.Application(client_max_size=128 << 20)  # more than the gateway lets in, which shall be who refuses
     app.router.add_get("/v1beta/models", demo.list_models)
-    app.router.add_post("/v1beta/models/{call}", demo.generate)
+    app.router.add_post("/v1beta/models/{call}", demo.call)
     return app
 
 
@@ -3292,6 +4826,43 @@ def remedy_of(error: UpstreamError) -> str:
 def masked_key(key: str) -> str:
     """Enough of a key to tell two apart, too little to use one."""
     return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
+
+
+@main.command()
+@accounts_option
+@click.argument("file", type=click.File("rb"))
+@click.option("--model", help="As if the body named this model.")
+@click.option(
+    "--kind", default="gemini", show_default=True, type=click.Choice(["gemini", "vertex"]), help="Asked upstream."
+)
+@click.option("--strict", is_flag=True, help="Refuse a body of which something would be dropped.")
+def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Dialect, strict: bool) -> None:
+    """Say what becomes of the request body in FILE (- is standard input), without sending anything."""
+    config = configured(accounts)
+    try:
+        body = parse_body(file.read())
+        requests, table = read_body(body | {"model": model} if model and isinstance(body, dict) else body)
+        mapped = map_model(requests[0].model, config, None)
+        traits = traits_of(mapped.model, config.traits)
+        built = [build_generate_content(request, traits, kind) for request in requests]
+        changes = requests[0].changes + built[0].changes
+        if strict:
+            refuse_dropped(changes)
+    except GatewayError as error:
+        raise Unusable(error.message, error.code or "invalid_body") from None
+    click.echo(
+        json.dumps(
+            {
+                "model": requests[0].model,
+                "mapped_model": mapped.model,
+                "rule": mapped.rule,
+                "fields": explain_fields(body, table, changes),
+                "requests": [one.body for one in built],
+            },
+            indent=2,
+            ensure_ascii=False,
+        )
+    )
 
 
 @main.command("env")

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,23 @@ from aiohttp import web
 sys.path.insert(0, str(Path(__file__).parent / "gemini_schema"))
 from check_gemini import validate
 
+# Rules that are warnings for anybody's body, but that the gateway's own must keep.
+OWN_OUTPUT = {"p_snake_case", "p_single_for_list", "empty_text", "roles_alternate", "response_mixed", "response_ids"}
 Step = list[dict[str, Any]] | tuple[int, dict[str, Any]]
+
+
+def findings(body: Any, model: str, type_: str = "GenerateContentRequest") -> list[Any]:
+    """What Google would refuse in a body, and what the gateway's own must not have either.
+
+    Words of the user's may follow results as a content of their own: beside them they are refused by Gemini 3.6.
+    """
+    found = validate(body, type_, model=model, enable=OWN_OUTPUT)
+    return [one for one in found if one.rule != "roles_alternate" or not after_results(body, one.path)]
+
+
+def after_results(body: Any, path: str) -> bool:
+    position = int(re.sub(r"\D", "", path))
+    return "functionResponse" in body["contents"][position - 1]["parts"][0]
 
 
 def error(code: int, status: str, message: str, *details: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -74,8 +91,8 @@ class FakeGemini:
         model = request.match_info["model_and_method"].split(":")[0]
         self.keys.append(request.headers.get("x-goog-api-key", ""))
         self.bodies.append(body)
-        if findings := validate(body, "GenerateContentRequest", model=model):
-            return web.json_response(error(400, "INVALID_ARGUMENT", findings[0].server)[1], status=400)
+        if found := findings(body, model):
+            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
         await asyncio.sleep(self.silence_s)
         if isinstance(step, tuple):

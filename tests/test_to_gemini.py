@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from fake_gemini import validate
+from fake_gemini import findings
 
 import antigravity_proxy as agproxy
 
@@ -18,8 +18,8 @@ CALLS = {
 
 def contents(*messages: dict[str, Any], model: str = "gemini-3-pro-preview") -> list[dict[str, Any]]:
     request = agproxy.parse_chat({"model": model, "messages": list(messages)})
-    body = agproxy.build_generate_content(request, agproxy.traits_of(model, {}))
-    assert validate(body, "GenerateContentRequest", model=model) == []
+    body = agproxy.build_generate_content(request, agproxy.traits_of(model, {})).body
+    assert findings(body, model) == []
     return body["contents"]
 
 
@@ -64,6 +64,6 @@ def test_neighbours_of_one_role_are_one_turn_and_system_stands_apart() -> None:
             }
         ),
         agproxy.traits_of("gemini-2.5-flash", {}),
-    )
+    ).body
     assert body["contents"] == [{"role": "user", "parts": [{"text": "a"}, {"text": "b"}]}]
     assert body["systemInstruction"] == {"parts": [{"text": "brief"}]}
