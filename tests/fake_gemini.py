@@ -54,7 +54,11 @@ def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
         for candidate in chunk.get("candidates", []):
             one = candidates.setdefault(candidate.get("index", 0), {"content": {"role": "model", "parts": []}})
             one["content"]["parts"] += candidate.get("content", {}).get("parts", [])
+            earlier = one.get("logprobsResult", {})
             one |= {key: value for key, value in candidate.items() if key != "content"}
+            if earlier:
+                later = one.get("logprobsResult", {})
+                one["logprobsResult"] = {key: earlier.get(key, []) + later.get(key, []) for key in earlier | later}
     return answer | ({"candidates": list(candidates.values())} if candidates else {})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from fake_gemini import whole
+from fake_gemini import validate, whole
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from openai_schema import findings
@@ -51,6 +51,8 @@ def shape(event: agproxy.Event) -> list[Any]:
             return [name, choice, type(part).__name__]
         case agproxy.Finished(choice, reason):
             return [name, choice, reason]
+        case agproxy.Annotated(choice, citations):
+            return [name, choice, [[c.start, c.end, c.url] for c in citations]]
         case agproxy.Failed(error):
             return [name, error.code]
         case agproxy.Started() | agproxy.Ended():
@@ -72,14 +74,27 @@ def frames(text: str) -> list[Any]:
 def message_shape(choice: dict[str, Any]) -> dict[str, Any]:
     message = choice["message"]
     calls = [[call["function"]["name"], call["function"]["arguments"]] for call in message.get("tool_calls") or []]
-    told = {"reasoning": message.get("reasoning_content"), "calls": calls}
+    annotations = [one["url_citation"] for one in message.get("annotations") or []]
+    told = {
+        "reasoning": message.get("reasoning_content"),
+        "calls": calls,
+        "annotations": [[one["start_index"], one["end_index"], one["url"]] for one in annotations],
+        "images": [image["image_url"]["url"] for image in message.get("images") or []],
+        "audio": (message.get("audio") or {}).get("data"),
+        "logprobs": [
+            [one["token"], one["logprob"], [top["token"] for top in one["top_logprobs"]]]
+            for one in (choice["logprobs"] or {}).get("content") or []
+        ],
+    }
     made = {"content": message["content"], "finish": choice["finish_reason"]}
     return made | {key: value for key, value in told.items() if value}
 
 
-def item_shape(item: dict[str, Any]) -> list[str]:
-    texts = [part["text"] for part in item.get("content") or item.get("summary") or []]
-    return [item["type"], *texts, *([item["name"], item["arguments"]] if "call_id" in item else [])]
+def item_shape(item: dict[str, Any]) -> list[Any]:
+    parts = item.get("content") or item.get("summary") or []
+    cited = [[a["start_index"], a["end_index"], a["url"]] for part in parts for a in part.get("annotations", [])]
+    more = [item[key] for key in ("name", "arguments", "result") if key in item]
+    return [item["type"], *(part["text"] for part in parts), *cited, *more]
 
 
 def without_null_usage(event: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +103,12 @@ def without_null_usage(event: dict[str, Any]) -> dict[str, Any]:
     if response is None or response["usage"] is not None:
         return event
     return event | {"response": {key: value for key, value in response.items() if key != "usage"}}
+
+
+def test_the_chunks_are_such_as_gemini_sends(case: dict[str, Any]) -> None:
+    answers = [chunk for chunk in case["chunks"] if "error" not in chunk]
+    refused = [validate(chunk, "GenerateContentResponse", disable=set(case.get("but", ()))) for chunk in answers]
+    assert refused == [[] for _ in answers]
 
 
 def test_the_events(case: dict[str, Any]) -> None:
