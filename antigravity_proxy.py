@@ -418,7 +418,7 @@ class Unauthorized(GatewayError):
 class Forbidden(GatewayError):
     status = 403
     type = "permission_error"
-    default_code = "permission_denied"
+    default_code = None
 
 
 class ModelNotFound(GatewayError):

@@ -21,14 +21,17 @@ def findings(body: Any, model: str, type_: str = "GenerateContentRequest") -> li
     """What Google would refuse in a body, and what the gateway's own must not have either.
 
     Words of the user's may follow results as a content of their own: beside them they are refused by Gemini 3.6.
+    A text may be empty where it carries a signature, which must go back where it came from.
     """
     found = validate(body, type_, model=model, enable=OWN_OUTPUT)
-    return [one for one in found if one.rule != "roles_alternate" or not after_results(body, one.path)]
+    return [one for one in found if not is_meant(body, one)]
 
 
-def after_results(body: Any, path: str) -> bool:
-    position = int(re.sub(r"\D", "", path))
-    return "functionResponse" in body["contents"][position - 1]["parts"][0]
+def is_meant(body: Any, finding: Any) -> bool:
+    content, part = (int(number) for number in [*re.findall(r"\[(\d+)\]", finding.path), 0][:2])
+    if finding.rule == "roles_alternate":
+        return "functionResponse" in body["contents"][content - 1]["parts"][0]
+    return finding.rule == "empty_text" and "thoughtSignature" in body["contents"][content]["parts"][part]
 
 
 def error(code: int, status: str, message: str, *details: dict[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -71,6 +74,7 @@ class FakeGemini:
     def __init__(self) -> None:
         self.url = ""
         self.echo = False
+        self.answer_first_tool = False
         self.pause_s = 0.0
         self.silence_s = 0.0
         self.date = ""
@@ -85,23 +89,35 @@ class FakeGemini:
     async def list_models(self, request: web.Request) -> web.Response:
         if isinstance(self.models, tuple):
             return web.json_response(self.models[1], status=self.models[0])
-        methods = {"supportedGenerationMethods": ["generateContent", "countTokens"]}
+        methods = {"supportedGenerationMethods": ["generateContent", "countTokens", "embedContent"]}
         listed = [{"name": f"models/{name}", **methods} for name in self.models or ["broken"]]
         date = {"Date": self.date} if self.date else {}
         return web.json_response({"models": listed if self.models else 5}, headers=date)
 
+    def embed(self, body: dict[str, Any], model: str) -> web.Response:
+        """Vectors that tell the length of each text; like Gemini's shortened ones they are not of length 1."""
+        if found := validate(body, "BatchEmbedContentsRequest", model=model):
+            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
+        texts = ["".join(part["text"] for part in one["content"]["parts"]) for one in body["requests"]]
+        return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts]})
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        model = request.match_info["model_and_method"].split(":")[0]
+        model, _, method = request.match_info["model_and_method"].partition(":")
         self.keys.append(request.headers.get("x-goog-api-key", ""))
         self.bodies.append(body)
+        if method == "batchEmbedContents":
+            return self.embed(body, model)
         if found := findings(body, model):
             return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
+        if self.answer_first_tool:
+            declared = body["tools"][0]["functionDeclarations"][0]["name"]
+            step[0]["candidates"][0]["content"]["parts"][0]["functionCall"]["name"] = declared  # type: ignore[index]
         await asyncio.sleep(self.silence_s)
         if isinstance(step, tuple):
             return web.json_response(step[1], status=step[0])
-        if request.path.endswith(":generateContent"):
+        if method == "generateContent":
             return web.json_response(whole(step))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)

@@ -1,5 +1,6 @@
 """Every refusal of the gateway's own: what is wrong, what to do, and a code that README's table explains."""
 
+import ast
 import asyncio
 import io
 import json
@@ -267,3 +268,33 @@ def test_run_gives_a_command_its_own_gateway(tmp_path: Path) -> None:
     assert run.returncode == 7
     assert "You said: hi" in run.stdout
     assert re.search(r"agproxy: 1 requests \(0 failed\), \d+ tokens in, \d+ out; accounts: demo 1", run.stderr)
+
+
+# ---- README's table
+
+
+def codes_in_the_source() -> set[str]:
+    """Every code that the gateway can tell: as a class's default, an argument named `code`, or by its place."""
+    tree = ast.parse(Path(agproxy.__file__).read_text(encoding="utf-8"))
+    kinds = [
+        kind for kind in vars(agproxy).values() if isinstance(kind, type) and issubclass(kind, agproxy.GatewayError)
+    ]
+    found: set[Any] = {kind.default_code for kind in kinds} | {row[3] for row in agproxy.REFUSALS}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        place = {"wrong": 3, "Unusable": 1, "get": 3}.get(name, 99)
+        given = [*node.args[place : place + 1], *(k.value for k in node.keywords if k.arg in ("code", "default_code"))]
+        found |= {leaf.value for one in given for leaf in ast.walk(one) if isinstance(leaf, ast.Constant)}
+    found |= {
+        "integer_below_min_value",
+        "integer_above_max_value",
+        "decimal_below_min_value",
+        "decimal_above_max_value",
+    }
+    return {code for code in found if isinstance(code, str) and re.fullmatch(r"[a-z_]+", code)}
+
+
+def test_readme_explains_every_code_and_no_other() -> None:
+    assert TABLE - {"none"} == codes_in_the_source()

@@ -1,0 +1,163 @@
+"""Linked media: fetched, limited, and never from an address that is not public."""
+
+import base64
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from fake_gemini import FakeGemini, said
+
+import antigravity_proxy as agproxy
+
+PNG = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+Ask = Callable[..., Awaitable[Any]]
+
+
+async def serve_media(request: web.Request) -> web.StreamResponse:
+    name = request.match_info["name"]
+    if name == "moved":
+        raise web.HTTPFound("/a.png")
+    if name == "to-metadata":
+        raise web.HTTPFound("http://169.254.169.254/latest/meta-data")
+    if name == "for-ever":
+        raise web.HTTPFound("/for-ever")
+    if name == "slow.png":
+        await agproxy.asyncio.sleep(5)
+    bodies = {"large.png": bytes(21 << 20), "page.html": b"<html>", "a.svg": b"<svg/>"}
+    types = {"page.html": "text/html", "a.svg": "image/svg+xml", "a.pdf": "application/octet-stream"}
+    if name == "gone.png":
+        raise web.HTTPNotFound
+    return web.Response(body=bodies.get(name, PNG), content_type=types.get(name, "image/png"))
+
+
+@pytest.fixture
+async def media() -> AsyncIterator[str]:
+    app = web.Application()
+    app.router.add_get("/{name}", serve_media)
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
+
+
+@pytest.fixture
+async def ask(gemini: FakeGemini, aiohttp_client: Any) -> Ask:
+    async def ask(*parts: dict[str, Any], **settings: Any) -> tuple[int, Any]:
+        accounts = (agproxy.Account("a", "k", gemini.url),)
+        client: TestClient[Any, Any] = await aiohttp_client(
+            await agproxy.create_app(agproxy.Config(accounts, **settings))
+        )
+        gemini.script = [said("ok")]
+        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": list(parts)}]}
+        response = await client.post("/v1/chat/completions", json=body)
+        return response.status, await response.json()
+
+    return ask
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+LOOPBACK = {"media_hosts": ("127.0.0.1",)}
+
+
+@pytest.mark.parametrize(
+    ("name", "mime"), [("a.png", "image/png"), ("moved", "image/png"), ("a.pdf", "application/pdf")]
+)
+async def test_a_link_is_followed(name: str, mime: str, ask: Ask, media: str, gemini: FakeGemini) -> None:
+    status, _ = await ask({"type": "text", "text": "see"}, image(f"{media}/{name}"), **LOOPBACK)
+    assert status == 200
+    parts = gemini.bodies[0]["contents"][0]["parts"]
+    assert parts[1] == {"inlineData": {"mimeType": mime, "data": base64.b64encode(PNG).decode()}}
+
+
+@pytest.mark.parametrize(
+    ("url", "settings", "said"),
+    [
+        ("MEDIA/a.png", {}, "private address"),
+        ("MEDIA/to-metadata", LOOPBACK, "private address"),
+        ("MEDIA/for-ever", LOOPBACK, "redirected more than 5 times"),
+        ("MEDIA/gone.png", LOOPBACK, "HTTP 404"),
+        ("MEDIA/a.svg", LOOPBACK, "image/svg+xml, which Gemini does not read"),
+        ("MEDIA/large.png", LOOPBACK, "larger than 20 MB"),
+        ("MEDIA/a.png", LOOPBACK | {"fetch_media": False}, "proxy.fetch_media is off"),
+        ("http://localhost:1/a.png", {}, "could not be fetched"),
+        ("http://2130706433/a.png", {}, "could not be fetched"),
+        ("http://127.1/a.png", {}, "could not be fetched"),
+        ("http://[::ffff:10.0.0.1]/a.png", {}, "private address"),
+        ("http://[64:ff9b::a00:1]/a.png", {}, "private address"),
+        ("http://169.254.169.254/", {}, "private address"),
+        ("http://0.0.0.0/", {}, "private address"),
+        ("http://none.invalid/a.png", {}, "could not be fetched"),
+        ("file:///etc/passwd", {}, "neither a data: URL"),
+        ("data:image/svg+xml;base64,AAAA", {}, "image/svg+xml, which Gemini does not read"),
+        ("data:image/png;base64,A", {}, "not valid base64"),
+    ],
+)
+async def test_what_is_refused_names_the_part(
+    url: str, settings: dict[str, Any], said: str, ask: Ask, media: str, gemini: FakeGemini
+) -> None:
+    status, answer = await ask({"type": "text", "text": "see"}, image(url.replace("MEDIA", media)), **settings)
+    told = answer["error"]
+    assert (status, told["code"], gemini.bodies) == (400, "invalid_image_url", [])
+    assert told["param"] == "messages[0].content[1].image_url.url"
+    assert said in told["message"]
+    assert media not in told["message"]
+
+
+async def test_a_slow_link_ends_in_time(ask: Ask, media: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agproxy, "MEDIA_S_MAX", 0.2)
+    status, answer = await ask(image(f"{media}/slow.png"), **LOOPBACK)
+    assert (status, "did not come within" in answer["error"]["message"]) == (400, True)
+
+
+async def test_too_many_links_are_refused(ask: Ask, media: str) -> None:
+    status, answer = await ask(*(image(f"{media}/{i}.png") for i in range(17)), **LOOPBACK)
+    assert (status, answer["error"]["code"]) == (400, "invalid_value")
+
+
+@pytest.mark.parametrize(
+    "url", ["https://www.youtube.com/watch?v=1", "https://generativelanguage.googleapis.com/v1beta/files/1"]
+)
+async def test_what_gemini_follows_itself_is_passed_on(url: str, ask: Ask, gemini: FakeGemini) -> None:
+    status, _ = await ask(image(url))
+    assert (status, gemini.bodies[0]["contents"][0]["parts"]) == (200, [{"fileData": {"fileUri": url}}])
+
+
+async def test_an_image_in_a_tool_result_is_fetched_too(gemini: FakeGemini, media: str, aiohttp_client: Any) -> None:
+    accounts = (agproxy.Account("a", "k", gemini.url),)
+    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, media_hosts=("127.0.0.1",))))
+    gemini.script = [said("ok")]
+    call = {"id": "c1", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "look"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": [image(f"{media}/a.png")]},
+    ]
+    response = await client.post("/v1/chat/completions", json={"model": "gemini-3-pro-preview", "messages": messages})
+    assert response.status == 200
+    result = gemini.bodies[0]["contents"][2]["parts"][0]["functionResponse"]
+    assert result["parts"][0]["inlineData"]["mimeType"] == "image/png"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("[2001:4860:4860::8888]", True),
+        ("10.0.0.1", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("::1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_which_addresses_belong_to_the_internet(address: str, public: bool) -> None:
+    assert agproxy.is_public(address) is public
