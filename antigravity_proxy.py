@@ -985,6 +985,8 @@ class Tool:
     namespace: str | None = None
     custom: bool = False
     """Takes free text instead of an object."""
+    answers: bool = False
+    """Not the client's: its argument is the final answer."""
     source: str = ""
     """Where in the body it stands, as a JSON pointer."""
 
@@ -1458,7 +1460,8 @@ def parse_response(body: Any) -> Request:
         json_format=parse_format(text and text.object("format"), nested=False),
         thinking=parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary)),
         stream=fields.flag("stream"),
-        sources={"max_output_tokens": "/max_output_tokens", "json_format": "/text/format"} | search_source(fields),
+        sources={"max_output_tokens": "/max_output_tokens", "json_format": "/text/format", "messages": "/input"}
+        | search_source(fields),
     )
     return with_changes(request, fields, RESPONSE_FIELDS)
 
@@ -1945,6 +1948,7 @@ class Builder:
     def __init__(self, request: Request, traits: Traits, dialect: Dialect) -> None:
         self.request = request
         self.traits = traits
+        self.messages = request.sources.get("messages", "/messages")
         self.takes_json_schema = traits.json_schema and dialect == "gemini"
         self.changes: list[Change] = []
         self.names: dict[tuple[str | None, str], str] = {}
@@ -1956,7 +1960,8 @@ class Builder:
         tools = self.tools()
         config = self.generation_config()
         system = list(request.system)
-        if answer := self.answer_by_tool(config, system):
+        if answer := self.answer_by_tool(config, system, tools):
+            self.name(answer.namespace, answer.name)
             tools.append(answer)
         body: dict[str, Any] = {"contents": self.contents()}
         if system:
@@ -1964,10 +1969,10 @@ class Builder:
         if tools:
             body["tools"] = [{"functionDeclarations": [self.declaration(tool) for tool in tools]}]
             body["toolConfig"] = {"functionCallingConfig": self.calling_config(answer)}
-        self.search(body)
+        self.search(body, config)
         if config:
             body["generationConfig"] = config
-        known = {self.names.get((tool.namespace, tool.name), tool.name): tool for tool in tools}
+        known = {self.names[tool.namespace, tool.name]: tool for tool in tools}
         return Built(body, tuple(self.changes), known)
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
@@ -1991,13 +1996,15 @@ class Builder:
     def tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
         choice = self.request.tool_choice
+        if choice.mode == "none" and self.request.json_format and not self.traits.json_with_tools:
+            return []  # none may be called, and without them the answer can be JSON
         if choice.mode != "auto" or not choice.names:
             return list(self.request.tools)
         self.change("/tool_choice", "emulated", "only the allowed tools are declared")
         return [tool for tool in self.request.tools if tool.name in choice.names]
 
     def declaration(self, tool: Tool) -> dict[str, Any]:
-        name = self.names.get((tool.namespace, tool.name), tool.name)
+        name = self.names[tool.namespace, tool.name]
         declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
         schema = tool.parameters
         if not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}):
@@ -2017,16 +2024,18 @@ class Builder:
             config["allowedFunctionNames"] = [self.name(tool.namespace, tool.name) for tool in named]
         return config
 
-    def search(self, body: dict[str, Any]) -> None:
+    def search(self, body: dict[str, Any], config: Mapping[str, Any]) -> None:
         source = self.request.sources.get("search")
         if not source:
             return
         if "tools" in body:
             self.change(source, "dropped", "web search cannot be combined with functions")
+        elif "responseMimeType" in config and not self.traits.json_with_tools:
+            self.change(source, "dropped", "this model cannot search the web where JSON is asked for")
         else:
             body["tools"] = [{"googleSearch": {}}]
 
-    def answer_by_tool(self, config: dict[str, Any], system: list[str]) -> Tool | None:
+    def answer_by_tool(self, config: dict[str, Any], system: list[str], tools: Sequence[Tool]) -> Tool | None:
         """Where JSON cannot be asked for beside tools: a further tool that takes the answer, or an instruction.
 
         Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling with a response mime
@@ -2034,7 +2043,7 @@ class Builder:
         """
         request, source = self.request, self.request.sources.get("json_format", "/response_format")
         forced = request.tool_choice.mode == "required"
-        if not request.json_format or not request.tools or (self.traits.json_with_tools and not forced):
+        if not request.json_format or not tools or (self.traits.json_with_tools and not forced):
             return None
         schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
         del config["responseMimeType"]
@@ -2044,7 +2053,7 @@ class Builder:
         if schema and schema.get("properties") and request.tool_choice.mode == "auto":
             self.change(source, "emulated", f"asked for as a call of '{ANSWER_TOOL}'")
             text = "Give the final answer by calling this, once no other tool is needed."
-            return Tool(ANSWER_TOOL, text, request.json_format.schema, source=source)
+            return Tool(ANSWER_TOOL, text, request.json_format.schema, namespace="", source=source, answers=True)
         self.change(source, "emulated", "asked for by an instruction")
         system.append(
             "Answer with one JSON value alone, without Markdown fences." + (f" {dumps(schema)}" if schema else "")
@@ -2163,7 +2172,7 @@ class Builder:
             calls = [part for part in message.parts if isinstance(part, ToolCall)]
             if message.role == "tool":
                 orphans = [part for part in message.parts if isinstance(part, ToolResult) and take(waiting, part)]
-                add_turn(contents, "user", [built for orphan in orphans for built in self.orphan(orphan)])
+                add_turn(contents, "user", self.orphans(orphans))
                 continue
             role = "model" if message.role == "assistant" else "user"
             add_turn(contents, role, self.parts(message.parts))
@@ -2180,9 +2189,7 @@ class Builder:
         if not contents:
             contents.append({"role": "user", "parts": [{"text": PLACEHOLDER}]})
         if contents[-1]["role"] == "model" and not self.traits.prefill:
-            self.change(
-                f"/messages/{len(self.request.messages) - 1}", "emulated", "this model continues only when asked to"
-            )
+            self.change(self.messages, "emulated", "this model goes on with an answer only when asked to")
             contents.append({"role": "user", "parts": [{"text": "Continue exactly where you stopped."}]})
 
     def parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
@@ -2212,6 +2219,8 @@ class Builder:
         """A turn of one functionResponse a call; files inside it where the model takes them there, else a turn behind."""
         made: list[dict[str, Any]] = []
         files: list[dict[str, Any]] = []
+        if None in results:
+            self.change(self.messages, "emulated", "a call without a result is answered with a note that there is none")
         for call, result in zip(calls, results, strict=True):
             response: dict[str, Any] = {"name": self.name(call.namespace, call.name), "response": result_object(result)}
             response |= {"id": call.id} if self.traits.call_ids else {}
@@ -2223,9 +2232,11 @@ class Builder:
             made.append({"functionResponse": response})
         return [{"role": "user", "parts": parts} for parts in (made, files) if parts]
 
-    def orphan(self, result: ToolResult) -> list[dict[str, Any]]:
-        """A result whose call is not in the history, told as what it is: text."""
-        return [made for part in result.parts for made in self.part(part)]
+    def orphans(self, results: Sequence[ToolResult]) -> list[dict[str, Any]]:
+        """Results whose calls are not in the history, told as what they are: text."""
+        if results:
+            self.change(self.messages, "emulated", "a result without a call is passed on as text")
+        return [made for result in results for part in result.parts for made in self.part(part)]
 
 
 def take(waiting: Mapping[str, list[ToolResult]], result: ToolResult | None) -> bool:
@@ -2573,7 +2584,7 @@ class GeminiReader:
         name = checked_text(call.get("name") or "")
         tool = self._tools.get(name) or Tool(name, "", None)
         args = dict(call.get("args") or {})
-        if tool.name == ANSWER_TOOL and ANSWER_TOOL in self._tools:
+        if tool.answers:
             return self._answer(choice, candidate, dumps(args))
         candidate.calls += 1
         if candidate.calls > self._calls_max:
@@ -3787,8 +3798,7 @@ async def first_events(response: aiohttp.ClientResponse, generation: Generation)
         raise classify_error(response.status, parse_json(await response.read()))
     reader = generation.reader()
     if not generation.sse:
-        events = reader.whole(await response.read())
-        return Answer(None, response, unless_failed(events[-1:]) and events)
+        return Answer(None, response, unless_failed(reader.whole(await response.read())))
     async for data in response.content.iter_any():
         if events := reader.feed(data):
             break
@@ -3798,9 +3808,9 @@ async def first_events(response: aiohttp.ClientResponse, generation: Generation)
 
 
 def unless_failed(events: list[Event]) -> list[Event]:
-    """The events, or the error that is the first of them: the first event decides."""
-    if events and isinstance(events[0], Failed):
-        raise events[0].error
+    """The events that came first. Raises the error that they end with: nobody has seen them yet."""
+    if events and isinstance(events[-1], Failed):
+        raise events[-1].error
     return events
 
 
