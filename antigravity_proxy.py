@@ -51,7 +51,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar, assert_never
-from urllib.parse import quote, urljoin, urlsplit
+from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import click
 
@@ -175,10 +175,13 @@ REDIRECTS_MAX = 5
 AUDIO_FORMATS = ("wav", "mp3", "aac", "aiff", "flac", "ogg")
 # What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
 PASSED_LINKS = re.compile(
-    r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
+    r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://",
+    re.IGNORECASE,
 )
 FILE_TYPES = {"txt": "text/plain", "md": "text/plain", "py": "text/plain", "csv": "text/csv", "html": "text/html"} | {
-    "json": "application/json",
+    "": "application/pdf",
+    "pdf": "application/pdf",
+    "json": "text/plain",
     "xml": "text/xml",
     "png": "image/png",
     "jpg": "image/jpeg",
@@ -188,18 +191,33 @@ FILE_TYPES = {"txt": "text/plain", "md": "text/plain", "py": "text/plain", "csv"
     "wav": "audio/wav",
     "mp4": "video/mp4",
 }
-# Google's Schema takes these words as JSON Schema has them; the handled ones are translated.
-SCHEMA_WORDS = {"title", "description", "format", "default", "example", "pattern", "propertyOrdering", "nullable"} | {
-    f"{limit}{what}" for limit in ("min", "max") for what in ("imum", "Items", "Length", "Properties")
+# Google's Schema has these words as JSON Schema has them, of these types; the handled ones are translated.
+SCHEMA_WORDS: Mapping[str, Any] = {
+    **dict.fromkeys(("title", "description", "format", "pattern"), str),
+    **dict.fromkeys(("default", "example"), object),
+    **dict.fromkeys(("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"), int),
+    **dict.fromkeys(("minimum", "maximum"), (int, float)),
+    "nullable": bool,
+    "propertyOrdering": list,
 }
-SCHEMA_HANDLED = {"type", "enum", "const", "anyOf", "oneOf", "allOf", "items", "properties", "required", "$ref"} | {
-    "$defs",
-    "definitions",
-    "$schema",
-    "$id",
+SCHEMA_HANDLED = {
+    "type",
+    "enum",
+    "const",
+    "items",
+    "properties",
+    "required",
     "exclusiveMinimum",
     "exclusiveMaximum",
+} | {*("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id")}
+# Without any of these a function takes no arguments.
+SCHEMA_CONTENT = ("properties", "$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties")
+SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
+JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"} | {
+    type(None): "null"
 }
+SCHEMA_DEPTH_MAX = 32
+SCHEMA_NODES_MAX = 2000
 
 # What becomes of each field of a body: carried over, known to have no effect here, or lost.
 Fate = Literal["mapped", "ignored", "dropped"]
@@ -256,7 +274,7 @@ COMPLETION_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "suffix": ("mapped", "an instruction"),
     "echo": ("mapped", "the prompt before the text"),
     "best_of": ("ignored", "the first answer is the best"),
-    "logprobs": ("dropped", "not served here"),
+    **dict.fromkeys(("logprobs", "top_logprobs", "extra_body", "google"), ("dropped", "not served here")),
 }
 RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     **SAMPLING_FIELDS,
@@ -275,7 +293,23 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "conversation": ("mapped", "refused"),
     "prompt": ("mapped", "refused"),
     "previous_response_id": ("mapped", "refused"),
-    "top_logprobs": ("dropped", "not served here"),
+    **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
+}
+# Fields that nothing reads are of the right type all the same.
+UNREAD_FIELDS: Mapping[str, tuple[type, str]] = {
+    **dict.fromkeys(
+        ("logit_bias", "metadata", "prompt_cache_options", "moderation", "prediction", "client_metadata"),
+        (dict, "an object"),
+    ),
+    **dict.fromkeys(
+        ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
+        (str, "a string"),
+    ),
+    **dict.fromkeys(("include", "context_management"), (list, "an array")),
+    **dict.fromkeys(("best_of", "max_tool_calls"), (int, "a whole number")),
+    "truncation": (str, "a string"),
+    "store": (bool, "true or false"),
+    "echo": (bool, "true or false"),
 }
 
 # What is served while the upstream's own list cannot be had.
@@ -287,6 +321,7 @@ HOSTED_ITEMS = re.compile(
     r"|computer|tool_search)_(call|call_output|output)|mcp_\w+|program\w*"
 )
 # Tools that OpenAI itself would run; Codex sends web_search with every request.
+WEB_SEARCH = re.compile(r"web_search\w*")
 HOSTED_TOOLS = re.compile(
     r"web_search\w*|file_search|code_interpreter|image_generation|mcp|computer\w*|local_shell|shell|apply_patch"
     r"|tool_search|programmatic_tool_calling"
@@ -342,7 +377,7 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
         r".*",
         (3, 0),
         {"thinking": "level", "thinks": True, "signatures": True, "json_with_tools": True, "files_in_results": True}
-        | {"can_stop_thinking": False, "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")},
+        | {"can_stop_thinking": False, "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH"), "budget": (128, 32768)},
     ),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
@@ -636,6 +671,9 @@ class ConfigFile:
         """The values given in a mapping, each read by its kind; null is as if the key were not there."""
         values: dict[str, Any] = {}
         for key, value in self.pairs(node, path or "the file", kinds):
+            if not isinstance(key.value, str):
+                self.problems.append(self.at(key, "a key must be a word."))
+                continue
             where = f"{path}.{key.value}".lstrip(".")
             if key.value not in kinds:
                 self.problems.append(self.at(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}"))
@@ -682,9 +720,15 @@ def read_secret(file: ConfigFile, node: Any, where: str) -> str:
     """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
     value = read_text(file, node, where)
     match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)
-    if match and not file.env.get(match[1] or match[2]):
-        raise ValueError(f"needs the environment variable {match[1] or match[2]}, which is not set. Export it first.")
-    return file.env[match[1] or match[2]] if match else value
+    if match is None:
+        return value
+    name = match[1] or match[2]
+    found = file.env.get(name, "").strip()
+    if not found:
+        raise ValueError(f"needs the environment variable {name}, which is not set. Export it first.")
+    if not found.isprintable():
+        raise ValueError(f"is read from {name}, which holds control characters. Export it anew.")
+    return found
 
 
 def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
@@ -730,9 +774,25 @@ def read_range(file: ConfigFile, node: Any, where: str) -> tuple[int, int]:
 
 def read_url(file: ConfigFile, node: Any, where: str) -> str:
     value = read_secret(file, node, where).rstrip("/")
-    if not re.match(r"https?://[^/\s]+", value):
+    if not re.match(r"https?://[^/\s]+", value) or not host_of(value):
         raise ValueError("must be a URL that begins with http:// or https://.")
     return value
+
+
+def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+    """Host names as the guard compares them."""
+    hosts = read_texts(file, node, where)
+    if any(re.search(r"[/*\s]", host) for host in hosts):
+        raise ValueError("must be host names without scheme and *, such as box.lan.")
+    return tuple(host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}") for host in hosts)
+
+
+def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+    """Origins as browsers write them."""
+    origins = tuple(origin.rstrip("/").lower() for origin in read_texts(file, node, where))
+    if not all(re.fullmatch(r"null|[a-z][\w+.-]*://[^/*\s]+", origin) for origin in origins):
+        raise ValueError("must be origins with a scheme and without *, such as https://chat.example.com.")
+    return origins
 
 
 def read_map(kind: Kind) -> Kind:
@@ -766,10 +826,11 @@ def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...
 
 def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
     """The account; None where it is disabled or a problem was noted."""
-    if any(key.value == "enabled" and value.value == "false" for key, value in file.pairs(node, where, ACCOUNT_KEYS)):
-        return None
     known = len(file.problems)
-    given = file.section(node, where, ACCOUNT_KEYS)
+    pairs = file.pairs(node, where, ACCOUNT_KEYS)
+    if any(key.value == "enabled" and str(value.value).lower() in ("false", "no", "off") for key, value in pairs):
+        return None
+    given = file.section(node, where, ACCOUNT_KEYS) if len(file.problems) == known else {}
     given.pop("enabled", None)
     given.setdefault("name", given.get("email"))
     for key, remedy in (("name", "a `name` or an `email`"), ("api_key", "an `api_key`")):
@@ -796,8 +857,8 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "auth_mode": read_word("off", "strict", "all_except_health", "auto"),
     "api_key": read_keys,
     "allow_lan_access": read_flag,
-    "allowed_hosts": read_texts,
-    "cors_origins": read_texts,
+    "allowed_hosts": read_hosts,
+    "cors_origins": read_origins,
     "show_account": read_word("full", "masked", "off"),
     "upstream_proxy": read_url,
     "strict": read_flag,
@@ -867,6 +928,15 @@ def config_problems(config: Config) -> list[str]:
     return problems
 
 
+def host_of(url: str) -> str:
+    """The host of a URL in lower case, without a final dot; nothing where it is malformed."""
+    try:
+        parts = urlsplit(url)
+        return (parts.hostname or "").removesuffix(".") if parts.port is None or parts.port >= 0 else ""
+    except ValueError:
+        return ""
+
+
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ip_address(host.strip("[]")).is_loopback)
 
@@ -910,7 +980,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Citation:
-    """A web source of the text from `start` to `end`, counted in code points."""
+    """A web source of the text from `start` to `end`, counted in code points of the choice's text, or of its part."""
 
     start: int
     end: int
@@ -1098,12 +1168,10 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """The sources of a choice's text, all at once, before its part ends."""
+    """The sources of a choice's whole text, all at once, before it is finished."""
 
     choice: int
     citations: tuple[Citation, ...]
-    before: int
-    """How many characters of the choice's text stand before its part; the citations count from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1142,6 +1210,7 @@ class Choice:
     parts: list[Part] = field(default_factory=list)
     reason: FinishReason = "stop"
     logprobs: tuple[Mapping[str, Any], ...] = ()
+    citations: tuple[Citation, ...] = ()
 
     @property
     def text(self) -> str:
@@ -1163,6 +1232,8 @@ def collect(events: Iterable[Event]) -> Reply:
         match event:
             case PartEnd(choice, part):
                 reply.choices.setdefault(choice, Choice()).parts.append(part)
+            case Annotated(choice, citations):
+                reply.choices.setdefault(choice, Choice()).citations = citations
             case Finished(choice, reason, logprobs):
                 made = reply.choices.setdefault(choice, Choice())
                 made.reason, made.logprobs = reason, logprobs
@@ -1170,7 +1241,7 @@ def collect(events: Iterable[Event]) -> Reply:
                 reply.usage = usage
             case Failed(error):
                 raise error
-            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta() | Annotated():
+            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta():
                 pass
             case _:
                 assert_never(event)
@@ -1181,12 +1252,28 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
+def encoded(text: str) -> bytes:
+    """The text in UTF-8; half a surrogate pair, as clients send it that cut an emoji in two, becomes '?'."""
+    return text.encode("utf-8", "replace")
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
         return None
+
+
+def parse_strict(text: str) -> Any:
+    """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON."""
+    value = parse_json(text)
+    if re.search(r"NaN|Infinity|[eE]\+?\d{3}", text):
+        try:
+            json.dumps(value, allow_nan=False)
+        except (ValueError, RecursionError):
+            return None
+    return value
 
 
 # ==============================================================================
@@ -1262,9 +1349,17 @@ class Fields:
         value = self.get(key, dict, "an object")
         return None if value is None else Fields(value, self.at(key), self.changes)
 
+    def is_list(self, key: str) -> bool:
+        return isinstance(self.value.get(key), list)
+
     def objects(self, key: str) -> list[Fields]:
         items = self.get(key, list, "an array") or []
         return [Fields(item, f"{self.at(key)}[{i}]", self.changes) for i, item in enumerate(items)]
+
+
+def escaped(key: str) -> str:
+    """A key as a JSON pointer has it. Source: https://www.rfc-editor.org/rfc/rfc6901#section-3"""
+    return key.replace("~", "~0").replace("/", "~1")
 
 
 def pointer_of(path: str) -> str:
@@ -1279,11 +1374,11 @@ def parse_chat(body: Any) -> Request:
     """
     fields = Fields(body)
     if fields.value.get("messages") is None and fields.value.get("input") is not None:
-        return replace(parse_response(body), **parse_sampling(fields))
+        return parse_response(body)
     messages = fields.objects("messages")
     if not messages:
         raise fields.missing("messages")
-    tools = parse_tools(fields)
+    tools = parse_tools(fields, hosted=False)
     limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
     request = Request(
         model=fields.needed_text("model"),
@@ -1296,7 +1391,9 @@ def parse_chat(body: Any) -> Request:
         json_format=parse_format(fields.object("response_format"), nested=True),
         modalities=parse_modalities(fields),
         thinking=parse_thinking(fields, fields.text("reasoning_effort"), "/reasoning_effort", show=True),
-        sources={"max_output_tokens": f"/{limit}", "json_format": "/response_format"} | search_source(fields),
+        sources={"max_output_tokens": f"/{limit}", "json_format": "/response_format"}
+        | search_source(fields)
+        | ({} if fields.flag("logprobs") else {"logprobs": "top_logprobs"}),
         **parse_sampling(fields),
     )
     return with_changes(request, fields, CHAT_FIELDS)
@@ -1306,19 +1403,22 @@ SYSTEM_ROLES = ("system", "developer")
 
 
 def with_changes(request: Request, fields: Fields, table: Mapping[str, tuple[Fate, str]]) -> Request:
-    """The request, with what its body holds that cannot be served."""
+    """The request, with what its body holds that cannot be served. Raises BadRequest for a wrong type."""
     for key, value in fields.value.items():
         fate, reason = table.get(key, ("dropped", "unknown field"))
-        if fate == "dropped" and value not in (None, [], {}, False):
-            fields.change(key, "dropped", reason)
-    return replace(request, changes=tuple(fields.changes))
+        if key in UNREAD_FIELDS and key in table:
+            fields.get(key, *UNREAD_FIELDS[key])
+        if fate == "dropped" and value is not False and value not in (None, [], {}):
+            fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
+    return replace(request, changes=tuple(fields.changes)) if fields.changes else request
 
 
 def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]:
     """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
-    if isinstance(body, dict) and "messages" not in body and "prompt" in body:
+    given = {key for key, value in body.items() if value is not None} if isinstance(body, dict) else set()
+    if "prompt" in given and not given & {"messages", "input"}:
         return parse_completion(body), COMPLETION_FIELDS
-    if isinstance(body, dict) and body.get("messages") is None and "input" in body:
+    if "input" in given and "messages" not in given:
         return [parse_response(body)], RESPONSE_FIELDS
     return [parse_chat(body)], CHAT_FIELDS
 
@@ -1331,9 +1431,9 @@ def explain_fields(
     for change in changes:
         before = f"{told[change.pointer]}; " if change.pointer in told else f"{change.kind}: "
         told[change.pointer] = before + change.reason
-    fields = {f"/{key}": ": ".join(table.get(key, ("dropped", "unknown field"))) for key in body}
-    fields |= {f"/{key}": "ignored: null is as if it were not there" for key in body if body[key] is None}
-    return fields | told
+    fields = {f"/{escaped(key)}": ": ".join(table.get(key, ("dropped", "unknown field"))) for key in body}
+    absent = {f"/{escaped(key)}": "ignored: null is as if it were not there" for key in body if body[key] is None}
+    return fields | absent | told
 
 
 def parse_modalities(fields: Fields) -> tuple[str, ...]:
@@ -1348,18 +1448,16 @@ def parse_modalities(fields: Fields) -> tuple[str, ...]:
 
 
 def parse_sampling(fields: Fields) -> dict[str, Any]:
-    """The fields that chat, completions and (but for `n`, `stop` and `seed`) Responses share."""
+    """The fields that chat, completions and Responses share."""
     stream_options = fields.object("stream_options")
-    fields.object("metadata")
     top = fields.count("top_logprobs", 20, low=0)
-    wanted = "logprobs" in fields.value and fields.value["logprobs"] not in (None, False)
     return {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "logprobs": top or 0 if wanted or top else None,
-        "seed": fields.get("seed", int, "a whole number"),
+        "logprobs": (top or 0) if fields.flag("logprobs") or top else None,
+        "seed": parse_seed(fields),
         "stop": parse_stop(fields),
         "n": fields.count("n", CHOICES_MAX) or 1,
         "stream": fields.flag("stream"),
@@ -1367,10 +1465,23 @@ def parse_sampling(fields: Fields) -> dict[str, Any]:
     }
 
 
+def parse_seed(fields: Fields) -> int | None:
+    """The seed; Gemini's has 32 bits."""
+    seed: int | None = fields.get("seed", int, "a whole number")
+    if seed is not None and seed != seed & 0x7FFFFFFF:
+        fields.change("seed", "clamped", "its lower 31 bits are sent")
+    return None if seed is None else seed & 0x7FFFFFFF
+
+
 def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: bool) -> ThinkingWish:
     """The wish for thinking: an effort, or Google's own thinking_config, which its SDK users send in `extra_body`."""
-    google = (fields.object("extra_body") or fields).object("google")
+    extra = fields.object("extra_body")
+    google = (extra or fields).object("google")
     config = google.object("thinking_config") if google else None
+    for inner, read in ((extra, "google"), (google, "thinking_config")):
+        for key in inner.value if inner else ():
+            if key != read and inner:
+                inner.change(key, "dropped", "unknown field")
     if config is None:
         return ThinkingWish(effort=effort, show=show, source=source)
     return ThinkingWish(
@@ -1391,8 +1502,9 @@ def parse_completion(body: Any) -> list[Request]:
         system=(COMPLETE_THE_MIDDLE,) if suffix else (),
         max_output_tokens=fields.count("max_tokens", low=0) or None,
         sources={"max_output_tokens": "/max_tokens"},
-        **parse_sampling(fields) | {"logprobs": None},
+        **parse_sampling(without(fields, "logprobs", "top_logprobs")),
     )
+    fields.count("logprobs", low=0)
     if suffix:
         fields.change("suffix", "emulated", "asked for by an instruction")
     shared = with_changes(shared, fields, COMPLETION_FIELDS)
@@ -1409,9 +1521,14 @@ COMPLETE_THE_MIDDLE = (
 )
 
 
+def without(fields: Fields, *keys: str) -> Fields:
+    """The fields but some, which mean something else in this API."""
+    return Fields({key: value for key, value in fields.value.items() if key not in keys}, fields.path, fields.changes)
+
+
 def parse_prompts(fields: Fields) -> list[str]:
     value = fields.value.get("prompt")
-    prompts = value if isinstance(value, list) and value else [value or ""]
+    prompts = value if isinstance(value, list) and value else [""] if value in (None, []) else [value]
     if not all(isinstance(prompt, str) for prompt in prompts):
         what = "is neither a string nor an array of strings; token arrays are not served"
         raise fields.wrong("prompt", what, "Send the text itself", "invalid_type")
@@ -1422,6 +1539,9 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     """An embeddings body. Raises BadRequest."""
     fields = Fields(body)
     value = fields.value.get("input")
+    if value is None:
+        raise fields.missing("input")
+    fields.text("user")
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         remedy = "Send a text or texts; for LangChain's Python class set check_embedding_ctx_length=False"
@@ -1446,7 +1566,9 @@ def parse_response(body: Any) -> Request:
     tools = (*parse_tools(fields), *more_tools)
     text, reasoning = fields.object("text"), fields.object("reasoning")
     instructions = fields.text("instructions")
-    effort, summary = (reasoning.text("effort"), reasoning.text("summary")) if reasoning else (None, None)
+    effort = reasoning.text("effort") if reasoning else None
+    summary = (reasoning.text("summary") or reasoning.text("generate_summary")) if reasoning else None
+    limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
     request = Request(
         model=fields.needed_text("model"),
         system=(*([instructions] if instructions else []), *system),
@@ -1454,14 +1576,12 @@ def parse_response(body: Any) -> Request:
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
         parallel_calls=fields.flag("parallel_tool_calls", default=True),
-        max_output_tokens=fields.count("max_output_tokens"),
-        temperature=fields.number("temperature", 0, 2),
-        top_p=fields.number("top_p", 0, 1),
+        max_output_tokens=fields.count(limit),
         json_format=parse_format(text and text.object("format"), nested=False),
         thinking=parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary)),
-        stream=fields.flag("stream"),
-        sources={"max_output_tokens": "/max_output_tokens", "json_format": "/text/format", "messages": "/input"}
+        sources={"max_output_tokens": f"/{limit}", "json_format": "/text/format", "messages": "/input"}
         | search_source(fields),
+        **parse_sampling(without(fields, "logprobs")) | {"n": 1, "logprobs": None},
     )
     return with_changes(request, fields, RESPONSE_FIELDS)
 
@@ -1519,7 +1639,7 @@ def parse_item(item: Fields) -> Message | None:
 
 def parse_stop(fields: Fields) -> tuple[str, ...]:
     value = fields.value.get("stop")
-    stops = [value] if isinstance(value, str) else value or []
+    stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise fields.wrong("stop", "has the wrong type", "Send a string or an array of strings", "invalid_type")
     if len(stops) > STOPS_MAX:
@@ -1543,17 +1663,20 @@ def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
     raise form.wrong("type", f"is '{kind}', which is not served", "Send text, json_object or json_schema")
 
 
-def parse_tools(fields: Fields) -> tuple[Tool, ...]:
-    """The declared tools, each name once: chat's and Responses' forms, and chat's old `functions`."""
+def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
+    """The declared tools, each name once: chat's and Responses' forms, and chat's old `functions`.
+
+    `hosted` tells whether tools that OpenAI would run itself are passed over; a web search always is taken.
+    """
     tools: dict[tuple[str | None, str], Tool] = {}
-    declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry)]
+    declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
     for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
         if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
             fields.changes.append(Change(tool.source, "dropped", f"the tool '{tool.name}' is declared twice"))
     return tuple(tools.values())
 
 
-def parse_tool(entry: Fields) -> list[Tool]:
+def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
     """One entry of `tools`, nested as chat has it or flat as Responses has it; a namespace holds several."""
     kind = entry.text("type") or "function"
     inner = entry.object(kind) if kind in ("function", "custom") else None
@@ -1563,8 +1686,8 @@ def parse_tool(entry: Fields) -> list[Tool]:
         return [parse_custom(entry, inner or entry)]
     if kind == "namespace":
         name = entry.needed_text("name")
-        return [replace(tool, namespace=name) for one in entry.objects("tools") for tool in parse_tool(one)]
-    if HOSTED_TOOLS.fullmatch(kind) is None:
+        return [replace(tool, namespace=name) for one in entry.objects("tools") for tool in parse_tool(one, hosted)]
+    if not (HOSTED_TOOLS if hosted else WEB_SEARCH).fullmatch(kind):
         raise entry.wrong("type", f"is '{kind}', which is not served", "Send function, custom or namespace")
     if not kind.startswith("web_search"):
         entry.change("type", "dropped", f"the hosted tool '{kind}' has no counterpart")
@@ -1586,7 +1709,7 @@ def parse_custom(entry: Fields, inner: Fields) -> Tool:
     if grammar:
         description += f"\nThe input must follow this grammar:\n{grammar}"
     entry.change("type", "emulated", "free text is asked for as a function of one string")
-    name, source = inner.needed_text("name"), pointer_of(entry.path)
+    name, source = inner.needed_text("name"), pointer_of(inner.path)
     return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=source)
 
 
@@ -1600,32 +1723,33 @@ def search_source(fields: Fields) -> dict[str, str]:
 
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
     key = "tool_choice" if fields.value.get("tool_choice") is not None else "function_call"
-    value = fields.value.get(key)
+    value = fields.get(key, (str, dict), "a string or an object")
     if not tools or value is None or value == "auto":
         return ToolChoice()
     if value in ("none", "required"):
         return ToolChoice(value)
-    names: list[str | None] = [None]
-    mode: Literal["auto", "required"] = "required"
-    if isinstance(value, dict):
-        choice = Fields(value, key, fields.changes)
-        kind = choice.text("type") or "function"
-        if HOSTED_TOOLS.fullmatch(kind):
-            choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
-            return ToolChoice()
-        inner = choice.object(kind) if kind in ("function", "custom", "allowed_tools") else None
-        spec = inner or choice
-        names = [spec.text("name")]
-        if kind == "allowed_tools":
-            mode = "required" if spec.text("mode") == "required" else "auto"
-            names = [
-                (one.object("function") or one.object("custom") or one).text("name") for one in spec.objects("tools")
-            ]
-    known = tuple(name for name in names if name in {tool.name for tool in tools})
-    if not known or len(known) < len(names):
-        what = "names no declared function"
-        raise fields.wrong(key, what, "Send none, auto, required or the name of one of 'tools'")
-    return ToolChoice(mode, tuple(name for name in known if name))
+    if isinstance(value, str):
+        raise fields.wrong(key, f"is '{value}'", "Send none, auto, required or an object that names one of 'tools'")
+    choice = Fields(value, key, fields.changes)
+    kind = choice.text("type") or "function"
+    if HOSTED_TOOLS.fullmatch(kind):
+        choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
+        return ToolChoice()
+    if kind not in ("function", "custom", "allowed_tools"):
+        raise choice.wrong("type", f"is '{kind}', which is not served", "Send function, custom or allowed_tools")
+    spec = choice.object(kind) or choice
+    named = spec.objects("tools") if kind == "allowed_tools" else [spec]
+    names = [(one.object("function") or one.object("custom") or one).text("name") for one in named]
+    if not names or not set(names) <= {tool.name for tool in tools}:
+        raise fields.wrong(key, "names no declared function", "Name one of 'tools'")
+    return ToolChoice(parse_choice_mode(spec) if kind == "allowed_tools" else "required", tuple(map(str, names)))
+
+
+def parse_choice_mode(spec: Fields) -> Literal["auto", "required"]:
+    mode = spec.text("mode") or "auto"
+    if mode not in ("auto", "required"):
+        raise spec.wrong("mode", f"is '{mode}'", "Send auto or required")
+    return "required" if mode == "required" else "auto"
 
 
 def parse_message(message: Fields) -> Message:
@@ -1648,7 +1772,14 @@ def parse_message(message: Fields) -> Message:
 
 
 def texts_of(message: Fields) -> list[str]:
-    return [part.text for part in parse_content(message) if isinstance(part, Text)]
+    """The words of an instruction; Gemini takes no others."""
+    if message.value.get("content") is None:
+        raise message.missing("content")
+    parts = [parse_part(part) for part in message.objects("content")] if message.is_list("content") else None
+    for i, part in enumerate(parts or ()):
+        if isinstance(part, Media):
+            message.change(f"content[{i}]", "dropped", "Gemini takes instructions in words only")
+    return [part.text for part in parts or parse_content(message) if isinstance(part, Text)]
 
 
 def parse_content(message: Fields, key: str = "content") -> list[Text | Media]:
@@ -1708,11 +1839,21 @@ def parse_file(file: Fields) -> Media:
     data = file.needed_text("file_data")
     if data.startswith("data:"):
         return parse_url(file, "file_data", data)
-    return Media(media_type_by(file.text("filename") or ""), checked_base64(file, "file_data", data))
+    mime = checked_type(file, "file_data", media_type_by(file.text("filename") or ""))
+    return Media(mime, checked_base64(file, "file_data", data))
 
 
 def media_type_by(filename: str) -> str:
-    return FILE_TYPES.get(filename.rpartition(".")[2].lower(), "application/pdf")
+    return FILE_TYPES.get(filename.rpartition(".")[2].lower() if "." in filename else "", "of an unknown kind")
+
+
+def checked_type(part: Fields, key: str, mime: str) -> str:
+    """The type as Gemini names it. Raises BadRequest for one that it does not read."""
+    mime = MEDIA_ALIASES.get(mime, mime)
+    if not MEDIA_TYPES.fullmatch(mime):
+        remedy = "Send PNG, JPEG, WebP, PDF, text, audio or video"
+        raise part.wrong(key, f"is {mime}, which Gemini does not read", remedy, "invalid_image_url")
+    return mime
 
 
 def parse_url(part: Fields, key: str, url: Any) -> Media:
@@ -1721,22 +1862,22 @@ def parse_url(part: Fields, key: str, url: Any) -> Media:
         mime = match[1].lower()
         if mime == "application/octet-stream":
             mime = media_type_by(part.text("filename") or "")
-        mime = MEDIA_ALIASES.get(mime, mime)
-        if not MEDIA_TYPES.fullmatch(mime):
-            what = f"is of type {mime}, which Gemini does not read"
-            raise part.wrong(key, what, "Send PNG, JPEG, WebP, PDF, text, audio or video", "invalid_image_url")
-        return Media(mime, checked_base64(part, key, url[match.end() :]))
-    if isinstance(url, str) and re.match(r"(https?|gs)://[^/\s]", url):
+        return Media(checked_type(part, key, mime), checked_base64(part, key, url[match.end() :]))
+    if isinstance(url, str) and re.match(r"(https?|gs)://[^/\s]", url, re.IGNORECASE):
         return Media("", "", url=url, path=part.at(key))
     what = "is neither a data: URL with base64 nor an http(s) URL"
     raise part.wrong(key, what, "Send data:image/png;base64,...", "invalid_image_url")
 
 
 def checked_base64(part: Fields, key: str, data: str) -> str:
-    payload = data.encode("ascii", "replace").rstrip(b"=")
-    if not payload or payload.translate(None, BASE64_ALPHABET) or len(payload) % 4 == 1:
+    if not is_base64(data):
         raise part.wrong(key, "is not valid base64", "Encode the file anew", "invalid_image_url")
     return data
+
+
+def is_base64(data: str) -> bool:
+    payload = data.encode("ascii", "replace").rstrip(b"=")
+    return bool(payload) and not payload.translate(None, BASE64_ALPHABET) and len(payload) % 4 != 1
 
 
 def parse_call(call: Fields) -> ToolCall:
@@ -1751,7 +1892,7 @@ def parse_call(call: Fields) -> ToolCall:
         call.needed_text("id"),
         inner.needed_text("name"),
         inner.text("input" if custom else "arguments") or "",
-        signature if isinstance(signature, str) and signature else None,
+        signature if isinstance(signature, str) and is_base64(signature) else None,
         custom=custom,
     )
 
@@ -1908,7 +2049,7 @@ class SignatureMemory:
 
 
 def signature_key(part: ToolCall | Text) -> str:
-    return part.id if isinstance(part, ToolCall) else hashlib.sha256(part.text.encode()).hexdigest()
+    return part.id if isinstance(part, ToolCall) else hashlib.sha256(encoded(part.text)).hexdigest()
 
 
 def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
@@ -1959,13 +2100,13 @@ class Builder:
             self.name(tool.namespace, tool.name, tool.source)
         tools = self.tools()
         config = self.generation_config()
-        system = list(request.system)
+        system = [text for text in request.system if text]
         if answer := self.answer_by_tool(config, system, tools):
             self.name(answer.namespace, answer.name)
             tools.append(answer)
         body: dict[str, Any] = {"contents": self.contents()}
         if system:
-            body["systemInstruction"] = {"parts": [{"text": text} for text in system if text]}
+            body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
         if tools:
             body["tools"] = [{"functionDeclarations": [self.declaration(tool) for tool in tools]}]
             body["toolConfig"] = {"functionCallingConfig": self.calling_config(answer)}
@@ -1973,7 +2114,7 @@ class Builder:
         if config:
             body["generationConfig"] = config
         known = {self.names[tool.namespace, tool.name]: tool for tool in tools}
-        return Built(body, tuple(self.changes), known)
+        return Built(body, tuple(dict.fromkeys(self.changes)), known)
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
@@ -1987,7 +2128,7 @@ class Builder:
         whole = f"{namespace}__{name}" if namespace else name
         made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
         if len(made) > TOOL_NAME_MAX or made in self.names.values():
-            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(encoded(whole)).hexdigest()[:8]}"
         if made != name and source:
             self.change(f"{source}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
         self.names[namespace, name] = made
@@ -2007,12 +2148,12 @@ class Builder:
         name = self.names[tool.namespace, tool.name]
         declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
         schema = tool.parameters
-        if not schema or not (schema.get("properties") or schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}):
+        if not schema or not any(schema.get(key) for key in SCHEMA_CONTENT):
             return declaration
         if self.takes_json_schema:
             return declaration | {"parametersJsonSchema": schema}
-        reduced = SchemaReducer(schema, f"{tool.source}/parameters", self.changes).reduce(schema)
-        return declaration | ({"parameters": reduced} if reduced.get("properties") else {})
+        reduced = SchemaReducer(schema, f"{tool.source}/parameters", self.changes).reduce(schema) or {}
+        return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
 
     def calling_config(self, answer: Tool | None) -> dict[str, Any]:
         choice = self.request.tool_choice
@@ -2069,11 +2210,12 @@ class Builder:
             "topP": self.sampled("top_p", request.top_p, traits.sampling),
             "presencePenalty": self.sampled("presence_penalty", request.presence_penalty or None, traits.penalties),
             "frequencyPenalty": self.sampled("frequency_penalty", request.frequency_penalty or None, traits.penalties),
-            "seed": None if request.seed is None else request.seed & 0x7FFFFFFF,  # Gemini's is an int32
+            "seed": request.seed,
             "stopSequences": list(request.stop) or None,
             "responseModalities": self.modalities(),
         }
-        if self.sampled("logprobs", request.logprobs, traits.logprobs) is not None:
+        field = request.sources.get("logprobs", "logprobs")
+        if self.sampled(field, request.logprobs, traits.logprobs) is not None:
             config |= {"responseLogprobs": True, "logprobs": request.logprobs or None}
         if request.json_format is not None:
             config |= self.json_output(request.json_format)
@@ -2105,7 +2247,9 @@ class Builder:
             config["responseJsonSchema"] = form.schema
         elif form.schema:
             source = self.request.sources.get("json_format", "/response_format")
-            config["responseSchema"] = SchemaReducer(form.schema, source, self.changes).reduce(form.schema)
+            reduced = SchemaReducer(form.schema, source, self.changes).reduce(form.schema) or {}
+            if reduced.get("type") != "OBJECT" or "properties" in reduced:
+                config["responseSchema"] = reduced
         return config
 
     def output_limit(self, budget: int) -> int | None:
@@ -2134,7 +2278,7 @@ class Builder:
 
     def level(self, wish: ThinkingWish) -> dict[str, Any]:
         if wish.budget is not None and wish.effort is None:
-            return {"thinkingBudget": wish.budget}  # accepted for compatibility
+            return self.budget(wish)  # accepted for compatibility
         if wish.effort is None:
             return {}
         wanted = effort_of(wish.effort)
@@ -2151,7 +2295,7 @@ class Builder:
         wanted = wish.budget if wish.budget is not None else EFFORT_BUDGETS[effort_of(wish.effort or "")]
         may_stop = wanted == 0 and self.traits.can_stop_thinking
         budget = wanted if wanted == -1 or may_stop else min(max(wanted, low), high)
-        if budget != wanted or (wish.effort is not None and wish.effort not in EFFORT_BUDGETS):
+        if budget != wanted or (wish.effort is not None and wish.effort.lower() not in EFFORT_BUDGETS):
             self.change(wish.source, "clamped", f"a budget of {budget} tokens")
         return {"thinkingBudget": budget}
 
@@ -2163,24 +2307,17 @@ class Builder:
 
         Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
         """
-        waiting: dict[str, list[ToolResult]] = {}
-        for part in (part for message in self.request.messages for part in message.parts):
-            if isinstance(part, ToolResult):
-                waiting.setdefault(part.call_id, []).append(part)
+        answers = matched_results(self.request.messages)
+        answered = {id(result) for result in answers.values()}
         contents: list[dict[str, Any]] = []
         for message in self.request.messages:
-            calls = [part for part in message.parts if isinstance(part, ToolCall)]
             if message.role == "tool":
-                orphans = [part for part in message.parts if isinstance(part, ToolResult) and take(waiting, part)]
-                add_turn(contents, "user", self.orphans(orphans))
+                results = [part for part in message.parts if isinstance(part, ToolResult)]
+                add_turn(contents, "user", self.orphans([one for one in results if id(one) not in answered]))
                 continue
-            role = "model" if message.role == "assistant" else "user"
-            add_turn(contents, role, self.parts(message.parts))
-            if calls:
-                results = [next(iter(waiting.get(call.id, [])), None) for call in calls]
-                for result in results:
-                    take(waiting, result)
-                contents += self.results(calls, results)
+            add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
+            if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
+                contents += self.results(calls, [answers.get(id(call)) for call in calls])
         self.end(contents)
         return contents
 
@@ -2202,7 +2339,7 @@ class Builder:
     def part(self, part: Part) -> list[dict[str, Any]]:
         match part:
             case Text(text, signature):
-                return text_parts(text, signature)
+                return text_parts(text, signature) if text or signature else []
             case Media():
                 return [media_part(part)]
             case ToolCall(id, name, arguments, signature, namespace, custom):
@@ -2224,11 +2361,10 @@ class Builder:
         for call, result in zip(calls, results, strict=True):
             response: dict[str, Any] = {"name": self.name(call.namespace, call.name), "response": result_object(result)}
             response |= {"id": call.id} if self.traits.call_ids else {}
-            media = [media_part(part) for part in result.parts if isinstance(part, Media)] if result else []
-            if media and self.traits.files_in_results:
-                response["parts"] = media
-            else:
-                files += media
+            media = [part for part in result.parts if isinstance(part, Media)] if result else []
+            inside = [media_part(part) for part in media if part.data and self.traits.files_in_results]
+            response |= {"parts": inside} if inside else {}
+            files += [media_part(part) for part in media if not (part.data and inside)]
             made.append({"functionResponse": response})
         return [{"role": "user", "parts": parts} for parts in (made, files) if parts]
 
@@ -2239,12 +2375,28 @@ class Builder:
         return [made for result in results for part in result.parts for made in self.part(part)]
 
 
-def take(waiting: Mapping[str, list[ToolResult]], result: ToolResult | None) -> bool:
-    """Removes a result from those that wait for their call; whether it was there."""
-    if result is None or result not in waiting.get(result.call_id, []):
-        return False
-    waiting[result.call_id].remove(result)
-    return True
+def matched_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
+    """The result of each call, by the call's id(): that of the nearest call before it, else of one that waits in vain.
+
+    Clients use ids again, send results in any order, and some before their calls.
+    """
+    answers: dict[int, ToolResult] = {}
+    open_calls: dict[str, list[tuple[int, ToolCall]]] = {}
+    early: list[ToolResult] = []
+    for position, message in enumerate(messages):
+        for part in message.parts:
+            if isinstance(part, ToolCall):
+                open_calls.setdefault(part.id, []).append((position, part))
+            elif isinstance(part, ToolResult) and (waiting := open_calls.get(part.call_id)):
+                nearest = next(one for one in waiting if one[0] == waiting[-1][0])
+                waiting.remove(nearest)
+                answers[id(nearest[1])] = part
+            elif isinstance(part, ToolResult):
+                early.append(part)
+    for result in early:
+        if waiting := open_calls.get(result.call_id):
+            answers[id(waiting.pop(0)[1])] = result
+    return answers
 
 
 def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
@@ -2280,11 +2432,8 @@ def media_part(media: Media) -> dict[str, Any]:
 
 def arguments_object(arguments: str) -> dict[str, Any]:
     """A call's arguments as the object that Gemini wants; what is no object is kept inside one."""
-    try:
-        value = json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        value = arguments
-    return value if isinstance(value, dict) else {"input": value}
+    value = parse_strict(arguments or "{}")
+    return value if isinstance(value, dict) else {"input": arguments if value is None else value}
 
 
 def result_object(result: ToolResult | None) -> dict[str, Any]:
@@ -2295,7 +2444,7 @@ def result_object(result: ToolResult | None) -> dict[str, Any]:
     if result is None:
         return {"error": "(no result was given for this call)"}
     text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
-    value = parse_json(text) if text.lstrip().startswith("{") and '"$ref"' not in text else None
+    value = parse_strict(text) if text.lstrip().startswith("{") and '"$ref"' not in text else None
     return value if isinstance(value, dict) else {"output": text}
 
 
@@ -2314,7 +2463,7 @@ def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -
 class SchemaReducer:
     """JSON Schema to Google's Schema subset: references inlined with cycles cut, unions as anyOf, the rest reported.
 
-    Source: https://ai.google.dev/api/caching#Schema
+    Takes anything, also what is no schema at all. Source: https://ai.google.dev/api/caching#Schema
     """
 
     def __init__(self, root: Mapping[str, Any], pointer: str, changes: list[Change]) -> None:
@@ -2322,85 +2471,180 @@ class SchemaReducer:
         self.pointer = pointer
         self.changes = changes
         self.lost: set[str] = set()
-
-    def reduce(self, schema: Any, seen: tuple[str, ...] = ()) -> dict[str, Any]:
-        if not isinstance(schema, Mapping):
-            return {"type": "STRING"} if schema is not False else {"type": "NULL"}
-        if isinstance(ref := schema.get("$ref"), str):
-            target = self.resolve(ref)
-            if ref in seen or target is None:
-                self.report("$ref")
-                return {"type": "OBJECT"}
-            return self.reduce({**target, **{k: v for k, v in schema.items() if k != "$ref"}}, (*seen, ref))
-        schema = self.merged(schema, seen)
-        made: dict[str, Any] = {key: schema[key] for key in SCHEMA_WORDS & schema.keys()}
-        for key in schema.keys() - SCHEMA_WORDS - SCHEMA_HANDLED:
-            self.report(key)
-        self.typed(schema, made)
-        self.nested(schema, made, seen)
-        return made
+        self.left = SCHEMA_NODES_MAX
 
     def report(self, key: str) -> None:
         if key not in self.lost:
             self.lost.add(key)
             self.changes.append(Change(self.pointer, "dropped", f"the schema's '{key}' is not known to this upstream"))
 
-    def resolve(self, ref: str) -> Mapping[str, Any] | None:
+    def reduce(self, schema: Any, seen: tuple[str, ...] = (), depth: int = 0) -> dict[str, Any] | None:
+        """The reduced schema; None where it would contain itself, or is too deep or too large."""
+        self.left -= 1
+        if self.left < 0 or depth > SCHEMA_DEPTH_MAX:
+            self.report("depth")
+            return None
+        if not isinstance(schema, Mapping):
+            return {"type": "STRING"}
+        resolved = self.resolved(schema, seen)
+        if resolved is None:
+            return None
+        schema, seen = resolved
+        made = self.words(schema)
+        for key in schema.keys() - SCHEMA_WORDS.keys() - SCHEMA_HANDLED:
+            self.report(key)
+        kinds = self.kinds(schema)
+        if union := self.union(schema, kinds):
+            options = [self.reduce(option, seen, depth + 1) for option in union]
+            return joined(made, [option for option in options if option])
+        if len(kinds) > 1:
+            return joined(made, [self.shaped({}, schema, kind, seen, depth + 1) for kind in kinds])
+        return self.shaped(made, schema, kinds[0] if kinds else "string", seen, depth)
+
+    # ---- references and allOf
+
+    def resolved(
+        self, schema: Mapping[str, Any], seen: tuple[str, ...]
+    ) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+        """The schema with what it refers to and its allOf laid into it; None where that has no end or is not there."""
+        whole = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
+        if "$ref" in schema:
+            ref = str(schema["$ref"])
+            target = self.target(ref)
+            if target is None or ref in seen:
+                self.report("$ref")
+                return None if ref in seen else (whole, seen)
+            inner = self.resolved(target, (*seen, ref))
+            if inner is None:
+                return None
+            lay_under(whole, inner[0])
+            seen = inner[1]
+        for part in listed(schema.get("allOf")):
+            if (inner := self.resolved(part, seen)) is not None:
+                lay_under(whole, inner[0])
+                seen = inner[1]
+        return whole, seen
+
+    def target(self, ref: str) -> Mapping[str, Any] | None:
         found: Any = self.root
-        for step in ref.removeprefix("#/").split("/"):
-            found = found.get(step) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) and ref.startswith("#/") else None
+        if not re.match(r"#($|/)", ref):
+            return None
+        for step in ref.split("/")[1:]:
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, Mapping) else None
+        return found if isinstance(found, Mapping) else None
 
-    def merged(self, schema: Mapping[str, Any], seen: tuple[str, ...]) -> Mapping[str, Any]:
-        """The schema with its allOf laid into it."""
-        parts = [part for part in schema.get("allOf") or () if isinstance(part, Mapping)]
-        whole: dict[str, Any] = {key: value for key, value in schema.items() if key != "allOf"}
-        for part in parts:
-            target = (
-                self.resolve(part["$ref"]) if isinstance(part.get("$ref"), str) and part["$ref"] not in seen else part
-            )
-            for key, value in (target or {}).items():
-                if key == "properties" and isinstance(value, Mapping):
-                    whole[key] = {**value, **whole.get(key, {})}
-                elif key == "required":
-                    whole[key] = [*whole.get(key, []), *value]
-                else:
-                    whole.setdefault(key, value)
-        return whole
+    # ---- one schema
 
-    def typed(self, schema: Mapping[str, Any], made: dict[str, Any]) -> None:
-        """Type, enum and nullability; enums are of strings only."""
-        kinds = schema.get("type") or ("object" if "properties" in schema else "array" if "items" in schema else None)
-        listed = [kinds] if isinstance(kinds, str) else list(kinds or [])
-        kept = [kind for kind in listed if kind != "null"]
-        if "null" in listed and kept:
-            made["nullable"] = True
+    def words(self, schema: Mapping[str, Any]) -> dict[str, Any]:
+        """What the subset has under the same name, where it has the right type."""
+        made = {key: value for key, value in schema.items() if key in SCHEMA_WORDS and value is not None}
+        for key, value in list(made.items()):
+            kind = SCHEMA_WORDS[key]
+            wrong = not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool and kind is not object)
+            if wrong or (kind is int and not 0 <= value < 1 << 31) or (kind is list and not texts_only(value)):
+                del made[key]
+                self.report(key)
+        return made
+
+    def kinds(self, schema: Mapping[str, Any]) -> list[str]:
+        """The types that a schema names or implies; "null" is the last one."""
+        given = schema.get("type")
+        named = [str(kind).lower() for kind in (given if isinstance(given, list) else [given])]
+        kinds = [kind for kind in named if kind in SCHEMA_TYPES]
+        values = [schema["const"]] if "const" in schema else schema.get("enum")
+        if not kinds and isinstance(values, list):
+            kinds = [JSON_TYPES.get(type(value), "string") for value in values]
+        if not kinds:
+            kinds = ["object"] if "properties" in schema else ["array"] if "items" in schema else []
+        if isinstance(values, list) and None in values:
+            kinds.append("null")
+        return sorted(dict.fromkeys(kinds), key="null".__eq__)
+
+    def union(self, schema: Mapping[str, Any], kinds: Sequence[str]) -> list[Any]:
+        """The options of a schema that is nothing but a choice among them; beside a type of its own they are lost."""
+        unions = {key: schema[key] for key in ("anyOf", "oneOf") if listed(schema.get(key))}
+        plain = kinds not in ([], ["object"]) or schema.get("properties")
+        for key in list(unions)[0 if plain else 1 :]:
+            self.report(key)
+        return [] if plain or not unions else listed(next(iter(unions.values())))
+
+    def shaped(
+        self, made: dict[str, Any], schema: Mapping[str, Any], kind: str, seen: tuple[str, ...], depth: int
+    ) -> dict[str, Any]:
+        """The schema as one of its types."""
+        made |= {"type": kind.upper()}
+        if kind == "null":
+            return {"type": "NULL"}
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list):
-            made["enum"] = [value if isinstance(value, str) else dumps(value) for value in values if value is not None]
-            kept = ["string"]
-        if len(kept) > 1 and "anyOf" not in schema and "oneOf" not in schema:
-            made["anyOf"] = [self.reduce({"type": kind} | ({"items": {}} if kind == "array" else {})) for kind in kept]
-        elif kept or not (schema.keys() & {"anyOf", "oneOf"}):
-            made["type"] = (kept or listed or ["string"])[0].upper()
-        if isinstance(low := schema.get("exclusiveMinimum"), int) and made.get("type") == "INTEGER":
-            made["minimum"] = low + 1
-        if isinstance(high := schema.get("exclusiveMaximum"), int) and made.get("type") == "INTEGER":
-            made["maximum"] = high - 1
+            texts = [value for value in values if value is not None]
+            if texts_only(texts) and kind == "string":
+                made |= {"enum": texts} if texts else {}
+            else:
+                self.report("const" if "const" in schema else "enum")
+        if kind == "array":
+            items = schema.get("items")
+            if isinstance(items, list):
+                self.report("items")
+            made["items"] = self.reduce(items, seen, depth + 1) or {"type": "STRING"}
+        elif kind == "object":
+            made |= self.members(schema, seen, depth)
+        self.limits(schema, made, kind)
+        return made
 
-    def nested(self, schema: Mapping[str, Any], made: dict[str, Any], seen: tuple[str, ...]) -> None:
-        if union := schema.get("anyOf") or schema.get("oneOf"):
-            made["anyOf"] = [self.reduce(one, seen) for one in union]
-            made.pop("type", None)
-        if made.get("type") == "ARRAY":
-            made["items"] = self.reduce(schema.get("items") or {}, seen)
-        if made.get("type") == "OBJECT":
-            properties = schema.get("properties")
-            made["properties"] = {name: self.reduce(one, seen) for name, one in (properties or {}).items()}
-            required = [name for name in schema.get("required") or [] if name in made["properties"]]
-            made |= {"required": required} if required else {}
-            if not made["properties"]:
-                del made["properties"]
+    def members(self, schema: Mapping[str, Any], seen: tuple[str, ...], depth: int) -> dict[str, Any]:
+        given = schema.get("properties")
+        inner = given.items() if isinstance(given, Mapping) else ()
+        properties = {str(name): made for name, one in inner if (made := self.reduce(one, seen, depth + 1))}
+        names = schema.get("required")
+        required = [name for name in (names if isinstance(names, list) else ()) if texts_only([name])]
+        required = [name for name in dict.fromkeys(required) if name in properties]
+        if not properties and depth:
+            properties = {"_": {"type": "STRING", "nullable": True}}  # an object without properties is refused
+        return {"properties": properties} | ({"required": required} if required else {}) if properties else {}
+
+    def limits(self, schema: Mapping[str, Any], made: dict[str, Any], kind: str) -> None:
+        """Exclusive limits, where whole numbers let them be said otherwise; true is how draft 4 marked a plain one."""
+        for key, plain, step in (("exclusiveMinimum", "minimum", 1), ("exclusiveMaximum", "maximum", -1)):
+            limit = made.get(plain) if schema.get(key) is True else schema.get(key)
+            if limit is None or schema.get(key) is False:
+                continue
+            if kind != "integer" or isinstance(limit, bool) or not isinstance(limit, int | float):
+                self.report(key)
+                continue
+            nearest = (math.floor(limit) if step > 0 else math.ceil(limit)) + step
+            made[plain] = (max if step > 0 else min)(nearest, made.get(plain, nearest))
+
+
+def lay_under(whole: dict[str, Any], inner: Mapping[str, Any]) -> None:
+    """Adds what a schema inherits to what it says itself."""
+    for key, value in inner.items():
+        own = whole.get(key)
+        if key == "properties" and isinstance(value, Mapping) and isinstance(own, Mapping):
+            whole[key] = {**value, **own}
+        elif key == "required" and isinstance(value, list) and isinstance(own, list):
+            whole[key] = [*own, *value]
+        else:
+            whole.setdefault(key, value)
+
+
+def joined(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any]:
+    """A schema that is one of several; null among them is said by `nullable`."""
+    plain = [option for option in options if option.get("type") != "NULL"]
+    if plain and len(plain) < len(options):
+        made["nullable"] = True
+    if len(plain) > 1:
+        return made | {"anyOf": plain}
+    return (plain or options or [{"type": "STRING"}])[0] | made
+
+
+def listed(value: Any) -> list[Any]:
+    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
+
+
+def texts_only(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
 
 
 # ==============================================================================
@@ -2530,6 +2774,8 @@ class GeminiReader:
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
             choice = int(raw.get("index") or 0)
+            if not 0 <= choice < CHOICES_MAX:
+                raise ValueError("no such choice")
             candidate = self._candidate(choice)
             for part in (raw.get("content") or {}).get("parts") or ():
                 self._part(choice, candidate, part)
@@ -2667,12 +2913,12 @@ class GeminiReader:
             return self._fail(UpstreamBroken(f"Gemini's answer is empty ({told_reason(candidate.reason)}). Try again."))
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
+        spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
+        if citations := citations_of(spoken, candidate.grounding):
+            self._emit(Annotated(choice, citations))
         before = len(candidate.before)
-        if found := citations_of(candidate.before + "".join(candidate.texts), candidate.grounding):
-            citations = tuple(replace(c, start=max(0, c.start - before), end=max(0, c.end - before)) for c in found)
-            self._emit(Annotated(choice, citations, before))
-            self._end_part(choice, candidate, citations)
-        self._end_part(choice, candidate)
+        ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
+        self._end_part(choice, candidate, tuple(ours))
         self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
 
 
@@ -2701,10 +2947,10 @@ def citations_of(text: str, grounding: Sequence[Mapping[str, Any]]) -> tuple[Cit
 
     Source: https://ai.google.dev/api/generate-content#Segment
     """
-    encoded = text.encode()
+    raw = encoded(text)
 
     def span(segment: Mapping[str, Any]) -> tuple[int, int]:
-        start, end = (len(encoded[: count_of(segment.get(key))].decode(errors="ignore")) for key in SPAN_KEYS)
+        start, end = (len(raw[: count_of(segment.get(key))].decode(errors="ignore")) for key in SPAN_KEYS)
         quoted = segment.get("text")
         if isinstance(quoted, str) and quoted and text[start:end] != quoted and quoted in text:
             start = text.index(quoted)
@@ -2741,7 +2987,7 @@ def logprobs_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     token = checked_text(raw.get("token") or "")
     logprob = max(float(raw.get("logProbability") or 0), LOGPROB_MIN)
-    return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+    return {"token": token, "logprob": logprob, "bytes": list(encoded(token))}
 
 
 LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
@@ -2870,24 +3116,17 @@ def data_url(media: Media) -> str:
     return f"data:{media.mime};base64,{media.data}"
 
 
-def render_citations(citations: Sequence[Citation], before: int = 0) -> list[dict[str, Any]]:
-    """Annotations as Responses has them; `before` is how much text stands before their part."""
-    return [
-        {
-            "type": "url_citation",
-            "start_index": c.start + before,
-            "end_index": c.end + before,
-            "url": c.url,
-            "title": c.title,
-        }
-        for c in citations
-    ]
+def render_citation(citation: Citation) -> dict[str, Any]:
+    span = {"start_index": citation.start, "end_index": citation.end}
+    return span | {"url": citation.url, "title": citation.title}
 
 
-def chat_annotations(citations: Sequence[Citation], before: int) -> list[dict[str, Any]]:
-    """Annotations as chat has them: one level deeper."""
-    flat = render_citations(citations, before)
-    return [{"type": each.pop("type"), "url_citation": each} for each in flat]
+def chat_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
+    return [{"type": "url_citation", "url_citation": render_citation(citation)} for citation in citations]
+
+
+def response_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
+    return [{"type": "url_citation", **render_citation(citation)} for citation in citations]
 
 
 def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -2954,8 +3193,8 @@ class ChatRenderer:
                 )
             case PartStart(choice, Media() as media):
                 return self._image(choice, media)
-            case Annotated(choice, citations, before):
-                return self._delta(choice, dumps({"annotations": chat_annotations(citations, before)}))
+            case Annotated(choice, citations):
+                return self._delta(choice, dumps({"annotations": chat_annotations(citations)}))
             case Finished(choice, reason, logprobs):
                 return self._delta(choice, "{}", f'"{self._reason(reason)}"', dumps(render_logprobs(logprobs)))
             case Ended() | Failed():
@@ -2986,13 +3225,15 @@ class ChatRenderer:
         return self._delta(choice, dumps(render_media(media, index, self._head)))
 
     def _delta(self, choice: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
-        first = "" if choice in self._opened else self._first(choice)
+        first = "" if choice in self._opened else self._open(choice)
         frame = f'{{"index":{choice},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return first + self._frames.choice(frame)
 
-    def _first(self, choice: int) -> str:
-        self._opened.add(choice)
-        return self._delta(choice, '{"role":"assistant","content":"","refusal":null}')
+    def _open(self, choice: int) -> str:
+        """The first chunk of a choice, after those of the choices before it: SDKs count them up."""
+        new = [each for each in range(choice + 1) if each not in self._opened]
+        self._opened.update(new)
+        return "".join(self._delta(each, '{"role":"assistant","content":"","refusal":null}') for each in new)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
         """The chat.completion object."""
@@ -3012,9 +3253,7 @@ class ChatRenderer:
         calls: list[dict[str, Any]] = []
         for part in choice.parts:
             match part:
-                case Text(text, _, citations):
-                    if citations:
-                        message["annotations"] = chat_annotations(citations, len(message["content"]))
+                case Text(text):
                     message["content"] += text
                 case Thinking(text):
                     message["reasoning_content"] = message.get("reasoning_content", "") + text
@@ -3024,6 +3263,8 @@ class ChatRenderer:
                     self._add_media(message, part)
                 case ToolResult():
                     pass
+        if choice.citations:
+            message["annotations"] = chat_annotations(choice.citations)
         if calls:
             message |= {"function_call": calls[0]["function"]} if self._legacy else {"tool_calls": calls}
             message["content"] = message["content"] or None
@@ -3130,8 +3371,8 @@ class ResponseRenderer:
                 return ""
             case PartEnd(part=part):
                 return self._done(part, "completed")
-            case Annotated(citations=citations):
-                return self._annotate(citations)
+            case Annotated():
+                return ""  # what stands in a part is told with the part
             case Finished(reason=reason):
                 self._reason = reason
                 return self._release("completed" if reason in ("stop", "tool_calls") else "incomplete")
@@ -3173,8 +3414,8 @@ class ResponseRenderer:
         self._sequence += 1
         return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
 
-    def _annotate(self, citations: Sequence[Citation]) -> str:
-        annotations = enumerate(render_citations(citations))
+    def _annotate(self, citations: Iterable[Citation]) -> str:
+        annotations = enumerate(response_annotations(citations))
         places = (
             self._place({"content_index": 0, "annotation_index": i, "annotation": each}) for i, each in annotations
         )
@@ -3192,7 +3433,8 @@ class ResponseRenderer:
         name, place, _ = delta_form(part)
         frames = ""
         match part:
-            case Text(text):
+            case Text(text, _, citations):
+                frames += self._annotate(citations)
                 frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
                 frames += self._frame("content_part.done", self._place(place | {"part": text_part(part)}))
             case Thinking(text):
@@ -3331,7 +3573,7 @@ def delta_form(part: Part) -> tuple[str, dict[str, int], dict[str, Any]]:
 
 
 def text_part(part: Text) -> dict[str, Any]:
-    annotations = render_citations(part.citations)
+    annotations = response_annotations(part.citations)
     return {"type": "output_text", "text": part.text, "annotations": annotations, "logprobs": []}
 
 
@@ -3667,7 +3909,7 @@ class Upstream:
         tokens = 0
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            body = dumps(build_embeddings(texts, trace.mapped_model, request.dimensions)).encode()
+            body = encoded(dumps(build_embeddings(texts, trace.mapped_model, request.dimensions)))
             answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
             vectors += read_embeddings(answer, len(texts))
             tokens += usage_of(answer.get("usageMetadata") or {}).prompt
@@ -3744,7 +3986,7 @@ class Generation:
     def _build(self) -> None:
         built = build_generate_content(self._request, self._traits)
         self._tools = built.tools
-        self.body = dumps(built.body).encode()
+        self.body = encoded(dumps(built.body))
         self.changes = self._request.changes + built.changes
 
     def mends(self, error: UpstreamError) -> bool:
@@ -4005,6 +4247,9 @@ class Gateway:
             if error.code == "context_length_exceeded":
                 error.param = "input" if trace.route == "responses" else "messages"
             response = error_response(error, trace)
+        except web.RequestPayloadError:
+            text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
+            response = error_response(BadRequest(text), trace)
         except web.HTTPRequestEntityTooLarge:
             response = error_response(
                 BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one."), trace
@@ -4060,20 +4305,20 @@ class Gateway:
         """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
         if self._config.auth != "off":
             return
-        host = urlsplit(f"//{http.headers.get('Host', 'localhost')}").hostname or ""
+        host = host_of(f"//{http.headers.get('Host', 'localhost')}")
         literal = self._config.allow_lan_access and is_address(host)
         if not (is_loopback(host) or literal or host in self._config.allowed_hosts):
             text = (
-                f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or set proxy.api_key."
+                f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
             )
             raise Forbidden(text, code="host_not_allowed")
         origin = http.headers.get("Origin", "")
-        if origin.startswith(("http://", "https://")) and not self._is_allowed(origin):
-            text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or set proxy.api_key."
+        if re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
+            text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
             raise Forbidden(text, code="origin_not_allowed")
 
     def _is_allowed(self, origin: str) -> bool:
-        return is_loopback(urlsplit(origin).hostname or "") or origin in self._config.cors_origins
+        return is_loopback(host_of(origin)) or origin.lower() in self._config.cors_origins
 
     def _cors(self, http: web.Request) -> dict[str, str]:
         """What lets a browser's page read the answer: any page where a key is needed, else those allowed."""
@@ -4150,11 +4395,12 @@ class Gateway:
             if events and isinstance(events[-1], Ended):
                 trace.usage = events[-1].usage
             if frames := "".join(map(renderer.render, events)):
-                await response.write(frames.encode())
+                await response.write(encoded(frames))
         await response.write_eof()
         return response
 
 
+ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 EXPOSED_HEADERS = (
     "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
 )
@@ -4176,7 +4422,7 @@ def parse_body(data: bytes) -> Any:
 
 def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
     headers = trace.headers(time.monotonic())
-    return web.Response(body=dumps(body).encode(), status=status, content_type="application/json", headers=headers)
+    return web.Response(body=encoded(dumps(body)), status=status, content_type="application/json", headers=headers)
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
@@ -4195,7 +4441,7 @@ async def create_app(config: Config, tally: Tally | None = None) -> web.Applicat
     """The gateway as an aiohttp application; what it opened closes with it."""
     upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    app.router.add_route("*", "/{tail:.*}", Gateway(config, upstream, tally or Tally()).handle)
+    app.router.add_route("*", "/{tail:(?s:.*)}", Gateway(config, upstream, tally or Tally()).handle)
 
     async def close(_: web.Application) -> None:
         await upstream.close()
@@ -4430,17 +4676,18 @@ agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
 agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
 
-# What a person pastes for each client: where, and the text. {base}, {key} and {root} (without /v1) are filled in.
+# What a person pastes for each client: where, and the text. {base}, {root} (without /v1) and the
+# key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
 CLIENTS: Mapping[str, tuple[str, str]] = {
     "curl": (
         "a shell",
         """\
-curl {base}/chat/completions -H 'Authorization: Bearer {key}' -H 'Content-Type: application/json' \\
+curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
   -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
     ),
-    "aider": ("a shell", "aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {key}"),
+    "aider": ("a shell", "aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}"),
     "codex": (
-        "~/.codex/config.toml, then: export OPENAI_API_KEY={key}",
+        "~/.codex/config.toml, then: export OPENAI_API_KEY={word}",
         """\
 model = "gpt-5"
 model_provider = "agproxy"
@@ -4452,7 +4699,7 @@ wire_api = "responses"
 env_key = "OPENAI_API_KEY\"""",
     ),
     "llm": (
-        'extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value "{key}"',
+        "extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}",
         """\
 - model_id: agproxy
   model_name: gpt-4o
@@ -4464,7 +4711,7 @@ env_key = "OPENAI_API_KEY\"""",
         """\
 from langchain_openai import ChatOpenAI
 
-model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key="{key}")""",
+model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})""",
     ),
     "opencode": (
         "opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello",
@@ -4474,7 +4721,7 @@ model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key="{key}")""",
   "provider": {{
     "agproxy": {{
       "npm": "@ai-sdk/openai-compatible",
-      "options": {{"baseURL": "{base}", "apiKey": "{key}"}},
+      "options": {{"baseURL": "{base}", "apiKey": {json}}},
       "models": {{"gpt-4o": {{}}}}
     }}
   }}
@@ -4491,7 +4738,7 @@ models:
     provider: openai
     model: gpt-4o
     apiBase: {base}
-    apiKey: {key}
+    apiKey: {json}
     roles: [chat, edit, apply, autocomplete]""",
     ),
     "cline": (
@@ -4569,14 +4816,20 @@ def configured(accounts: str | None, host: str | None = None, port: int | None =
         raise Unusable(f"{error}\nMend that; `agproxy check` tries again.", "config_invalid") from None
 
 
-def servable(config: Config) -> Config:
-    """The config, if a gateway can be started with it. Raises Unusable."""
+def with_key(config: Config) -> Config:
+    """The config, if it has the key that clients must show. Raises Unusable."""
     if config.auth != "off" and not config.api_key:
         raise Unusable(
             "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set. "
             f"Paste this fresh one into the accounts file:\nproxy:\n  api_key: {fresh_key()}",
             "key_needed",
         )
+    return config
+
+
+def servable(config: Config) -> Config:
+    """The config, if a gateway can be started with it. Raises Unusable."""
+    with_key(config)
     if not config.accounts and not config.demo:
         raise Unusable(f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}", "no_accounts")
     return config
@@ -4615,7 +4868,7 @@ def banner(config: Config) -> str:
         f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
-        *(["  WARNING   anybody on the network can use these accounts; set proxy.api_key"] if open_to_all else []),
+        *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
     ]
     return "\n".join(lines)
@@ -4632,13 +4885,13 @@ async def run_until_signal(config: Config) -> None:
         config = await with_demo(config, stack)
         port = await listen(await create_app(config), config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port)), err=True)
-        on_signals((signal.SIGTERM, signal.SIGINT), lambda _: stop.set())
+        on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
         await stop.wait()
 
 
-def on_signals(numbers: Iterable[signal.Signals], act: Callable[[signal.Signals], None]) -> None:
+def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
     with contextlib.suppress(NotImplementedError):  # Windows has no signal handlers; Ctrl-C ends the loop there
-        for number in numbers:
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             asyncio.get_running_loop().add_signal_handler(number, act, number)
 
 
@@ -4657,11 +4910,12 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         port = await listen(await create_app(config, tally), "127.0.0.1", 0, stack)
-        env = {**os.environ, **client_environment(replace(config, port=port))}
+        direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1")))
+        env = {**os.environ, **client_environment(replace(config, port=port)), "no_proxy": direct, "NO_PROXY": direct}
         child = await asyncio.create_subprocess_exec(*command, env=env)
         by_terminal = sys.stdin is not None and sys.stdin.isatty()  # then Ctrl-C reaches the child by itself
-        on_signals([signal.SIGTERM, signal.SIGHUP], child.send_signal)
-        on_signals([signal.SIGINT], (lambda _: None) if by_terminal else child.send_signal)
+        on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], child.send_signal)
+        on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else child.send_signal)
         code = await child.wait()
         click.echo(f"agproxy: {tally.bill()}", err=True)
     return 128 - code if code < 0 else code
@@ -4726,7 +4980,7 @@ def serve(
     try:
         asyncio.run(run_until_signal(config))
     except OSError as error:
-        text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another port with --port."
+        text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
     except KeyboardInterrupt:
         pass
@@ -4737,13 +4991,14 @@ def warn_of_readers(path: Path | None) -> None:
         click.echo(f"Warning: others can read the keys in {path}. Close it with: chmod 600 {path}", err=True)
 
 
-@main.command(context_settings={"ignore_unknown_options": True})
+@main.command(context_settings={"allow_interspersed_args": False})
 @accounts_option
 @demo_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
+    warn_of_readers(find_file(accounts, os.environ))
     set_up_logging("error", "text")
     try:
         sys.exit(asyncio.run(run_command(config, command)))
@@ -4761,8 +5016,10 @@ def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
     listed = asyncio.run(list_models(config))
     if name is None:
-        for known in (*(listed or STATIC_MODELS), *(alias for alias in config.aliases if "*" not in alias)):
-            click.echo(known)
+        if listed is None:
+            click.echo("The upstream's list cannot be had; `agproxy check --online` says why.", err=True)
+        aliases = [alias for alias in config.aliases if "*" not in alias]
+        click.echo("\n".join(dict.fromkeys([*(listed or STATIC_MODELS), *aliases])))
         return
     try:
         mapped = map_model(name, config, listed)
@@ -4823,14 +5080,18 @@ async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str,
 
 def remedy_of(error: UpstreamError) -> str:
     """What the owner of an account can do about a refusal. Texts: https://ai.google.dev/gemini-api/docs/troubleshooting"""
+    if isinstance(error, RateLimited):
+        return error.advice
     remedies = {
+        "restriction|are blocked": "Let this machine and the Generative Language API pass in the key's restrictions.",
         "location is not supported": "Use a machine or a proxy (proxy.upstream_proxy) in a region that Gemini serves.",
         "billing": "Turn on billing for the key's project.",
         "has not been used|is disabled": "Turn on the Generative Language API for the key's project.",
-        "API key|unregistered callers|credentials|PERMISSION": "Make a new key at https://aistudio.google.com/apikey.",
     }
     found = (remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE))
-    return next(found, "" if ". " in error.message else error.advice)
+    new_key = "Make a new key at https://aistudio.google.com/apikey."
+    other = new_key if isinstance(error, CredentialRefused) else "" if ". " in error.message else error.advice
+    return next(found, other)
 
 
 def masked_key(key: str) -> str:
@@ -4883,12 +5144,15 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
 @click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
 def print_env(host: str | None, port: int | None, accounts: str | None, shell: str, client: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
-    config = configured(accounts, host, port)
+    config = with_key(configured(accounts, host, port))
     values = client_environment(config)
     if client in DOORS_NOT_BUILT:
         raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
     if client:
-        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": values["OPENAI_API_KEY"]}
+        key = values["OPENAI_API_KEY"]
+        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
+        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(f"Authorization: Bearer {key}")}
+        filled["json"] = json.dumps(key)
         where, text = (text.format(**filled) for text in CLIENTS[client])
         click.echo(f"# {where}", err=True)
         click.echo(text)

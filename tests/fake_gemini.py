@@ -28,7 +28,7 @@ def findings(body: Any, model: str, type_: str = "GenerateContentRequest") -> li
 
 
 def is_meant(body: Any, finding: Any) -> bool:
-    content, part = (int(number) for number in [*re.findall(r"\[(\d+)\]", finding.path), 0][:2])
+    content, part = (int(number) for number in [*re.findall(r"\[(\d+)\]", finding.path), 0, 0][:2])
     if finding.rule == "roles_alternate":
         return "functionResponse" in body["contents"][content - 1]["parts"][0]
     return finding.rule == "empty_text" and "thoughtSignature" in body["contents"][content]["parts"][part]

@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +57,14 @@ def blocks() -> dict[str, tuple[str, str]]:
     return {name: (language, text) for name, language, text in found}
 
 
+def free_port() -> int:
+    """README's 8045; where it is taken another, so that no foreign gateway answers in this one's place."""
+    for port in (8045, 0):
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)) as tried:
+            return int(tried.getsockname()[1])
+    sys.exit("no port is free")
+
+
 class Walk:
     """One folder with everything that the walk needs: HOME, the project, the environments."""
 
@@ -64,8 +73,9 @@ class Walk:
         self.home = folder / "home"
         self.home.mkdir()
         kept = {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "NPM_", "npm_", "LANG"))}
+        self.port = str(free_port())
         path = f"{folder}/project/.venv/bin:{os.environ['PATH']}"
-        self.env = kept | {"HOME": str(self.home), "PATH": path, "TERM": "dumb", "CI": "1"}
+        self.env = kept | {"HOME": str(self.home), "PATH": path, "TERM": "dumb", "CI": "1", "AGPROXY_PORT": self.port}
 
     def start(self) -> subprocess.Popen[bytes]:
         """The first command of README, on a fresh clone; returns when it answers."""
@@ -73,11 +83,12 @@ class Walk:
         subprocess.run(["git", "clone", "-q", str(ROOT), str(project)], check=True)
         command = re.search(r"```sh\n(python3 -m venv .*--demo --port 8045)\n```", (ROOT / "README.md").read_text())
         assert command is not None
-        gateway = subprocess.Popen(["bash", "-c", command[1]], cwd=project, env=self.env, start_new_session=True)
+        words = command[1].replace("8045", self.port)
+        gateway = subprocess.Popen(["bash", "-c", words], cwd=project, env=self.env, start_new_session=True)
         for _ in range(1200):
             if gateway.poll() is not None:
                 sys.exit(f"README's first command ended with {gateway.returncode}")
-            with contextlib.suppress(OSError), urllib.request.urlopen("http://127.0.0.1:8045/healthz"):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.port}/healthz"):
                 return gateway
             time.sleep(0.1)
         sys.exit("README's first command did not answer within two minutes")
@@ -91,11 +102,11 @@ class Walk:
         place = self.folder / name
         place.mkdir()
         env = self.env | {"PATH": f"{place}/venv/bin:{place}/node_modules/.bin:{self.env['PATH']}"}
-        if not self.install(client, place, env):
-            return "skipped: it cannot be installed here"
+        if why := self.install(client, place, env):
+            return f"skipped: it cannot be installed here ({why})"
         language, text = blocks()[name]
         script = place / f"recipe{ENDINGS[language]}"
-        script.write_text(text)
+        script.write_text(text.replace("8045", self.port))
         try:
             done = subprocess.run(
                 [*RUNNERS[language], str(script)],
@@ -112,22 +123,27 @@ class Walk:
             return "ran"
         return f"FAILED ({done.returncode}):\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
-    def install(self, client: Client, place: Path, env: dict[str, str]) -> bool:
+    def install(self, client: Client, place: Path, env: dict[str, str]) -> str:
+        """Why it could not be installed, else nothing."""
         commands = []
         if client.pip:
             commands = [["python3", "-m", "venv", "venv"], ["venv/bin/pip", "-q", "install", client.pip]]
         if client.npm:
             commands = [["npm", "init", "-y"], ["npm", "install", client.npm]]
-        run = (
-            subprocess.run(command, cwd=place, env=env, check=False, capture_output=True, timeout=900)
-            for command in commands
-        )
-        return all(done.returncode == 0 for done in run)
+        try:
+            for command in commands:
+                subprocess.run(command, cwd=place, env=env, check=True, capture_output=True, text=True, timeout=900)
+        except subprocess.TimeoutExpired:
+            return "no end within 900 s"
+        except subprocess.CalledProcessError as error:
+            return str(error.stderr).strip()[-500:]
+        return ""
 
 
 def main() -> None:
     wanted = [word for word in sys.argv[1:] if not word.startswith("--")]
     assert set(blocks()) == set(CLIENTS), "README's recipes and the table differ"
+    assert set(wanted) <= set(CLIENTS), f"the clients are {', '.join(CLIENTS)}"
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         walk = Walk(Path(folder))
