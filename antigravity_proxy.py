@@ -1249,7 +1249,8 @@ def collect(events: Iterable[Event]) -> Reply:
 
 
 def dumps(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
 def encoded(text: str) -> bytes:
@@ -2152,7 +2153,8 @@ class Builder:
             return declaration
         if self.takes_json_schema:
             return declaration | {"parametersJsonSchema": schema}
-        reduced = SchemaReducer(schema, f"{tool.source}/parameters", self.changes).reduce(schema) or {}
+        source = tool.source if tool.answers else f"{tool.source}/parameters"
+        reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
         return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
 
     def calling_config(self, answer: Tool | None) -> dict[str, Any]:
@@ -2769,7 +2771,8 @@ class GeminiReader:
             return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
         if "error" in chunk:
             return self._fail(classify_error(502, chunk))
-        self._usage = chunk.get("usageMetadata") or self._usage
+        if isinstance(usage := chunk.get("usageMetadata"), dict):
+            self._usage = usage
         if (chunk.get("promptFeedback") or {}).get("blockReason"):
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
@@ -2986,7 +2989,8 @@ def logprobs_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     token = checked_text(raw.get("token") or "")
-    logprob = max(float(raw.get("logProbability") or 0), LOGPROB_MIN)
+    logprob = float(raw.get("logProbability") or 0)
+    logprob = max(logprob, LOGPROB_MIN) if math.isfinite(logprob) else LOGPROB_MIN
     return {"token": token, "logprob": logprob, "bytes": list(encoded(token))}
 
 
@@ -3017,7 +3021,7 @@ def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
         norms = [math.hypot(*vector) or 1.0 for vector in vectors]
     except (ArithmeticError, LookupError, TypeError, ValueError):
         vectors, norms = [], []
-    if len(vectors) != count or not all(vectors):
+    if len(vectors) != count or not all(map(math.isfinite, norms)):
         raise UpstreamBroken("Gemini sent other vectors than were asked for. Try again.")
     return [
         vector if abs(norm - 1) < 1e-6 else [v / norm for v in vector]
@@ -3034,7 +3038,7 @@ def classify_error(status: int, body: Any) -> UpstreamError:
     told = error.get("code")
     status = told if isinstance(told, int) and 400 <= told < 600 else status
     message = str(error.get("message") or f"Gemini answered HTTP {status}.")[:ERROR_CHARS_MAX]
-    everything = dumps(error) if error else ""
+    everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
             param = "model" if kind is ModelGone else None
@@ -3057,7 +3061,8 @@ def error_of(body: Any) -> Mapping[str, Any]:
 
 def retry_after(error: Mapping[str, Any]) -> float | None:
     """Seconds that Gemini asks to wait, by RetryInfo or by its text; None where it says nothing."""
-    for detail in error.get("details") or []:
+    details = error.get("details")
+    for detail in details if isinstance(details, list) else ():
         delay = detail.get("retryDelay") if isinstance(detail, dict) else None
         if isinstance(delay, str) and re.fullmatch(r"\d+(\.\d+)?s", delay):
             return min(float(delay[:-1]), RETRY_AFTER_S_MAX)
@@ -4406,14 +4411,21 @@ EXPOSED_HEADERS = (
 )
 
 
+def finite(number: str) -> float:
+    """A number that JSON can hold. Raises ValueError for NaN, and for one beyond a float's range."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no JSON number")
+    return value
+
+
+BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
+
+
 def parse_body(data: bytes) -> Any:
     """A JSON body. Raises BadRequest, also for NaN, for bytes that are not UTF-8, and for one nested too deep."""
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON value")
-
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse)
+        return BODY_DECODER.decode(data.decode("utf-8-sig"))
     except RecursionError:
         raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
     except ValueError as error:
