@@ -2521,7 +2521,7 @@ class SchemaReducer:
                 return None
             lay_under(whole, inner[0])
             seen = inner[1]
-        for part in listed(schema.get("allOf")):
+        for part in schemas_in(schema.get("allOf")):
             if (inner := self.resolved(part, seen)) is not None:
                 lay_under(whole, inner[0])
                 seen = inner[1]
@@ -2565,11 +2565,11 @@ class SchemaReducer:
 
     def union(self, schema: Mapping[str, Any], kinds: Sequence[str]) -> list[Any]:
         """The options of a schema that is nothing but a choice among them; beside a type of its own they are lost."""
-        unions = {key: schema[key] for key in ("anyOf", "oneOf") if listed(schema.get(key))}
+        unions = {key: schema[key] for key in ("anyOf", "oneOf") if schemas_in(schema.get(key))}
         plain = kinds not in ([], ["object"]) or schema.get("properties")
         for key in list(unions)[0 if plain else 1 :]:
             self.report(key)
-        return [] if plain or not unions else listed(next(iter(unions.values())))
+        return [] if plain or not unions else schemas_in(next(iter(unions.values())))
 
     def shaped(
         self, made: dict[str, Any], schema: Mapping[str, Any], kind: str, seen: tuple[str, ...], depth: int
@@ -2641,7 +2641,7 @@ def joined(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any
     return (plain or options or [{"type": "STRING"}])[0] | made
 
 
-def listed(value: Any) -> list[Any]:
+def schemas_in(value: Any) -> list[Any]:
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
