@@ -17,10 +17,11 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      9 From Gemini      bytes become Events: the only stream machine
     10 To the client    Events become OpenAI's chunks and objects
     11 Monitoring       what is told of a request: headers and the log line
-    12 Upstream         HTTP to Gemini, and the one retry loop
-    13 Web              auth, routes, handlers
-    14 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    15 Command line     what a person types
+    12 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
+    13 Upstream         what Gemini is asked, linked media, and the one retry loop
+    14 Web              auth, routes, handlers
+    15 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    16 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -44,13 +45,14 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import click
@@ -70,6 +72,7 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import ssl
 
     import aiohttp
     from aiohttp import web
@@ -81,6 +84,7 @@ T = TypeVar("T")
 log = logging.getLogger("agproxy")
 
 __version__ = "0.1.0"
+USER_AGENT = f"agproxy/{__version__}"
 
 # ==============================================================================
 # 1. Tables
@@ -112,6 +116,7 @@ BODY_BYTES_MAX = 64 << 20
 DRAIN_S = 30.0
 MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
+MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
 CLOCK_SKEW_S_MAX = 300.0
 STOPS_MAX = 4
@@ -120,6 +125,12 @@ SIGNATURES_MAX = 20_000
 CALLS_MAX = 1000
 CALL_ID_MAX = 64  # OpenAI's own limit
 ERROR_CHARS_MAX = 2000
+HEAD_BYTES_MAX = 64 << 10
+CHUNK_LINE_MAX = 4096
+JOINED_BYTES_MAX = 64 << 10
+UNSENT_BYTES_MAX = 256 << 10
+UNSENT_CHECK_S = 0.02
+DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
@@ -891,8 +902,11 @@ SECTIONS: Mapping[str, Kind] = {
 NOT_USED_YET = {"proxy.max_wait_s", "proxy.store", "models.fallback"}
 
 
-def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
-    """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem."""
+def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: bool = True) -> Config:
+    """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
+
+    Without `accounts` that section is not read, so that its keys need not be there.
+    """
     import yaml
 
     file = ConfigFile(source, env)
@@ -904,7 +918,7 @@ def load_config(text: str, source: str, env: Mapping[str, str]) -> Config:
         raise ConfigError(
             f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)}). Mend this line."
         ) from None
-    given = file.section(node, "", SECTIONS)
+    given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
     timeouts = Timeouts(**proxy.pop("timeouts", {}))
     renamed = {"default": "default_model", "map": "aliases"}
@@ -2498,9 +2512,9 @@ class SchemaReducer:
         kinds = self.kinds(schema)
         if union := self.union(schema, kinds):
             options = [self.reduce(option, seen, depth + 1) for option in union]
-            return joined(made, [option for option in options if option])
+            return one_of(made, [option for option in options if option])
         if len(kinds) > 1:
-            return joined(made, [self.shaped({}, schema, kind, seen, depth + 1) for kind in kinds])
+            return one_of(made, [self.shaped({}, schema, kind, seen, depth + 1) for kind in kinds])
         return self.shaped(made, schema, kinds[0] if kinds else "string", seen, depth)
 
     # ---- references and allOf
@@ -2631,7 +2645,7 @@ def lay_under(whole: dict[str, Any], inner: Mapping[str, Any]) -> None:
             whole.setdefault(key, value)
 
 
-def joined(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any]:
+def one_of(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any]:
     """A schema that is one of several; null among them is said by `nullable`."""
     plain = [option for option in options if option.get("type") != "NULL"]
     if plain and len(plain) < len(options):
@@ -3037,13 +3051,19 @@ def classify_error(status: int, body: Any) -> UpstreamError:
     error = error_of(body)
     told = error.get("code")
     status = told if isinstance(told, int) and 400 <= told < 600 else status
-    message = str(error.get("message") or f"Gemini answered HTTP {status}.")[:ERROR_CHARS_MAX]
+    message = str(error.get("message") or f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip())
+    message = CREDENTIALS.sub(r"\1…", message[:ERROR_CHARS_MAX])
     everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
             param = "model" if kind is ModelGone else None
             return kind(message, code=code, param=param, retry_after_s=retry_after(error))
     return (Overloaded if status > 504 else UpstreamBroken)(message)
+
+
+# Google's errors name the key that they speak of.
+CREDENTIALS = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{8,}", re.ASCII)
+HTTP_HINTS = {3: "Check base_url and the network: it redirects.", 4: "Check base_url.", 5: "Try again."}
 
 
 def error_of(body: Any) -> Mapping[str, Any]:
@@ -3635,6 +3655,8 @@ class Trace:
     usage: Usage | None = None
     changes: tuple[Change, ...] = ()
     strict: bool = False
+    error: str = ""
+    """The code of the error that broke off a stream."""
 
     def headers(self, now: float) -> dict[str, str]:
         headers = {"X-Request-Id": self.id, "openai-processing-ms": str(milliseconds(now - self.started))}
@@ -3660,7 +3682,7 @@ class Tally:
     def add(self, trace: Trace, status: int) -> None:
         if trace.model:
             self.requests += 1
-            self.failed += status >= 400
+            self.failed += status >= 400 or bool(trace.error)
         if trace.account and status < 400:
             self.usage += trace.usage or Usage()
             self.accounts[trace.account.name] = self.accounts.get(trace.account.name, 0) + 1
@@ -3668,7 +3690,8 @@ class Tally:
     def bill(self) -> str:
         accounts = ", ".join(f"{name} {count}" for name, count in self.accounts.items()) or "none"
         tokens = f"{self.usage.prompt} tokens in, {self.usage.completion} out"
-        return f"{self.requests} requests ({self.failed} failed), {tokens}; accounts: {accounts}"
+        requests = f"{self.requests} request{'s' * (self.requests != 1)}"
+        return f"{requests} ({self.failed} failed), {tokens}; accounts: {accounts}"
 
 
 def masked(name: str) -> str:
@@ -3693,6 +3716,7 @@ def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
         "account": trace.account.name if trace.account else "",
         "attempts": trace.attempts,
         "status": status,
+        "error": trace.error,
         "first_ms": None if first is None else milliseconds(first - trace.started),
         "ms": milliseconds(now - trace.started),
         "tokens": trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}",
@@ -3711,17 +3735,450 @@ def log_text(fields: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 12. Upstream
+# 12. Transport
+# ==============================================================================
+
+
+class Incoming:
+    """An HTTP answer whose head has come. Its body comes in pieces: to whoever reads, or straight to a sink."""
+
+    def __init__(self, status: int, headers: Mapping[str, str], channel: Channel, idle_s: float) -> None:
+        self.status = status
+        self.headers = headers
+        self._channel = channel
+        self._loop = asyncio.get_running_loop()
+        self._pieces: list[bytes] = []
+        self._sink: Callable[[bytes], None] | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._ended = False
+        self._paused = False
+        self._error: Exception | None = None
+        self._idle_s = idle_s
+        self._last = self._loop.time()
+        self._alarm = self._loop.call_later(idle_s, self._check_silence)
+
+    # ---- from the wire
+
+    def push(self, data: bytes) -> None:
+        self._last = self._loop.time()
+        if self._sink is not None:
+            self._sink(data)
+        else:
+            self._pieces.append(data)
+            self._wake()
+
+    def end(self, error: Exception | None = None) -> None:
+        """The body is over; with an error it was cut off."""
+        if not self._ended:
+            self._ended = True
+            self._error = error
+            self._alarm.cancel()
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _check_silence(self) -> None:
+        """One alarm at a time, set anew from the last piece, so that a piece costs no timer."""
+        silent_s = 0.0 if self._paused else self._loop.time() - self._last
+        if silent_s < self._idle_s:
+            self._alarm = self._loop.call_later(self._idle_s - silent_s, self._check_silence)
+        else:
+            self.abort(TimeoutError())
+
+    # ---- to whoever wants it
+
+    async def more(self) -> bytes:
+        """What has come since, or b"" at the end. Raises what cut the body off: OSError, TimeoutError."""
+        while not self._pieces and not self._ended:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        if not data and self._error:
+            raise self._error
+        return data
+
+    async def read(self) -> bytes:
+        """The whole body. Raises as `more`."""
+        pieces = []
+        while data := await self.more():
+            pieces.append(data)
+        return b"".join(pieces)
+
+    async def flow(self, sink: Callable[[bytes], None]) -> None:
+        """Hands each piece to the sink in the call that received it, until the end. Raises as `more`."""
+        if data := b"".join(self._pieces):
+            self._pieces.clear()
+            sink(data)
+        self._sink = sink
+        while not self._ended:
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        if self._error:
+            raise self._error
+
+    def pause(self) -> None:
+        if not self._ended and not self._paused:
+            self._paused = True
+            self._channel.pause_reading()
+
+    def resume(self) -> None:
+        if not self._ended and self._paused:
+            self._paused, self._last = False, self._loop.time()
+            self._channel.resume_reading()
+
+    def abort(self, error: Exception | None = None) -> None:
+        """Ends an answer that nobody wants any more, or that came too late; nothing where it is over."""
+        if not self._ended:
+            self.end(error)
+            self._channel.abort()
+
+
+class Channel(Protocol):
+    """What an answer comes through."""
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def abort(self) -> None: ...
+
+
+class Unframer:
+    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
+    """
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        self._until_close = not self._chunked and "content-length" not in headers
+        self._left = 0 if self._chunked else int(headers.get("content-length", 0))
+        """Of the body, or of the current chunk and the line end behind it."""
+        self._line = b""
+        self._trailers = False
+        packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
+        self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
+        self.done = not self._chunked and not self._until_close and self._left == 0
+
+    def feed(self, data: bytes) -> bytes:
+        if self._chunked:
+            data = self._unchunk(data)
+        elif not self._until_close:
+            if len(data) > self._left:
+                raise ValueError("more than Content-Length")
+            self._left -= len(data)
+            self.done = self._left == 0
+        try:
+            return self._unpack(data) if self._unpack else data
+        except zlib.error as error:
+            raise ValueError("broken compression") from error
+
+    def close(self) -> bool:
+        """The connection ended: whether the body is whole."""
+        return self.done or self._until_close
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._line:
+            data, self._line = self._line + data, b""
+        pieces = []
+        at = 0
+        while at < len(data) and not self.done:
+            if self._left:
+                until = min(len(data), at + self._left)
+                pieces.append(data[at : min(until, at + max(0, self._left - 2))])
+                self._left -= until - at
+                at = until
+            elif (end := data.find(b"\r\n", at)) < 0:
+                self._line = data[at:]
+                if len(self._line) > CHUNK_LINE_MAX:
+                    raise ValueError("endless chunk size")
+                break
+            else:
+                self._size_line(data[at:end])
+                at = end + 2
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _size_line(self, line: bytes) -> None:
+        if self._trailers:
+            self.done = not line
+            return
+        size = int(line.partition(b";")[0], 16)
+        if size < 0:
+            raise ValueError("negative chunk size")
+        self._left = size + 2 if size else 0
+        self._trailers = not size
+
+
+class Connection:
+    """One connection to an upstream, for one exchange after another; asyncio's transport calls it as its protocol.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9112
+    """
+
+    def __init__(self, idle: list[Connection], idle_s: float) -> None:
+        self._idle = idle
+        self._idle_s = idle_s
+        self._head = b""
+        self._answer: asyncio.Future[Incoming] | None = None
+        self._incoming: Incoming | None = None
+        self._keep = True
+        self._silent = True
+        """Nothing came back in this exchange yet."""
+
+    async def exchange(self, head: bytes, body: bytes) -> Incoming:
+        """Sends a request; the answer, once its head is there. Raises OSError; StaleConnection where it was dead."""
+        self._answer = asyncio.get_running_loop().create_future()
+        self._silent = True
+        if self._transport.is_closing():
+            raise StaleConnection
+        self._transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
+        if len(body) >= JOINED_BYTES_MAX:
+            self._transport.write(body)
+        try:
+            return await self._answer
+        except BaseException:
+            self.abort()
+            raise
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self._silent = False
+        try:
+            if self._incoming is None:
+                data = self._read_head(data)
+            if self._incoming is not None:
+                self._read_body(self._incoming, data)
+        except (ValueError, IndexError):
+            self._broke(ConnectionError("what came is not HTTP"))
+            self.abort()
+
+    def _read_head(self, data: bytes) -> bytes:
+        """Reads status and headers; what is left of the data is body. Raises ValueError, IndexError."""
+        head, found, rest = (self._head + data).partition(b"\r\n\r\n")
+        if not found:
+            self._head = head
+            if len(head) > HEAD_BYTES_MAX or self._answer is None:
+                raise ValueError("endless or unasked head")
+            return b""
+        self._head = b""
+        first, *lines = head.decode("latin-1").split("\r\n")
+        version, status = first.split(" ", 2)[:2]
+        if status.startswith("1"):
+            return self._read_head(rest)  # 100 Continue, 103 Early Hints: the answer is still to come
+        fields = (line.partition(":") for line in lines)
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
+        self._unframer = Unframer(headers)
+        self._incoming = Incoming(int(status), headers, self, self._idle_s)
+        if self._answer and not self._answer.done():
+            self._answer.set_result(self._incoming)
+        return rest
+
+    def _read_body(self, incoming: Incoming, data: bytes) -> None:
+        if body := self._unframer.feed(data):
+            incoming.push(body)
+        if self._unframer.done:
+            self._incoming = self._answer = None
+            if self._keep and not self._transport.is_closing():
+                self._idle.append(self)
+            else:
+                self._transport.close()
+            incoming.end()
+
+    def eof_received(self) -> None:
+        """Nothing to do: asyncio closes the transport and calls connection_lost."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self in self._idle:
+            self._idle.remove(self)
+        whole = self._incoming is not None and error is None and self._unframer.close()
+        self._broke(None if whole else error or ConnectionError("the connection was closed"))
+
+    def _broke(self, error: Exception | None) -> None:
+        if self._incoming is not None:
+            self._incoming.end(error)
+        elif self._answer is not None and not self._answer.done():
+            self._answer.set_exception(StaleConnection() if self._silent else error or ConnectionError())
+
+    def pause_reading(self) -> None:
+        self._transport.pause_reading()
+
+    def resume_reading(self) -> None:
+        self._transport.resume_reading()
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+
+class StaleConnection(ConnectionError):
+    """The upstream closed the connection without a byte of an answer."""
+
+
+class DirectTransport:
+    """Requests to one upstream over connections of our own: no task and no queue between its socket and the client's."""
+
+    def __init__(self, url: str, timeouts: Timeouts) -> None:
+        parts = urlsplit(url)
+        self._tls = parts.scheme == "https"
+        self._host = parts.hostname or ""
+        self._port = parts.port or (443 if self._tls else 80)
+        self._path = parts.path
+        self._netloc = parts.netloc.rpartition("@")[2]
+        self._timeouts = timeouts
+        self._idle: list[Connection] = []
+
+    async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
+        """The answer, once its head is there. Raises OSError and TimeoutError."""
+        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        about = f"Host: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\nContent-Length: {len(body)}\r\n"
+        head = f"POST {self._path}{path} HTTP/1.1\r\n{about}{lines}\r\n".encode()
+        while self._idle:
+            with contextlib.suppress(StaleConnection):  # closed by the other side in the meantime: nothing was heard
+                return await self._idle.pop().exchange(head, body)
+        connection = await self._connect()
+        return await connection.exchange(head, body)
+
+    async def _connect(self) -> Connection:
+        connection = Connection(self._idle, self._timeouts.idle_s)
+        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
+        try:
+            async with asyncio.timeout(self._timeouts.connect_s):
+                await asyncio.get_running_loop().create_connection(
+                    lambda: protocol,
+                    self._host,
+                    self._port,
+                    ssl=tls_context() if self._tls else None,
+                    happy_eyeballs_delay=0.25,
+                )
+        except TimeoutError:
+            raise ConnectionError("the connection was not made in time") from None
+        return connection
+
+    async def close(self) -> None:
+        for connection in list(self._idle):
+            connection.abort()
+
+
+@functools.cache
+def tls_context() -> ssl.SSLContext:
+    import ssl
+
+    return ssl.create_default_context()
+
+
+class ProxiedTransport:
+    """The same through a proxy, by aiohttp's client."""
+
+    def __init__(self, url: str, proxy: str | None, timeouts: Timeouts) -> None:
+        self._url = url
+        self._proxy = proxy
+        self._idle_s = timeouts.idle_s
+        self._session = open_session(timeouts)
+
+    async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
+        """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
+        url = self._url + path
+        response = await self._session.post(url, data=body, headers=headers, proxy=self._proxy, allow_redirects=False)
+        known = {name.lower(): value for name, value in response.headers.items()}
+        pour = Pour(response)
+        pour.start(Incoming(response.status, known, pour, self._idle_s))
+        return pour.incoming
+
+    async def close(self) -> None:
+        await self._session.close()
+
+
+class Pour:
+    """Carries the body of aiohttp's response over to an Incoming."""
+
+    incoming: Incoming
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._response = response
+        self._running = asyncio.Event()
+        self._running.set()
+
+    def start(self, incoming: Incoming) -> None:
+        self.incoming = incoming
+        self._task = asyncio.create_task(self._pour())
+
+    async def _pour(self) -> None:
+        error: Exception | None = None
+        try:
+            async for data in self._response.content.iter_any():
+                self.incoming.push(data)
+                await self._running.wait()
+        except (aiohttp.ClientError, OSError) as cut:
+            error = cut
+            self._response.close()
+        self.incoming.end(error)
+
+    def pause_reading(self) -> None:
+        self._running.clear()
+
+    def resume_reading(self) -> None:
+        self._running.set()
+
+    def abort(self) -> None:
+        self._task.cancel()
+        self._response.close()
+
+
+def open_session(wait: Timeouts) -> aiohttp.ClientSession:
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s)
+    connector = aiohttp.TCPConnector(limit=0)
+    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+
+def connection_problem(error: Exception, proxy: str | None) -> str:
+    """What went wrong on the way to Gemini, and what to do, without its URL."""
+    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
+    if at_proxy or isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
+        return "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
+    if "SSL" in type(cause).__name__:
+        return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
+    if type(cause).__name__ == "gaierror":
+        return "Gemini's host name could not be resolved. Check DNS and base_url."
+    if isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError) or not isinstance(
+        cause, ConnectionError
+    ):
+        return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
+    where = "The proxy or Gemini" if proxy else "Gemini"
+    return f"{where} broke the connection before an answer began. Try again."
+
+
+def proxy_for(url: str, config: Config) -> str | None:
+    """The proxy to an upstream: the file's, else the environment's unless NO_PROXY excepts it; to loopback none."""
+    import urllib.request as environment
+
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return None
+    if config.upstream_proxy:
+        return config.upstream_proxy
+    proxies = environment.getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
+
+
+# ==============================================================================
+# 13. Upstream
 # ==============================================================================
 
 
 class Answer:
     """One answer that has begun: its first events are known, so nobody retries any more."""
 
-    def __init__(self, reader: GeminiReader | None, response: aiohttp.ClientResponse, first: list[Event]) -> None:
+    def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
+        self.first = first
+        self._incoming = incoming
         self._reader = reader
-        self._response = response
-        self._first = first
         self._late: UpstreamTimeout | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -3731,30 +4188,39 @@ class Answer:
 
     def _expire(self) -> None:
         self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
-        self._response.close()
+        self._incoming.abort()
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """The events of each read, in order; a broken upstream ends them with Failed."""
-        yield self._first
-        if self._reader is None:
-            return
+    async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
+        """Hands the events of each read to the sink as they come; those that end the answer are returned."""
+        reader = self._reader
+        if reader is None:
+            return []
         error: UpstreamError | None = None
+
+        def feed(data: bytes) -> None:
+            if events := reader.feed(data):
+                sink(events)
+
         try:
-            async for data in self._response.content.iter_any():
-                if events := self._reader.feed(data):
-                    yield events
+            await self._incoming.flow(feed)
         except TimeoutError:
             error = UpstreamTimeout(
                 "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
             )
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
-        yield self._reader.close(self._late or error)
+        return reader.close(self._late or error)
+
+    def pause(self) -> None:
+        self._incoming.pause()
+
+    def resume(self) -> None:
+        self._incoming.resume()
 
     def close(self) -> None:
         if self._alarm:
             self._alarm.cancel()
-        self._response.close()
+        self._incoming.abort()
 
 
 class Merged:
@@ -3762,27 +4228,39 @@ class Merged:
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
-        self._tasks: dict[asyncio.Future[list[Event] | None], int] = {}
+        self._usage = Usage()
+        self.first = [event for choice, answer in enumerate(answers) for event in self._relay(choice, answer.first)]
+        self._tasks: list[asyncio.Task[list[Event]]] = []
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
-        """The events of all answers as they come; the first of choice 0 stand before any other's."""
-        streams = [answer.batches() for answer in self._answers]
-        self._tasks = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
-        usage = Usage()
-        while self._tasks:
-            done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            for choice, task in sorted((self._tasks.pop(task), task) for task in done):
-                events = task.result()
-                if events is None:
-                    continue
-                self._tasks[asyncio.ensure_future(anext(streams[choice], None))] = choice
-                if events and isinstance(events[-1], Ended):
-                    usage += events[-1].usage
-                    events = events[:-1]
-                yield [renumbered(event, choice) for event in events]
-                if events and isinstance(events[-1], Failed):
-                    return
-        yield [Ended(usage)]
+    def _relay(self, choice: int, events: list[Event]) -> list[Event]:
+        """The events under the number of their choice; the usage that ends them is kept for the end of all."""
+        if events and isinstance(events[-1], Ended):
+            self._usage += events[-1].usage
+            events = events[:-1]
+        return [renumbered(event, choice) for event in events]
+
+    async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
+        """As an Answer's; the events come interleaved."""
+
+        async def relay(choice: int, answer: Answer) -> list[Event]:
+            last = await answer.flow(lambda events: sink(self._relay(choice, events)))
+            return self._relay(choice, last)
+
+        self._tasks = [asyncio.create_task(relay(choice, answer)) for choice, answer in enumerate(self._answers)]
+        for done in asyncio.as_completed(self._tasks):
+            events = await done
+            if events and isinstance(events[-1], Failed):
+                return events
+            sink(events)
+        return [Ended(self._usage)]
+
+    def pause(self) -> None:
+        for answer in self._answers:
+            answer.pause()
+
+    def resume(self) -> None:
+        for answer in self._answers:
+            answer.resume()
 
     def close(self) -> None:
         for task in self._tasks:
@@ -3803,6 +4281,7 @@ class Upstream:
         self._pool = AccountPool(config.accounts)
         self._session = open_session(config.timeouts)
         self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
+        self._transports = {url: open_transport(url, proxy, config) for url, proxy in self._proxies.items()}
         self._models: tuple[str, ...] | None = None
         self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
@@ -3815,6 +4294,8 @@ class Upstream:
         if self._listing:
             self._listing.cancel()
         await self.media.close()
+        for transport in self._transports.values():
+            await transport.close()
         await self._session.close()
 
     # ---- models
@@ -3849,7 +4330,7 @@ class Upstream:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists. Raises UpstreamError."""
         try:
-            with upstream_errors():
+            with upstream_errors(self._proxies[account.base_url]):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
                     return await self._pages_of(account)
         except (ValueError, KeyError, TypeError):
@@ -3859,10 +4340,11 @@ class Upstream:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
         names: list[str] = []
         page = ""
-        while True:
+        for _ in range(MODEL_PAGES_MAX):
             url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
             headers = {"x-goog-api-key": account.api_key}
-            async with self._session.get(url, headers=headers, proxy=self._proxies[account.base_url]) as response:
+            proxy = self._proxies[account.base_url]
+            async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
                 self.skew_s = clock_skew(response.headers.get("Date"), time.time())
                 if response.status != 200:
                     raise classify_error(response.status, parse_json(await response.read()))
@@ -3872,7 +4354,8 @@ class Upstream:
                     names.append(model["name"].removeprefix("models/"))
             page = answer.get("nextPageToken") or ""
             if not page:
-                return tuple(names)
+                break
+        return tuple(names)
 
     # ---- answers
 
@@ -3952,30 +4435,28 @@ class Upstream:
 
     async def _generate(self, generation: Generation, trace: Trace, account: Account) -> Answer:
         method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
-        with upstream_errors():
+        with upstream_errors(self._proxies[account.base_url]):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                response = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
+                incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
                 try:
-                    return await first_events(response, generation)
+                    return await first_events(incoming, generation)
                 except BaseException:
-                    response.close()
+                    incoming.abort()
                     raise
 
     async def _batch_embed(self, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-        with upstream_errors():
+        with upstream_errors(self._proxies[account.base_url]):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                response = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
-                async with response:
-                    answer = parse_json(await response.read())
-        if response.status != 200:
-            raise classify_error(response.status, answer)
+                incoming = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
+                answer = parse_json(await incoming.read())
+        if incoming.status != 200:
+            raise classify_error(incoming.status, answer)
         return answer if isinstance(answer, dict) else {}
 
-    async def _post(self, account: Account, call: str, body: bytes) -> aiohttp.ClientResponse:
-        url = f"{account.base_url}/v1beta/models/{call}"
-        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json"}
-        return await self._session.post(url, data=body, headers=headers, proxy=self._proxies[account.base_url])
+    async def _post(self, account: Account, call: str, body: bytes) -> Incoming:
+        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json", "User-Agent": USER_AGENT}
+        return await self._transports[account.base_url].post(f"/v1beta/models/{call}", headers, body)
 
 
 class Generation:
@@ -4023,35 +4504,33 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 
 
 @contextlib.contextmanager
-def upstream_errors() -> Iterator[None]:
+def upstream_errors(proxy: str | None) -> Iterator[None]:
     """Raises what goes wrong on the way to Gemini as an UpstreamError."""
     try:
         yield
     except TimeoutError:
         raise UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.") from None
-    except aiohttp.ClientError as error:
-        raise UpstreamBroken(connection_problem(error)) from None
+    except (aiohttp.ClientError, OSError) as error:
+        raise UpstreamBroken(connection_problem(error, proxy)) from None
 
 
-def open_session(wait: Timeouts) -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s, sock_read=wait.idle_s)
-    connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+def open_transport(url: str, proxy: str | None, config: Config) -> DirectTransport | ProxiedTransport:
+    if proxy is None and DIRECT:
+        return DirectTransport(url, config.timeouts)
+    return ProxiedTransport(url, proxy, config.timeouts)
 
 
-async def first_events(response: aiohttp.ClientResponse, generation: Generation) -> Answer:
-    """The answer with its first events. Raises what the status or the first event says, and aiohttp's errors."""
-    if response.status != 200:
-        raise classify_error(response.status, parse_json(await response.read()))
+async def first_events(incoming: Incoming, generation: Generation) -> Answer:
+    """The answer with its first events. Raises what the status or the first event says, and the transport's errors."""
+    if incoming.status != 200:
+        raise classify_error(incoming.status, parse_json(await incoming.read()))
     reader = generation.reader()
     if not generation.sse:
-        return Answer(None, response, unless_failed(reader.whole(await response.read())))
-    async for data in response.content.iter_any():
+        return Answer(unless_failed(reader.whole(await incoming.read())), incoming, None)
+    while data := await incoming.more():
         if events := reader.feed(data):
-            break
-    else:
-        events = reader.close()
-    return Answer(reader, response, unless_failed(events))
+            return Answer(unless_failed(events), incoming, reader)
+    return Answer(unless_failed(reader.close()), incoming, None)
 
 
 def unless_failed(events: list[Event]) -> list[Event]:
@@ -4183,41 +4662,12 @@ def clock_skew(date: str | None, now: float) -> float:
 
     try:
         return now - parsedate_to_datetime(date or "").timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):
         return 0.0
 
 
-def connection_problem(error: aiohttp.ClientError) -> str:
-    """What went wrong on the way to Gemini, and what to do, without its URL."""
-    if isinstance(error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError):
-        return "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError):
-        return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
-    if isinstance(error, aiohttp.ClientConnectorDNSError):
-        return "Gemini's host name could not be resolved. Check DNS and base_url."
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
-    return "Gemini broke the connection before its answer began. Try again."
-
-
-def proxy_for(url: str, config: Config) -> str | None:
-    """The proxy to an upstream: the file's, else the environment's unless NO_PROXY excepts it; to loopback none."""
-    import urllib.request as environment
-
-    parts = urlsplit(url)
-    if is_loopback(parts.hostname or ""):
-        return None
-    if config.upstream_proxy:
-        return config.upstream_proxy
-    proxies = environment.getproxies_environment()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
 # ==============================================================================
-# 13. Web
+# 14. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -4380,7 +4830,9 @@ class Gateway:
             answer.close()
 
     async def _whole(self, trace: Trace, answer: Answer | Merged, renderer: Renderer) -> web.Response:
-        events = [event async for batch in answer.batches() for event in batch]
+        events = list(answer.first)
+        last = await answer.flow(events.extend)
+        events += last
         self._upstream.signatures.remember(events, trace.mapped_model)
         reply = collect(events)
         trace.usage = reply.usage
@@ -4395,14 +4847,50 @@ class Gateway:
         response.content_type = "text/event-stream"
         await response.prepare(http)
         trace.first_byte = time.monotonic()
-        async for events in answer.batches():
+        client = ClientStream(http, answer)
+
+        def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
-            if events and isinstance(events[-1], Ended):
-                trace.usage = events[-1].usage
-            if frames := "".join(map(renderer.render, events)):
-                await response.write(encoded(frames))
-        await response.write_eof()
+            return encoded("".join(map(renderer.render, events)))
+
+        client.write(render(answer.first))
+        last = await answer.flow(lambda events: client.write(render(events)))
+        if last and isinstance(last[-1], Ended):
+            trace.usage = last[-1].usage
+        elif last and isinstance(last[-1], Failed):
+            trace.error = last[-1].error.code or last[-1].error.type
+        await response.write_eof(render(last))
         return response
+
+
+class ClientStream:
+    """A client's side of a stream: one write a read, and no more reads while the client does not take what was written.
+
+    aiohttp's own `write` costs a task switch and a wait each; what it would send is written to the transport here.
+    """
+
+    def __init__(self, http: web.Request, answer: Answer | Merged) -> None:
+        self._transport = http.transport
+        self._framed = http.version >= (1, 1)
+        self._answer = answer
+        self._stalled = False
+
+    def write(self, data: bytes) -> None:
+        transport = self._transport
+        if not data or transport is None or transport.is_closing():
+            return  # whoever is gone gets nothing; aiohttp cancels the handler
+        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
+        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+            self._stalled = True
+            self._answer.pause()
+            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
+
+    def _resume(self, transport: asyncio.Transport) -> None:
+        if transport.get_write_buffer_size() > UNSENT_BYTES_MAX // 4 and not transport.is_closing():
+            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
+        else:
+            self._stalled = False
+            self._answer.resume()
 
 
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
@@ -4463,7 +4951,7 @@ async def create_app(config: Config, tally: Tally | None = None) -> web.Applicat
 
 
 # ==============================================================================
-# 14. Demo
+# 15. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -4680,7 +5168,7 @@ def create_demo(fault: str | None) -> web.Application:
 
 
 # ==============================================================================
-# 15. Command line
+# 16. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -4788,11 +5276,13 @@ def find_file(accounts: str | None, env: Mapping[str, str]) -> Path | None:
     return next((path for path in (Path("accounts.yaml"), home) if path.exists()), None)
 
 
-def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
+def find_config(accounts: str | None, env: Mapping[str, str], *, with_accounts: bool) -> Config:
     """The file's config; without a file, one account by a key from the environment, or none."""
     path = find_file(accounts, env)
     if path is None:
-        key = env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY")
+        key = (env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY") or "").strip()
+        if not key.isprintable():
+            raise ConfigError("The key in GEMINI_API_KEY or GOOGLE_API_KEY holds control characters. Export it anew.")
         return Config(accounts=(Account("environment", key),) if key else ())
     try:
         text = path.read_text(encoding="utf-8")
@@ -4800,7 +5290,7 @@ def find_config(accounts: str | None, env: Mapping[str, str]) -> Config:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), env)
+    return load_config(text, str(path), env, accounts=with_accounts)
 
 
 class Unusable(click.ClickException):
@@ -4812,10 +5302,16 @@ class Unusable(click.ClickException):
         super().__init__(f"{message} [{code}]")
 
 
-def configured(accounts: str | None, host: str | None = None, port: int | None = None, demo: bool = False) -> Config:
+def configured(
+    accounts: str | None,
+    host: str | None = None,
+    port: int | None = None,
+    demo: bool = False,
+    with_accounts: bool = True,
+) -> Config:
     """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
     try:
-        config = find_config(accounts, os.environ)
+        config = find_config(accounts, os.environ, with_accounts=with_accounts and not demo)
         if named := os.environ.get("AGPROXY_PORT"):
             if not named.isdecimal() or int(named) > 65535:
                 raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
@@ -4911,7 +5407,10 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     """The config, with the demo's account instead of the file's where the demo is asked for."""
     if not config.demo:
         return config
-    port = await listen(create_demo(os.environ.get("AGPROXY_DEMO_FAULT")), "127.0.0.1", 0, stack)
+    fault = os.environ.get("AGPROXY_DEMO_FAULT") or None
+    if fault not in (None, "cut", *DEMO_FAULTS):
+        raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
+    port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
     return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),))
 
 
@@ -5075,7 +5574,7 @@ async def probe(config: Config) -> Sequence[tuple[str, ...]]:
     """Of each account: whether its upstream answers, with how many models, and what to do where it does not."""
     upstream = Upstream(config)
     try:
-        return [await probe_account(upstream, account) for account in config.accounts]
+        return await asyncio.gather(*(probe_account(upstream, account) for account in config.accounts))
     finally:
         await upstream.close()
 
@@ -5156,7 +5655,7 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
 @click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
 def print_env(host: str | None, port: int | None, accounts: str | None, shell: str, client: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
-    config = with_key(configured(accounts, host, port))
+    config = with_key(configured(accounts, host, port, with_accounts=False))
     values = client_environment(config)
     if client in DOORS_NOT_BUILT:
         raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")

@@ -278,7 +278,7 @@ def test_run_gives_a_command_its_own_gateway(tmp_path: Path) -> None:
     run = subprocess.run(program, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=30)
     assert run.returncode == 7
     assert "You said: hi" in run.stdout
-    assert re.search(r"agproxy: 1 requests \(0 failed\), \d+ tokens in, \d+ out; accounts: demo 1", run.stderr)
+    assert re.search(r"agproxy: 1 request \(0 failed\), \d+ tokens in, \d+ out; accounts: demo 1", run.stderr)
 
 
 # ---- README's table

@@ -1,0 +1,303 @@
+"""Bytes of HTTP/1.1 cut anywhere give the same body; connections are kept, found dead, cut and slowed down."""
+
+import asyncio
+import contextlib
+import gzip
+import ssl
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+import antigravity_proxy as agproxy
+
+BODY = b"data: {}\r\n\r\n" * 40
+
+
+def chunked(*pieces: bytes, trailer: bytes = b"") -> bytes:
+    return b"".join(b"%x;ext=1\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n" + trailer + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    ("headers", "wire", "whole"),
+    [
+        ({"transfer-encoding": "chunked"}, chunked(BODY[:7], BODY[7:]), BODY),
+        ({"transfer-encoding": "chunked"}, chunked(BODY, trailer=b"X-Sum: 1\r\n"), BODY),
+        ({"transfer-encoding": "chunked", "content-encoding": "gzip"}, chunked(gzip.compress(BODY)), BODY),
+        ({"content-length": str(len(BODY))}, BODY, BODY),
+        ({"content-length": "0"}, b"", b""),
+        ({"content-length": str(len(zlib.compress(BODY))), "content-encoding": "deflate"}, zlib.compress(BODY), BODY),
+        ({}, BODY, BODY),
+    ],
+)
+def test_every_cut_gives_the_same_body(headers: dict[str, str], wire: bytes, whole: bytes) -> None:
+    for cut in range(len(wire) + 1):
+        unframer = agproxy.Unframer(headers)
+        assert unframer.feed(wire[:cut]) + unframer.feed(wire[cut:]) == whole
+        assert unframer.close()
+    unframer = agproxy.Unframer(headers)
+    assert b"".join(unframer.feed(wire[i : i + 1]) for i in range(len(wire))) == whole
+
+
+@pytest.mark.parametrize(
+    ("headers", "wire"),
+    [
+        ({"transfer-encoding": "chunked"}, b"zz\r\n"),
+        ({"transfer-encoding": "chunked"}, b"-5\r\n"),
+        ({"transfer-encoding": "chunked"}, b"1" * 5000),
+        ({"content-length": "3"}, b"four"),
+        ({"content-length": "3", "content-encoding": "gzip"}, b"abc"),
+    ],
+)
+def test_what_is_no_body_is_refused(headers: dict[str, str], wire: bytes) -> None:
+    with pytest.raises(ValueError):
+        agproxy.Unframer(headers).feed(wire)
+
+
+@pytest.mark.parametrize("headers", [{"transfer-encoding": "chunked"}, {"content-length": "9"}])
+def test_a_body_that_ends_early_is_not_whole(headers: dict[str, str]) -> None:
+    unframer = agproxy.Unframer(headers)
+    unframer.feed(b"5\r\nab")
+    assert not unframer.close()
+
+
+# ---- against a socket
+
+Answerer = Callable[[int, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+class Socket:
+    """A server that answers each request of each connection by `answer`, which is told the request's number."""
+
+    def __init__(self, answer: Answerer, context: ssl.SSLContext | None = None) -> None:
+        self.answer = answer
+        self.context = context
+        self.connections = 0
+        self.requests: list[bytes] = []
+        self.tasks: list[asyncio.Task[Any]] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        if task := asyncio.current_task():
+            self.tasks.append(task)
+        ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
+        with contextlib.suppress(*ends), contextlib.closing(writer):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+                self.requests.append(head + await reader.readexactly(length))
+                await self.answer(len(self.requests), reader, writer)
+                await writer.drain()
+
+    async def __aenter__(self) -> str:
+        self.server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=self.context)
+        scheme = "https" if self.context else "http"
+        return f"{scheme}://127.0.0.1:{self.server.sockets[0].getsockname()[1]}/base"
+
+    async def __aexit__(self, *_: object) -> None:
+        self.server.close()
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        await asyncio.sleep(0.01)
+
+
+def said(body: bytes, extra: bytes = b"") -> bytes:
+    return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n%b\r\n%b" % (len(body), extra, body)
+
+
+@pytest.fixture(params=["direct", "aiohttp"])
+async def transport(request: pytest.FixtureRequest) -> AsyncIterator[Callable[[str], Any]]:
+    """Makes a transport to a URL: both kinds keep the same promises."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        def make(url: str, **waits: float) -> Any:
+            timeouts = agproxy.Timeouts(**waits)
+            direct = request.param == "direct"
+            made: Any = agproxy.DirectTransport(url, timeouts) if direct else None
+            made = made or agproxy.ProxiedTransport(url, None, timeouts)
+            stack.push_async_callback(made.close)
+            return made
+
+        yield make
+
+
+HEADERS = {"x-goog-api-key": "k", "Content-Type": "application/json"}
+
+
+async def test_a_connection_is_used_again(transport: Any) -> None:
+    async def answer(number: int, _: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"%d" % number))
+
+    socket = Socket(answer)
+    async with socket as url:
+        to = transport(url)
+        for number in (1, 2, 3):
+            incoming = await to.post("/v1", HEADERS, b"{}")
+            assert (incoming.status, await incoming.read()) == (200, b"%d" % number)
+    assert socket.connections == 1
+    assert socket.requests[0].startswith(b"POST /base/v1 HTTP/1.1\r\n")
+    assert b"x-goog-api-key: k" in socket.requests[0]
+
+
+@pytest.mark.parametrize("transport", ["direct"], indirect=True)
+async def test_a_kept_connection_that_died_is_replaced(transport: Any) -> None:
+    async def answer(number: int, _: Any, writer: asyncio.StreamWriter) -> None:
+        if number == 2:
+            writer.transport.abort()
+        else:
+            writer.write(said(b"%d" % number))
+
+    socket = Socket(answer)
+    async with socket as url:
+        to = transport(url)
+        assert await (await to.post("/", HEADERS, b"{}")).read() == b"1"
+        assert await (await to.post("/", HEADERS, b"{}")).read() == b"3"  # the second was heard by nobody
+    assert socket.connections == 2
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        b"HTTP/1.1 100 Continue\r\n\r\n" + said(b"ok"),
+        b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + said(b"ok"),
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(b"o", b"k"),
+        said(b"ok", b"Connection: close\r\n"),
+        said(gzip.compress(b"ok"), b"Content-Encoding: gzip\r\n"),
+    ],
+)
+async def test_forms_of_an_answer(wire: bytes, transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        for i in range(0, len(wire), 7):
+            writer.write(wire[i : i + 7])
+            await asyncio.sleep(0)
+
+    async with Socket(answer) as url:
+        assert await (await transport(url).post("/", HEADERS, b"{}")).read() == b"ok"
+
+
+async def test_a_body_until_the_connection_ends(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.0 200 OK\r\n\r\nok")
+        writer.close()
+
+    async with Socket(answer) as url:
+        assert await (await transport(url).post("/", HEADERS, b"{}")).read() == b"ok"
+
+
+@pytest.mark.parametrize("wire", [b"", b"HTTP/1.1 200", b"hello\r\n\r\n", b"HTTP/1.1 two OK\r\n\r\n", b"x" * 70000])
+async def test_what_is_no_answer_is_an_error(wire: bytes, transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(wire)
+        writer.close()
+
+    async with Socket(answer) as url:
+        with pytest.raises((OSError, agproxy.aiohttp.ClientError)):
+            await transport(url).post("/", HEADERS, b"{}")
+
+
+async def test_a_body_that_is_cut_is_an_error(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab")
+        writer.close()
+
+    async with Socket(answer) as url:
+        incoming = await transport(url).post("/", HEADERS, b"{}")
+        with pytest.raises((OSError, agproxy.aiohttp.ClientError)):
+            await incoming.read()
+
+
+async def test_silence_in_a_body_ends_it(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"ab")[:-1])
+
+    async with Socket(answer) as url:
+        incoming = await transport(url, idle_s=0.1).post("/", HEADERS, b"{}")
+        with pytest.raises(TimeoutError):
+            await incoming.read()
+
+
+async def test_a_paused_body_waits_upstream(transport: Any) -> None:
+    total = 64 << 20
+    sent = 0
+
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % total)
+        while sent < total:
+            writer.write(bytes(1 << 16))
+            await writer.drain()
+            sent += 1 << 16
+
+    async with Socket(answer) as url:
+        incoming = await transport(url, idle_s=0.2).post("/", HEADERS, b"{}")
+        got: list[int] = []
+
+        def sink(data: bytes) -> None:
+            got.append(len(data))
+            if len(got) == 1:
+                incoming.pause()
+                asyncio.get_running_loop().call_later(0.5, incoming.resume)
+                held.append(sent)
+
+        held: list[int] = []
+        flowing = asyncio.create_task(incoming.flow(sink))
+        await asyncio.sleep(0.4)
+        assert sent < total // 2, "the upstream was not held"
+        await flowing
+        assert sum(got) == total
+
+
+async def test_who_leaves_closes_the_connection(transport: Any) -> None:
+    closed = asyncio.Event()
+
+    async def answer(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"ab")[:-1])
+        await writer.drain()
+        with contextlib.suppress(OSError):
+            await reader.read()
+        closed.set()
+
+    async with Socket(answer) as url:
+        incoming = await transport(url).post("/", HEADERS, b"{}")
+        incoming.abort()
+        await asyncio.wait_for(closed.wait(), 1)
+
+
+async def test_who_gives_up_waiting_closes_the_connection(transport: Any) -> None:
+    closed = asyncio.Event()
+
+    async def answer(_: int, reader: asyncio.StreamReader, __: Any) -> None:
+        with contextlib.suppress(OSError):
+            await reader.read()
+        closed.set()
+
+    async with Socket(answer) as url:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await transport(url).post("/", HEADERS, b"{}")
+        await asyncio.wait_for(closed.wait(), 1)
+
+
+async def test_over_tls(transport: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = trustme.CA()
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(BODY))
+
+    async with Socket(answer, context) as url:
+        with pytest.raises((OSError, agproxy.aiohttp.ClientError)) as caught:
+            await transport(url).post("/", HEADERS, b"{}")
+        assert "TLS certificate was refused" in agproxy.connection_problem(caught.value, None)
+        trusted = ssl.create_default_context()
+        authority.configure_trust(trusted)
+        monkeypatch.setattr(agproxy, "tls_context", lambda: trusted)
+        to = transport(url)
+        if isinstance(to, agproxy.DirectTransport):
+            assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
+            assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
