@@ -3502,8 +3502,9 @@ class ResponseRenderer:
         """The Response object, with `choices` beside it for scripts that read the text where chat has it."""
         choice = reply.choices.get(0, Choice())
         self._conclude(choice.reason, reply.usage)
-        for i, part in enumerate(choice.parts):
-            cut = self._response["status"] == "incomplete" and i == len(choice.parts) - 1
+        last = choice.parts[-1] if choice.parts else None
+        for part in choice.parts:  # what comes whole, such as a call, was not cut
+            cut = self._response["status"] == "incomplete" and part is last and isinstance(part, Text)
             if item := self._render_item(part, "incomplete" if cut else "completed"):
                 self._response["output"].append(item)
         return self._response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
