@@ -57,6 +57,11 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import click
 
+try:  # twice as fast; what it cannot do, the standard library does
+    import orjson
+except ImportError:
+    orjson = None  # type: ignore[assignment]
+
 
 class _Lazy:
     """A module that is imported at its first use, so that --help stays fast."""
@@ -1123,6 +1128,8 @@ class Request:
     sources: Mapping[str, str] = field(default_factory=dict)
     """JSON pointers of what the front formats name differently; `search` stands here where a web search is wished."""
     changes: tuple[Change, ...] = ()
+    payloads: Mapping[str, bytes] = field(default_factory=dict)
+    """Long base64 that was cut out of the body before it was parsed, by what stands in its place."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1267,6 +1274,17 @@ def dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 
 
+def dump_bytes(value: Any) -> bytes:
+    """Compact JSON in UTF-8. Raises ValueError as `dumps`, and BadRequest for what is nested too deep."""
+    if orjson is not None:
+        with contextlib.suppress(TypeError):  # half a surrogate pair, a number of more than 64 bits, 254 levels
+            return orjson.dumps(value)
+    try:
+        return encoded(dumps(value))
+    except RecursionError:
+        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+
+
 def encoded(text: str) -> bytes:
     """The text in UTF-8; half a surrogate pair, as clients send it that cut an emoji in two, becomes '?'."""
     return text.encode("utf-8", "replace")
@@ -1274,6 +1292,9 @@ def encoded(text: str) -> bytes:
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None where it is none."""
+    if orjson is not None:
+        with contextlib.suppress(ValueError):
+            return orjson.loads(text)
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1281,13 +1302,13 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def parse_strict(text: str) -> Any:
-    """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON."""
-    value = parse_json(text)
-    if re.search(r"NaN|Infinity|[eE]\+?\d{3}", text):
-        try:
+    """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
+    try:
+        value = json.loads(text)
+        if re.search(r"NaN|Infinity|[eE]\+?\d{3}", text):
             json.dumps(value, allow_nan=False)
-        except (ValueError, RecursionError):
-            return None
+    except (ValueError, RecursionError):
+        return None
     return value
 
 
@@ -1890,8 +1911,8 @@ def checked_base64(part: Fields, key: str, data: str) -> str:
     return data
 
 
-def is_base64(data: str) -> bool:
-    payload = data.encode("ascii", "replace").rstrip(b"=")
+def is_base64(data: str | bytes) -> bool:
+    payload = (data.encode("ascii", "replace") if isinstance(data, str) else data).rstrip(b"=")
     return bool(payload) and not payload.translate(None, BASE64_ALPHABET) and len(payload) % 4 != 1
 
 
@@ -4287,6 +4308,7 @@ class Upstream:
         self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
+        self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
         self.signatures = SignatureMemory()
         self.media = MediaFetcher(config)
         self.skew_s = 0.0
@@ -4378,7 +4400,7 @@ class Upstream:
     async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
         signed = self.signatures.recall(request, trace.mapped_model)
-        generation = Generation(signed, traits_of(trace.mapped_model, self._config.traits), sse)
+        generation = Generation(signed, self._traits_of(trace.mapped_model), sse)
         trace.changes = generation.changes
         if trace.strict:
             refuse_dropped(trace.changes)
@@ -4398,7 +4420,7 @@ class Upstream:
         tokens = 0
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            body = encoded(dumps(build_embeddings(texts, trace.mapped_model, request.dimensions)))
+            body = dump_bytes(build_embeddings(texts, trace.mapped_model, request.dimensions))
             answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
             vectors += read_embeddings(answer, len(texts))
             tokens += usage_of(answer.get("usageMetadata") or {}).prompt
@@ -4473,7 +4495,7 @@ class Generation:
     def _build(self) -> None:
         built = build_generate_content(self._request, self._traits)
         self._tools = built.tools
-        self.body = encoded(dumps(built.body))
+        self.body = with_payloads(dump_bytes(built.body), self._request.payloads)
         self.changes = self._request.changes + built.changes
 
     def mends(self, error: UpstreamError) -> bool:
@@ -4493,6 +4515,15 @@ class Generation:
 
 def unsigned(part: Part) -> Part:
     return replace(part, signature=None) if isinstance(part, ToolCall | Text) else part
+
+
+def with_payloads(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
+    """The body with the base64 that was cut out of it."""
+    if not payloads:
+        return body
+    first = next(iter(payloads))
+    pattern = re.compile(b"(%b)" % re.sub(rb"\d{8}$", rb"\\d{8}", first.encode()))
+    return b"".join(payloads.get(piece.decode("latin-1"), piece) for piece in pattern.split(body))
 
 
 def refuse_dropped(changes: Iterable[Change]) -> None:
@@ -4716,8 +4747,9 @@ class Gateway:
         finally:
             status = response.status if response else 499
             self._tally.add(trace, status)
-            fields = log_fields(trace, status, time.monotonic())
-            log.info("%s", log_text(fields), extra={"fields": fields})
+            if log.isEnabledFor(logging.INFO):
+                fields = log_fields(trace, status, time.monotonic())
+                log.info("%s", log_text(fields), extra={"fields": fields})
         if not response.prepared:
             response.headers.update(self._cors(http))
         return response
@@ -4739,8 +4771,11 @@ class Gateway:
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
-        body = parse_body(await http.read())
-        return await (self._embed(body, trace) if route == "embeddings" else self._answer(http, body, trace))
+        data, payloads = cut_payloads(await http.read())
+        body = parse_body(data)
+        if route == "embeddings":
+            return await self._embed(body, trace)
+        return await self._answer(http, trace, body, payloads)
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -4811,10 +4846,14 @@ class Gateway:
         trace.usage = Usage(prompt=tokens)
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
-    async def _answer(self, http: web.Request, body: Any, trace: Trace) -> web.StreamResponse:
+    async def _answer(
+        self, http: web.Request, trace: Trace, body: Any, payloads: Mapping[str, bytes]
+    ) -> web.StreamResponse:
         parse, form = DOORS[trace.route]
         parsed = parse(body)
         prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
+        if payloads:
+            prompts = [replace(prompt, payloads=payloads) for prompt in prompts]
         first = prompts[0]
         trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
         trace.model = first.model
@@ -4911,8 +4950,31 @@ def finite(number: str) -> float:
 BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
+PAYLOAD_BYTES_MIN = 16 << 10
+PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
+
+
+def cut_payloads(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+    """The body without the base64 of its data: URLs, and what was cut out: no JSON parser need read megabytes of it."""
+    payloads: dict[str, bytes] = {}
+    pieces = []
+    at = 0
+    while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
+        payload = data[start:end]
+        pieces.append(data[at:start])
+        if len(payload) >= PAYLOAD_BYTES_MIN and is_base64(payload):
+            payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
+            payload = next(reversed(payloads)).encode()
+        pieces.append(payload)
+        at = end
+    return b"".join([*pieces, data[at:]]) if payloads else data, payloads
+
+
 def parse_body(data: bytes) -> Any:
     """A JSON body. Raises BadRequest, also for NaN, for bytes that are not UTF-8, and for one nested too deep."""
+    if orjson is not None:
+        with contextlib.suppress(ValueError):  # what it refuses is told by the standard library, or taken
+            return orjson.loads(data)
     try:
         return BODY_DECODER.decode(data.decode("utf-8-sig"))
     except RecursionError:
@@ -4923,7 +4985,7 @@ def parse_body(data: bytes) -> Any:
 
 def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
     headers = trace.headers(time.monotonic())
-    return web.Response(body=encoded(dumps(body)), status=status, content_type="application/json", headers=headers)
+    return web.Response(body=dump_bytes(body), status=status, content_type="application/json", headers=headers)
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
