@@ -46,7 +46,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -119,6 +119,7 @@ COOLDOWN_S_DEFAULT = 30.0
 ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 DRAIN_S = 30.0
+FILES_KEPT = 64  # for what is not a request: listeners, the log, idle connections
 MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
@@ -2285,7 +2286,7 @@ class Builder:
         elif form.schema:
             source = self.request.sources.get("json_format", "/response_format")
             reduced = SchemaReducer(form.schema, source, self.changes).reduce(form.schema) or {}
-            if reduced.get("type") != "OBJECT" or "properties" in reduced:
+            if reduced and (reduced.get("type") != "OBJECT" or "properties" in reduced):
                 config["responseSchema"] = reduced
         return config
 
@@ -4066,15 +4067,12 @@ class DirectTransport:
     async def _connect(self) -> Connection:
         connection = Connection(self._idle, self._timeouts.idle_s)
         protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
+        loop = asyncio.get_running_loop()
+        tls = tls_context() if self._tls else None
+        both: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}  # not in uvloop
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                await asyncio.get_running_loop().create_connection(
-                    lambda: protocol,
-                    self._host,
-                    self._port,
-                    ssl=tls_context() if self._tls else None,
-                    happy_eyeballs_delay=0.25,
-                )
+                await loop.create_connection(lambda: protocol, self._host, self._port, ssl=tls, **both)
         except TimeoutError:
             raise ConnectionError("the connection was not made in time") from None
         return connection
@@ -4717,10 +4715,12 @@ ROUTE = re.compile(
 class Gateway:
     """The handlers."""
 
-    def __init__(self, config: Config, upstream: Upstream, tally: Tally) -> None:
+    def __init__(self, config: Config, upstream: Upstream, tally: Tally, running_max: float) -> None:
         self._config = config
         self._upstream = upstream
         self._tally = tally
+        self._running = 0
+        self._running_max = running_max
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -4728,6 +4728,7 @@ class Gateway:
         given = http.headers.get("X-Request-Id") or http.headers.get("X-Client-Request-Id") or ""
         trace.client_id = given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else ""
         response: web.StreamResponse | None = None
+        self._running += 1
         try:
             response = await self._route(http, trace)
         except GatewayError as error:
@@ -4745,6 +4746,7 @@ class Gateway:
             log.exception("%s failed", trace.id)
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
+            self._running -= 1
             status = response.status if response else 499
             self._tally.add(trace, status)
             if log.isEnabledFor(logging.INFO):
@@ -4767,6 +4769,9 @@ class Gateway:
         if http.method != METHODS[route] and (http.method, METHODS[route]) != ("HEAD", "GET"):
             text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
+        if self._running > self._running_max:
+            text = f"The gateway serves {self._running_max} requests at once, as its limit of open files allows."
+            raise Overloaded(f"{text} Try again later, or raise it (ulimit -n).")
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
@@ -5000,11 +5005,12 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def create_app(config: Config, tally: Tally | None = None) -> web.Application:
+async def create_app(config: Config, tally: Tally | None = None, running_max: float = math.inf) -> web.Application:
     """The gateway as an aiohttp application; what it opened closes with it."""
     upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    app.router.add_route("*", "/{tail:(?s:.*)}", Gateway(config, upstream, tally or Tally()).handle)
+    gateway = Gateway(config, upstream, tally or Tally(), running_max)
+    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
 
     async def close(_: web.Application) -> None:
         await upstream.close()
@@ -5427,7 +5433,7 @@ def set_up_logging(level: str, form: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
 
-def banner(config: Config) -> str:
+def banner(config: Config, running_max: float) -> str:
     """What a person needs to know at the start."""
     proxies = {without_credentials(p) for a in config.accounts if (p := proxy_for(a.base_url, config))}
     names = ", ".join(account.name for account in config.accounts)
@@ -5438,6 +5444,7 @@ def banner(config: Config) -> str:
         f"  accounts  {'the demo; no model is asked' if config.demo else f'{len(config.accounts)} ({names})'}",
         f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
+        f"  at once   {running_max} requests, as open files allow",
         *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
         *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
@@ -5449,13 +5456,50 @@ def without_credentials(url: str) -> str:
     return re.sub(r"//[^/@]*@", "//", url)
 
 
+def raise_file_limit() -> float:
+    """Lets this process open as many files as it may; how many requests, of two sockets each, that is."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return math.inf
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 2)
+
+
+def keep_buffers() -> None:
+    """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in anew each time.
+
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Runs the coroutine, on uvloop where that is installed."""
+    factory = None
+    with contextlib.suppress(ImportError):
+        factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main)
+
+
 async def run_until_signal(config: Config) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
-        port = await listen(await create_app(config), config.bind, config.port, stack)
-        click.echo(banner(replace(config, port=port)), err=True)
+        running_max = raise_file_limit()
+        port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
+        click.echo(banner(replace(config, port=port), running_max), err=True)
         on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
         await stop.wait()
 
@@ -5551,8 +5595,9 @@ def serve(
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
     set_up_logging(log_level, log_format)
+    keep_buffers()
     try:
-        asyncio.run(run_until_signal(config))
+        run_loop(run_until_signal(config))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None

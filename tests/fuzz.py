@@ -120,7 +120,7 @@ def check_answer(events: list[agproxy.Event], forms: Iterable[Callable[[], agpro
     for form in forms:
         frames("".join(map(form().render, events)))
         if isinstance(events[-1], agproxy.Ended):
-            strict_json(agproxy.dumps(form().whole(agproxy.collect(events))))
+            strict_json(agproxy.dump_bytes(form().whole(agproxy.collect(events))))
 
 
 def findings(body: Any, model: str, dialect: agproxy.Dialect) -> list[Any]:
@@ -170,7 +170,7 @@ def check_built(requests: Iterable[agproxy.Request], models: Sequence[str], sour
         for change in request.changes + made.changes:
             assert exists(change.pointer, source), f"no such place: {change}"
         assert len(agproxy.dumps(made.body)) < 200 * len(json.dumps(source)) + 500_000, "the body is huge"
-        strict_json(agproxy.dumps(made.body))
+        strict_json(agproxy.dump_bytes(made.body))
 
 
 def check_kept(request: agproxy.Request, body: Any) -> None:
@@ -203,7 +203,7 @@ def exists(pointer: str, value: Any) -> bool:
 
 def check_embeddings(request: agproxy.EmbeddingRequest) -> Any:
     """The body built from an embeddings request, which has no finding."""
-    body = strict_json(agproxy.dumps(agproxy.build_embeddings(request.texts, request.model, request.dimensions)))
+    body = strict_json(agproxy.dump_bytes(agproxy.build_embeddings(request.texts, request.model, request.dimensions)))
     found = validate(body, "BatchEmbedContentsRequest")
     assert not found, found
     return body
@@ -278,7 +278,7 @@ def check_embedding_answer(data: bytes, r: Random) -> None:
         vectors = agproxy.read_embeddings(answer if isinstance(answer, dict) else {}, 2)
     except agproxy.UpstreamBroken:
         return
-    strict_json(agproxy.dumps(agproxy.render_embeddings(request, vectors, 1)))
+    strict_json(agproxy.dump_bytes(agproxy.render_embeddings(request, vectors, 1)))
 
 
 def check_chat(body: Any, r: Random) -> None:
@@ -319,7 +319,7 @@ def check_broken(case: tuple[str, str], r: Random) -> None:
         follow_broken(door, body, r)
     except agproxy.GatewayError as error:
         assert error.status in (400, 404) and error.message, f"{error.status} {error.message}"
-        strict_json(agproxy.dumps(agproxy.error_body(error)))
+        strict_json(agproxy.dump_bytes(agproxy.error_body(error)))
 
 
 def follow_broken(door: str, body: Any, r: Random) -> None:
@@ -327,14 +327,16 @@ def follow_broken(door: str, body: Any, r: Random) -> None:
     parse = {"chat": agproxy.parse_chat, "response": agproxy.parse_response, "completion": agproxy.parse_completion}
     try:
         if door == "embedding":
-            return strict_json(agproxy.dumps(agproxy.build_embeddings(agproxy.parse_embeddings(body).texts, "m", 1)))
+            return strict_json(
+                agproxy.dump_bytes(agproxy.build_embeddings(agproxy.parse_embeddings(body).texts, "m", 1))
+            )
         parsed: Any = parse[door](body)
     except agproxy.BadRequest as error:
         assert error.param or not isinstance(body, dict), f"no param: {error.message}"
         raise
     for request in (parsed if isinstance(parsed, list) else [parsed])[:2]:
         for dialect in DIALECTS:
-            strict_json(agproxy.dumps(build(request, r.choice(g.MODELS), dialect).body))
+            strict_json(agproxy.dump_bytes(build(request, r.choice(g.MODELS), dialect).body))
     form = makers(r, [body] * 3)[("chat", "completion", "response").index(door)]
     check_answer(agproxy.GeminiReader(lambda: "c", TOOLS).whole(json.dumps(ANSWER[0]).encode()), [form])
 

@@ -35,6 +35,7 @@ NAMES = (
     *("x" * 64, "y" * 70 + "1", "y" * 70 + "2", "give_final_answer", "f__g"),
 )
 IDS = ("c1", "c2", "c3", "call_" + "0" * 59, "toolu_" + "1" * 80, "f/ö")
+LONG_BASE64 = "TG9u" * 5000
 BASE64 = ("AAAA", "aGk=", "aGk", "_-8", "iVBORw0KGgo=", "YWJjZGVm" * 30)
 IMAGES = ("image/png", "image/jpeg", "image/jpg", "IMAGE/WEBP", "image/png;name=a.png")
 LINKS = ("https://example.org/a.png", "http://example.org/b?c=d#e", "https://youtu.be/abc", "gs://bucket/a.pdf")
@@ -60,7 +61,7 @@ def one_of(*values: Any) -> Callable[[Random], Any]:
 
 
 def data_url(r: Random, *mimes: str) -> str:
-    return f"data:{r.choice(mimes)};base64,{r.choice(BASE64)}"
+    return f"data:{r.choice(mimes)};base64,{LONG_BASE64 if maybe(r, 2) else r.choice(BASE64)}"
 
 
 def image(r: Random) -> Json:

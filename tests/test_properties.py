@@ -1,5 +1,6 @@
 """What must hold for any valid body, any cut of a stream and any answer; and a short run of the fuzzer."""
 
+import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -64,6 +65,24 @@ def test_any_embeddings_body_is_one_that_google_takes(r: Random) -> None:
     body = g.embedding_body(r)
     hypothesis.note(body)
     fuzz.check_embeddings(agproxy.parse_embeddings(fuzz.received(body)))
+
+
+@examples(15)
+@given(RANDOM)
+def test_long_base64_is_sent_as_it_came(r: Random) -> None:
+    """It is cut out of a body before that is parsed, and put back into what is built."""
+    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{g.LONG_BASE64}"}}
+    told = {"role": "user", "content": [image, {"type": "text", "text": f"see data:image/png;base64,{g.LONG_BASE64}"}]}
+    body = g.chat_body(r)
+    body["messages"].insert(r.randint(0, len(body["messages"])), told)
+    cut, payloads = agproxy.cut_payloads(json.dumps(body).encode())
+    assert len(payloads) >= 2 and g.LONG_BASE64.encode() not in cut
+    built = [
+        fuzz.build(agproxy.parse_chat(agproxy.parse_body(data)), g.MODELS[2], "gemini").body
+        for data in (cut, json.dumps(body).encode())
+    ]
+    sent, expected = map(agproxy.dump_bytes, built)
+    assert agproxy.with_payloads(sent, payloads) == expected
 
 
 # ---- any cut

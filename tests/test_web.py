@@ -430,3 +430,15 @@ async def test_a_body_that_is_no_json_object(data: bytes, start: Start) -> None:
     response = await client.post("/v1/chat/completions", data=data)
     assert (response.status, (await response.json())["error"]["type"]) == (400, "invalid_request_error")
     assert (await client.get("/healthz")).status == 200
+
+
+async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
+    config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
+    client = await aiohttp_client(await agproxy.create_app(config, running_max=1))
+    gemini[0].script = [said("x")]
+    gemini[0].silence_s = 0.2
+    first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
+    await asyncio.sleep(0.1)
+    second = await client.post("/v1/chat/completions", json=HELLO)
+    assert (second.status, "ulimit -n" in (await second.json())["error"]["message"]) == (503, True)
+    assert (await first).status == 200
