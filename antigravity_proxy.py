@@ -1170,19 +1170,20 @@ class PartStart:
     part: Part
 
 
-@dataclass(frozen=True, slots=True)
+# The deltas come by the hundred a second; `frozen` would more than double what it costs to make one.
+@dataclass(slots=True)
 class TextDelta:
     choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ThinkingDelta:
     choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ArgumentsDelta:
     choice: int
     text: str
@@ -1272,7 +1273,11 @@ def collect(events: Iterable[Event]) -> Reply:
 
 def dumps(value: Any) -> str:
     """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return compact_json(value)
+
+
+# Made once: json.dumps would make one a call.
+compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
 
 
 def dump_bytes(value: Any) -> bytes:
@@ -1291,11 +1296,28 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def fast_loads(text: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
+    if orjson is not None:
+        return orjson.loads(text)
+    text = (
+        text.decode() if isinstance(text, bytes) else text
+    )  # json.loads first guesses the encoding, which costs as much
+    value, end = raw_decode(text)
+    if end != len(text) and text[end:].strip():
+        raise ValueError("something follows the value")
+    return value
+
+
+raw_decode = json.JSONDecoder().raw_decode
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None where it is none."""
-    if orjson is not None:
-        with contextlib.suppress(ValueError):
-            return orjson.loads(text)
+    try:
+        return fast_loads(text)
+    except (ValueError, RecursionError):
+        pass
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -2702,24 +2724,24 @@ class SseSplitter:
         self._bare: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        first, *others = data.replace(b"\r", b"\n").split(b"\n")
-        self._rest.append(first)  # joined once its line is whole: an image may be one line of many reads
-        if not others:
-            return []
-        lines = [b"".join(self._rest), *others[:-1]]
-        self._rest = [others[-1]]
-        return [text for line in lines if (text := self._line(line))]
+        *lines, rest = data.replace(b"\r", b"\n").split(b"\n")
+        if lines and self._rest:
+            lines[0] = b"".join([*self._rest, lines[0]])
+            self._rest = []
+        if rest:
+            self._rest.append(rest)  # joined once its line is whole: an image may be one line of many reads
+        return [text for line in lines if line and (text := self._line(line))]
 
     def close(self) -> list[bytes]:
-        text = self._line(b"".join(self._rest))
-        self._rest = []
+        line, self._rest = b"".join(self._rest), []
+        text = self._line(line) if line else b""
         rest = b"\n".join(self._bare)  # what never became JSON is told too
         return [each for each in (text, rest) if each]
 
     def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:"):
             return line[5:].strip()
-        if not line or not (self._bare or line[:1] in b"{["):
+        if not (self._bare or line[:1] in b"{["):
             return b""
         self._bare.append(line)
         whole = b"\n".join(self._bare) if line.endswith((b"}", b"]")) else b""
@@ -2790,8 +2812,7 @@ class GeminiReader:
         for text in texts:
             if self._failed:
                 break
-            chunk = parse_json(text)
-            self._try(self._chunk, chunk[0] if isinstance(chunk, list) and chunk else chunk)
+            self._try(self._chunk, parse_json(text))
         events, self._events = self._events, []
         return events
 
@@ -2803,36 +2824,43 @@ class GeminiReader:
             self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
 
     def _chunk(self, chunk: Any) -> None:
+        if isinstance(chunk, list) and chunk:
+            chunk = chunk[0]
         if not isinstance(chunk, dict):
             return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
         if "error" in chunk:
             return self._fail(classify_error(502, chunk))
         if isinstance(usage := chunk.get("usageMetadata"), dict):
             self._usage = usage
-        if (chunk.get("promptFeedback") or {}).get("blockReason"):
+        if "promptFeedback" in chunk and (chunk["promptFeedback"] or {}).get("blockReason"):
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
-            choice = int(raw.get("index") or 0)
-            if not 0 <= choice < CHOICES_MAX:
-                raise ValueError("no such choice")
-            candidate = self._candidate(choice)
+            choice = raw.get("index") or 0
+            candidate = self._candidates.get(choice) or self._candidate(choice)
             for part in (raw.get("content") or {}).get("parts") or ():
                 self._part(choice, candidate, part)
-            if reason := raw.get("finishReason"):
-                candidate.reason = checked_text(reason)
-            for key in GROUNDING_KEYS & raw.keys():
-                candidate.grounding.append(raw[key])
-            if result := raw.get("logprobsResult"):
-                candidate.logprobs += logprobs_of(result)
+            if len(raw) > 2 or "index" not in raw or "content" not in raw:  # most chunks have these two alone
+                self._about(candidate, raw)
 
-    def _candidate(self, choice: int) -> Candidate:
-        known = self._candidates.get(choice)
-        if known is None:
-            known = self._candidates[choice] = Candidate()
-        return known
+    def _candidate(self, choice: Any) -> Candidate:
+        """The new candidate. Raises ValueError for what is no index."""
+        if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
+            raise ValueError("no such choice")
+        return self._candidates.setdefault(choice, Candidate())
+
+    def _about(self, candidate: Candidate, raw: Mapping[str, Any]) -> None:
+        """What is told of a candidate beside its content."""
+        if reason := raw.get("finishReason"):
+            candidate.reason = checked_text(reason)
+        candidate.grounding += [raw[key] for key in ("groundingMetadata", "citationMetadata") if key in raw]
+        if result := raw.get("logprobsResult"):
+            candidate.logprobs += logprobs_of(result)
 
     def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
-        text, signature = part.get("text"), part.get("thoughtSignature")
+        text = part.get("text")
+        if text.__class__ is str and text and len(part) == 1 and candidate.kind is Text:
+            return self._more_text(choice, candidate, text)  # nine of ten parts
+        signature = part.get("thoughtSignature")
         if text or (signature and text is not None):
             self._text(choice, candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
         elif call := part.get("functionCall"):
@@ -2855,15 +2883,17 @@ class GeminiReader:
         if signature and kind is Text:
             span = (candidate.length, candidate.length + len(text))
             candidate.signature = Signature(checked_text(signature), *span)
-        if not text:
-            return
+        if text and kind is Text:
+            candidate.said = True
+            self._more_text(choice, candidate, text)
+        elif text:
+            candidate.texts.append(text)
+            self._emit(ThinkingDelta(choice, text))
+
+    def _more_text(self, choice: int, candidate: Candidate, text: str) -> None:
         candidate.texts.append(text)
         candidate.length += len(text)
-        if kind is Text:
-            candidate.said = True
-            self._emit(TextDelta(choice, text))
-        else:
-            self._emit(ThinkingDelta(choice, text))
+        self._events.append(TextDelta(choice, text))
 
     def _call(self, choice: int, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
         name = checked_text(call.get("name") or "")
@@ -2961,9 +2991,6 @@ class GeminiReader:
         self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
 
 
-GROUNDING_KEYS = {"groundingMetadata", "citationMetadata"}
-
-
 def checked_text(value: Any) -> str:
     """The text. Raises TypeError for anything else."""
     if not isinstance(value, str):
@@ -3035,6 +3062,8 @@ LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no inf
 
 def count_of(value: Any) -> int:
     """A count that may come as a number or as digits; 0 for anything else."""
+    if value.__class__ is int or value is None:
+        return max(0, value or 0)
     digits = re.match(r"\d{1,15}", str(value))
     return int(digits[0]) if digits else 0
 
@@ -3218,18 +3247,25 @@ class ChatRenderer:
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
         self._about = {"service_tier": "default", "system_fingerprint": FINGERPRINT}
-        self._frames = Frames(f"chatcmpl-{head.id}", "chat.completion.chunk", head, self._about)
         self._head = head
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
         self._media: dict[int, int] = {}
         self._custom = False
-        self._opened: set[int] = set()
+        self._before_text: dict[int, str] = {}
+        """Of each choice that has begun, how a chunk of its text begins."""
+        self._after_text = ""
+
+    @functools.cached_property
+    def _frames(self) -> Frames:
+        return Frames(f"chatcmpl-{self._head.id}", "chat.completion.chunk", self._head, self._about)
 
     def render(self, event: Event) -> str:
         match event:
-            case TextDelta(choice, text):
-                return self._delta(choice, f'{{"content":{encode_basestring(text)}}}')
+            case TextDelta(choice, text):  # nine of ten events
+                if before := self._before_text.get(choice):
+                    return before + encode_basestring(text) + self._after_text
+                return self._open(choice) + self.render(event)
             case ThinkingDelta(choice, text):
                 return self._delta(choice, f'{{"reasoning_content":{encode_basestring(text)}}}')
             case PartStart(choice, ToolCall() as call):
@@ -3272,14 +3308,16 @@ class ChatRenderer:
         return self._delta(choice, dumps(render_media(media, index, self._head)))
 
     def _delta(self, choice: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
-        first = "" if choice in self._opened else self._open(choice)
+        first = "" if choice in self._before_text else self._open(choice)
         frame = f'{{"index":{choice},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return first + self._frames.choice(frame)
 
     def _open(self, choice: int) -> str:
         """The first chunk of a choice, after those of the choices before it: SDKs count them up."""
-        new = [each for each in range(choice + 1) if each not in self._opened]
-        self._opened.update(new)
+        new = [each for each in range(choice + 1) if each not in self._before_text]
+        self._after_text = f'}},"logprobs":null,"finish_reason":null}}]{self._frames.tail}'
+        for each in new:
+            self._before_text[each] = f'{self._frames.head}{{"index":{each},"delta":{{"content":'
         return "".join(self._delta(each, '{"role":"assistant","content":"","refusal":null}') for each in new)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
