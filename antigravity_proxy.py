@@ -2812,7 +2812,11 @@ class GeminiReader:
         for text in texts:
             if self._failed:
                 break
-            self._try(self._chunk, parse_json(text))
+            try:
+                chunk = fast_loads(text)
+            except (ValueError, RecursionError):
+                chunk = parse_json(text)
+            self._try(self._chunk, chunk)
         events, self._events = self._events, []
         return events
 
@@ -2820,7 +2824,7 @@ class GeminiReader:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
         try:
             step(*what)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
             self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
 
     def _chunk(self, chunk: Any) -> None:
@@ -2836,17 +2840,23 @@ class GeminiReader:
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
             choice = raw.get("index") or 0
-            candidate = self._candidates.get(choice) or self._candidate(choice)
+            if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
+                raise ValueError("no such choice")
+            candidate = self._candidate(choice)
             for part in (raw.get("content") or {}).get("parts") or ():
-                self._part(choice, candidate, part)
+                text = part.get("text")
+                if text.__class__ is str and text and len(part) == 1 and candidate.kind is Text:
+                    self._more_text(choice, candidate, text)  # nine of ten parts
+                else:
+                    self._part(choice, candidate, part)
             if len(raw) > 2 or "index" not in raw or "content" not in raw:  # most chunks have these two alone
                 self._about(candidate, raw)
 
-    def _candidate(self, choice: Any) -> Candidate:
-        """The new candidate. Raises ValueError for what is no index."""
-        if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
-            raise ValueError("no such choice")
-        return self._candidates.setdefault(choice, Candidate())
+    def _candidate(self, choice: int) -> Candidate:
+        known = self._candidates.get(choice)
+        if known is None:
+            known = self._candidates[choice] = Candidate()
+        return known
 
     def _about(self, candidate: Candidate, raw: Mapping[str, Any]) -> None:
         """What is told of a candidate beside its content."""
@@ -2857,10 +2867,7 @@ class GeminiReader:
             candidate.logprobs += logprobs_of(result)
 
     def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
-        text = part.get("text")
-        if text.__class__ is str and text and len(part) == 1 and candidate.kind is Text:
-            return self._more_text(choice, candidate, text)  # nine of ten parts
-        signature = part.get("thoughtSignature")
+        text, signature = part.get("text"), part.get("thoughtSignature")
         if text or (signature and text is not None):
             self._text(choice, candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
         elif call := part.get("functionCall"):
@@ -3104,7 +3111,9 @@ def classify_error(status: int, body: Any) -> UpstreamError:
     status = told if isinstance(told, int) and 400 <= told < 600 else status
     message = str(error.get("message") or f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip())
     message = CREDENTIALS.sub(r"\1…", message[:ERROR_CHARS_MAX])
-    everything = str(error)
+    everything = ""
+    with contextlib.suppress(RecursionError):
+        everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
             param = "model" if kind is ModelGone else None
@@ -3251,6 +3260,7 @@ class ChatRenderer:
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
         self._media: dict[int, int] = {}
+        self._spoken: set[int] = set()
         self._custom = False
         self._before_text: dict[int, str] = {}
         """Of each choice that has begun, how a chunk of its text begins."""
@@ -3302,7 +3312,11 @@ class ChatRenderer:
         return self._delta(choice, dumps({"tool_calls": [{"index": index, **entry}]}))
 
     def _image(self, choice: int, media: Media) -> str:
-        if self._head.images_in_text and not media.mime.startswith("audio/"):
+        if media.mime.startswith("audio/") and choice in self._spoken:
+            return ""  # SDKs would join a second one with the first
+        if media.mime.startswith("audio/"):
+            self._spoken.add(choice)
+        elif self._head.images_in_text:
             return self._delta(choice, dumps({"content": f"![image]({data_url(media)})"}))
         index = self._media[choice] = self._media.get(choice, -1) + 1
         return self._delta(choice, dumps(render_media(media, index, self._head)))
@@ -3362,6 +3376,8 @@ class ChatRenderer:
         }
 
     def _add_media(self, message: dict[str, Any], media: Media) -> None:
+        if media.mime.startswith("audio/") and "audio" in message:
+            return
         if self._head.images_in_text and not media.mime.startswith("audio/"):
             message["content"] += f"![image]({data_url(media)})"
             return
@@ -3945,19 +3961,19 @@ class Unframer:
         pieces = []
         at = 0
         while at < len(data) and not self.done:
-            if self._left:
-                until = min(len(data), at + self._left)
-                pieces.append(data[at : min(until, at + max(0, self._left - 2))])
-                self._left -= until - at
-                at = until
-            elif (end := data.find(b"\r\n", at)) < 0:
-                self._line = data[at:]
-                if len(self._line) > CHUNK_LINE_MAX:
-                    raise ValueError("endless chunk size")
-                break
-            else:
+            if not self._left:
+                if (end := data.find(b"\r\n", at)) < 0:
+                    self._line = data[at:]
+                    break
                 self._size_line(data[at:end])
                 at = end + 2
+            stop = at + self._left
+            if self._left > 2:
+                pieces.append(data[at : stop - 2])  # as far as it came
+            self._left = max(0, stop - len(data))
+            at = min(stop, len(data))
+        if len(self._line) > CHUNK_LINE_MAX:
+            raise ValueError("endless chunk size")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _size_line(self, line: bytes) -> None:
@@ -4773,6 +4789,8 @@ class Gateway:
             if error.code == "context_length_exceeded":
                 error.param = "input" if trace.route == "responses" else "messages"
             response = error_response(error, trace)
+        except RecursionError:
+            response = error_response(BadRequest("The body is nested too deep. Send flatter JSON."), trace)
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
             response = error_response(BadRequest(text), trace)
@@ -4814,11 +4832,11 @@ class Gateway:
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
-        data, payloads = cut_payloads(await http.read())
-        body = parse_body(data)
+        data = await http.read()
         if route == "embeddings":
-            return await self._embed(body, trace)
-        return await self._answer(http, trace, body, payloads)
+            return await self._embed(parse_body(data), trace)
+        data, payloads = (data, {}) if route == "completions" else cut_payloads(data)
+        return await self._answer(http, trace, parse_body(data), payloads)
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -4907,12 +4925,14 @@ class Gateway:
         answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
         try:
             if first.stream:
-                return await self._stream(http, trace, answer, renderer)
-            return await self._whole(trace, answer, renderer)
+                return await self._stream(http, trace, answer, renderer, payloads)
+            return await self._whole(trace, answer, renderer, payloads)
         finally:
             answer.close()
 
-    async def _whole(self, trace: Trace, answer: Answer | Merged, renderer: Renderer) -> web.Response:
+    async def _whole(
+        self, trace: Trace, answer: Answer | Merged, renderer: Renderer, payloads: Mapping[str, bytes]
+    ) -> web.Response:
         events = list(answer.first)
         last = await answer.flow(events.extend)
         events += last
@@ -4920,23 +4940,29 @@ class Gateway:
         reply = collect(events)
         trace.usage = reply.usage
         trace.first_byte = time.monotonic()
-        return json_response(renderer.whole(reply), trace)
+        return bytes_response(with_payloads(dump_bytes(renderer.whole(reply)), payloads), trace)
 
     async def _stream(
-        self, http: web.Request, trace: Trace, answer: Answer | Merged, renderer: Renderer
+        self,
+        http: web.Request,
+        trace: Trace,
+        answer: Answer | Merged,
+        renderer: Renderer,
+        payloads: Mapping[str, bytes],
     ) -> web.StreamResponse:
+        def render(events: list[Event]) -> bytes:
+            self._upstream.signatures.remember(events, trace.mapped_model)
+            frames = encoded("".join(map(renderer.render, events)))
+            return with_payloads(frames, payloads) if payloads else frames
+
+        begun = render(answer.first)
         headers = trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
         response = web.StreamResponse(headers=headers)
         response.content_type = "text/event-stream"
         await response.prepare(http)
         trace.first_byte = time.monotonic()
         client = ClientStream(http, answer)
-
-        def render(events: list[Event]) -> bytes:
-            self._upstream.signatures.remember(events, trace.mapped_model)
-            return encoded("".join(map(renderer.render, events)))
-
-        client.write(render(answer.first))
+        client.write(begun)
         last = await answer.flow(lambda events: client.write(render(events)))
         if last and isinstance(last[-1], Ended):
             trace.usage = last[-1].usage
@@ -5027,8 +5053,12 @@ def parse_body(data: bytes) -> Any:
 
 
 def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
+    return bytes_response(dump_bytes(body), trace, status)
+
+
+def bytes_response(body: bytes, trace: Trace, status: int = 200) -> web.Response:
     headers = trace.headers(time.monotonic())
-    return web.Response(body=dump_bytes(body), status=status, content_type="application/json", headers=headers)
+    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
