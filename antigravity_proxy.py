@@ -948,6 +948,7 @@ def config_problems(config: Config) -> list[str]:
     return problems
 
 
+@functools.lru_cache(256)
 def host_of(url: str) -> str:
     """The host of a URL in lower case, without a final dot; nothing where it is malformed."""
     try:
@@ -957,6 +958,7 @@ def host_of(url: str) -> str:
         return ""
 
 
+@functools.lru_cache(256)
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ip_address(host.strip("[]")).is_loopback)
 
@@ -4360,6 +4362,7 @@ class Upstream:
         self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
+        self._map_model = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
         self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
         self.signatures = SignatureMemory()
         self.media = MediaFetcher(config)
@@ -4377,7 +4380,7 @@ class Upstream:
 
     async def resolve(self, name: str) -> str:
         """The upstream's name for a model. Raises ModelNotFound."""
-        mapped = map_model(name, self._config, await self.models())
+        mapped = self._map_model(name, await self.models())
         if mapped.wished and mapped.wished not in self._told:
             self._told.add(mapped.wished)
             log.warning("%s is not listed by the upstream; %s is asked instead", mapped.wished, mapped.model)
