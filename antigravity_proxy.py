@@ -1302,16 +1302,18 @@ def fast_loads(text: str | bytes) -> Any:
     """The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
     if orjson is not None:
         return orjson.loads(text)
-    text = (
-        text.decode() if isinstance(text, bytes) else text
-    )  # json.loads first guesses the encoding, which costs as much
-    value, end = raw_decode(text)
+    if isinstance(text, bytes):
+        text = text.decode()  # json.loads would guess the encoding first, which costs as much as the parsing
+    try:
+        value, end = scan_json(text, 0)
+    except StopIteration:
+        raise ValueError("no JSON value") from None
     if end != len(text) and text[end:].strip():
         raise ValueError("something follows the value")
     return value
 
 
-raw_decode = json.JSONDecoder().raw_decode
+scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -2732,7 +2734,13 @@ class SseSplitter:
             self._rest = []
         if rest:
             self._rest.append(rest)  # joined once its line is whole: an image may be one line of many reads
-        return [text for line in lines if line and (text := self._line(line))]
+        texts = []
+        for line in lines:
+            if line.startswith(b"data: {"):
+                texts.append(line[6:])
+            elif line and (text := self._line(line)):
+                texts.append(text)
+        return texts
 
     def close(self) -> list[bytes]:
         line, self._rest = b"".join(self._rest), []
@@ -2761,7 +2769,6 @@ class Candidate:
     """Of the part that is open."""
     texts: list[str] = field(default_factory=list)
     """Of the part that is open."""
-    length: int = 0
     signature: Signature | None = None
     before: str = ""
     """The text of the parts that ended."""
@@ -2811,16 +2818,19 @@ class GeminiReader:
         return events if self._failed else events + self._finish()
 
     def _read(self, texts: Iterable[bytes]) -> list[Event]:
+        self._try(self._chunks, texts)
+        events, self._events = self._events, []
+        return events
+
+    def _chunks(self, texts: Iterable[bytes]) -> None:
         for text in texts:
             if self._failed:
-                break
+                return
             try:
                 chunk = fast_loads(text)
             except (ValueError, RecursionError):
                 chunk = parse_json(text)
-            self._try(self._chunk, chunk)
-        events, self._events = self._events, []
-        return events
+            self._chunk(chunk)
 
     def _try(self, step: Callable[..., None], *what: Any) -> None:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
@@ -2836,29 +2846,27 @@ class GeminiReader:
             return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
         if "error" in chunk:
             return self._fail(classify_error(502, chunk))
-        if isinstance(usage := chunk.get("usageMetadata"), dict):
-            self._usage = usage
+        usage = chunk.get("usageMetadata")
+        self._usage = usage if isinstance(usage, dict) else self._usage
         if "promptFeedback" in chunk and (chunk["promptFeedback"] or {}).get("blockReason"):
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
             choice = raw.get("index") or 0
             if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
                 raise ValueError("no such choice")
-            candidate = self._candidate(choice)
+            candidate = self._candidates.get(choice) or self._candidate(choice)
             for part in (raw.get("content") or {}).get("parts") or ():
                 text = part.get("text")
                 if text.__class__ is str and text and len(part) == 1 and candidate.kind is Text:
-                    self._more_text(choice, candidate, text)  # nine of ten parts
+                    candidate.texts.append(text)  # nine of ten parts are just more of a text
+                    self._events.append(TextDelta(choice, text))
                 else:
                     self._part(choice, candidate, part)
             if len(raw) > 2 or "index" not in raw or "content" not in raw:  # most chunks have these two alone
                 self._about(candidate, raw)
 
     def _candidate(self, choice: int) -> Candidate:
-        known = self._candidates.get(choice)
-        if known is None:
-            known = self._candidates[choice] = Candidate()
-        return known
+        return self._candidates.setdefault(choice, Candidate())
 
     def _about(self, candidate: Candidate, raw: Mapping[str, Any]) -> None:
         """What is told of a candidate beside its content."""
@@ -2890,19 +2898,13 @@ class GeminiReader:
             candidate.kind = kind
             self._emit(PartStart(choice, kind("")))
         if signature and kind is Text:
-            span = (candidate.length, candidate.length + len(text))
-            candidate.signature = Signature(checked_text(signature), *span)
-        if text and kind is Text:
-            candidate.said = True
-            self._more_text(choice, candidate, text)
-        elif text:
-            candidate.texts.append(text)
-            self._emit(ThinkingDelta(choice, text))
-
-    def _more_text(self, choice: int, candidate: Candidate, text: str) -> None:
+            start = sum(map(len, candidate.texts))
+            candidate.signature = Signature(checked_text(signature), start, start + len(text))
+        if not text:
+            return
         candidate.texts.append(text)
-        candidate.length += len(text)
-        self._events.append(TextDelta(choice, text))
+        candidate.said = candidate.said or kind is Text
+        self._events.append(TextDelta(choice, text) if kind is Text else ThinkingDelta(choice, text))
 
     def _call(self, choice: int, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
         name = checked_text(call.get("name") or "")
@@ -2958,7 +2960,7 @@ class GeminiReader:
             candidate.before += text
         else:
             self._emit(PartEnd(choice, Thinking(text)))
-        candidate.kind, candidate.texts, candidate.length, candidate.signature = None, [], 0, None
+        candidate.kind, candidate.texts, candidate.signature = None, [], None
 
     def _emit(self, event: Event) -> None:
         if not self._started:
@@ -3272,12 +3274,22 @@ class ChatRenderer:
     def _frames(self) -> Frames:
         return Frames(f"chatcmpl-{self._head.id}", "chat.completion.chunk", self._head, self._about)
 
+    def render_all(self, events: Iterable[Event]) -> str:
+        """The frames of the events of one read; nine of ten are more text of a choice that has begun."""
+        begun = self._before_text
+        return "".join(
+            [
+                begun[event.choice] + encode_basestring(event.text) + self._after_text
+                if event.__class__ is TextDelta and event.choice in begun
+                else self.render(event)
+                for event in events
+            ]
+        )
+
     def render(self, event: Event) -> str:
         match event:
-            case TextDelta(choice, text):  # nine of ten events
-                if before := self._before_text.get(choice):
-                    return before + encode_basestring(text) + self._after_text
-                return self._open(choice) + self.render(event)
+            case TextDelta(choice, text):
+                return self._delta(choice, f'{{"content":{encode_basestring(text)}}}')
             case ThinkingDelta(choice, text):
                 return self._delta(choice, f'{{"reasoning_content":{encode_basestring(text)}}}')
             case PartStart(choice, ToolCall() as call):
@@ -3398,6 +3410,9 @@ class CompletionRenderer:
         self._head = head
         self._opened: set[int] = set()
 
+    def render_all(self, events: Iterable[Event]) -> str:
+        return "".join(map(self.render, events))
+
     def render(self, event: Event) -> str:
         match event:
             case TextDelta(choice, text):
@@ -3459,6 +3474,9 @@ class ResponseRenderer:
         self._before_delta = ""
         self._held: Text | None = None
         self._reason: FinishReason = "stop"
+
+    def render_all(self, events: Iterable[Event]) -> str:
+        return "".join(map(self.render, events))
 
     def render(self, event: Event) -> str:
         match event:
@@ -3961,32 +3979,35 @@ class Unframer:
         if self._line:
             data, self._line = self._line + data, b""
         pieces = []
-        at = 0
-        while at < len(data) and not self.done:
+        at, size = 0, len(data)
+        while at < size and not self.done:
             if not self._left:
-                if (end := data.find(b"\r\n", at)) < 0:
+                end = data.find(b"\r\n", at)
+                if end < 0:
                     self._line = data[at:]
                     break
-                self._size_line(data[at:end])
+                self._left = self._after_size(data[at:end])
                 at = end + 2
             stop = at + self._left
             if self._left > 2:
                 pieces.append(data[at : stop - 2])  # as far as it came
-            self._left = max(0, stop - len(data))
-            at = min(stop, len(data))
+            self._left, at = (0, stop) if stop <= size else (stop - size, size)
         if len(self._line) > CHUNK_LINE_MAX:
             raise ValueError("endless chunk size")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
-    def _size_line(self, line: bytes) -> None:
+    def _after_size(self, line: bytes) -> int:
+        """How many bytes follow a chunk's size line: the chunk, and the line end behind it."""
         if self._trailers:
             self.done = not line
-            return
-        size = int(line.partition(b";")[0], 16)
+            return 0
+        size = int(line if b";" not in line else line.partition(b";")[0], 16)
+        if size > 0:
+            return size + 2
         if size < 0:
             raise ValueError("negative chunk size")
-        self._left = size + 2 if size else 0
-        self._trailers = not size
+        self._trailers = True
+        return 0
 
 
 class Connection:
@@ -4460,13 +4481,15 @@ class Upstream:
         if trace.strict:
             refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
+        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation)
+        if not total_s:
+            return await asked
         try:
             async with asyncio.timeout(total_s):
-                answer = await self._retry(trace, functools.partial(self._generate, generation, trace), generation)
+                answer = await asked
         except TimeoutError:
             raise UpstreamTimeout("No answer began within proxy.timeouts.total_s. Raise it, or try again.") from None
-        if total_s:
-            answer.end_by(total_s - (time.monotonic() - trace.started))
+        answer.end_by(total_s - (time.monotonic() - trace.started))
         return answer
 
     async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
@@ -4955,7 +4978,7 @@ class Gateway:
     ) -> web.StreamResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
-            frames = encoded("".join(map(renderer.render, events)))
+            frames = encoded(renderer.render_all(events))
             return with_payloads(frames, payloads) if payloads else frames
 
         begun = render(answer.first)
