@@ -3479,6 +3479,8 @@ class ResponseRenderer:
         return "".join(map(self.render, events))
 
     def render(self, event: Event) -> str:
+        if getattr(event, "choice", 0):
+            return ""  # a response has no second choice
         match event:
             case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
                 return self._delta(text)

@@ -95,7 +95,15 @@ CHAT = "/v1/chat/completions"
 @pytest.mark.parametrize(
     ("settings", "path", "sent", "status", "code", "said"),
     [
-        ({"auth_mode": "strict", "api_key": KEY}, "/healthz", {}, 401, "invalid_api_key", "proxy.api_key"),
+        ({"auth_mode": "strict", "api_key": KEY}, "/healthz", {}, 401, "invalid_api_key", "is missing"),
+        (
+            {"auth_mode": "strict", "api_key": KEY},
+            CHAT,
+            {"json": HELLO, "headers": {"Authorization": "Bearer wrong"}},
+            401,
+            "invalid_api_key",
+            "proxy.api_key",
+        ),
         ({}, "/v1/models", {"headers": {"Host": "evil.example"}}, 403, "host_not_allowed", "proxy.allowed_hosts"),
         (
             {},
