@@ -5784,13 +5784,16 @@ async def probe(config: Config) -> Sequence[tuple[str, ...]]:
 
 
 async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str, str]:
+    listed: Sequence[str] = ()
+    told = "It lists no model. Check base_url, and what the key may use."
     try:
         listed = await upstream.models_of(account)
     except UpstreamError as error:
-        return "no", "-", f"{error.message.rstrip('.')}. {remedy_of(error)}".rstrip()
-    skew_s = upstream.skew_s
-    late = f"This machine's clock is off by {skew_s:.0f} s. Set it by NTP." if abs(skew_s) > CLOCK_SKEW_S_MAX else ""
-    return "yes", str(len(listed)), late
+        told = f"{error.message.rstrip('.')}. {remedy_of(error)}".rstrip()
+    late = ""
+    if abs(upstream.skew_s) > CLOCK_SKEW_S_MAX:
+        late = f"This machine's clock is off by {upstream.skew_s:.0f} s. Set it by NTP."
+    return ("yes", str(len(listed)), late) if listed else ("no", "-", f"{told} {late}".rstrip())
 
 
 def remedy_of(error: UpstreamError) -> str:
