@@ -57,10 +57,9 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 
 import click
 
-try:  # twice as fast; what it cannot do, the standard library does
-    import orjson
-except ImportError:
-    orjson = None  # type: ignore[assignment]
+orjson: Any = None  # twice as fast; what it cannot do, the standard library does
+with contextlib.suppress(ImportError):
+    orjson = importlib.import_module("orjson")
 
 
 class _Lazy:
@@ -1286,7 +1285,8 @@ def dump_bytes(value: Any) -> bytes:
     """Compact JSON in UTF-8. Raises ValueError as `dumps`, and BadRequest for what is nested too deep."""
     if orjson is not None:
         with contextlib.suppress(TypeError):  # half a surrogate pair, a number of more than 64 bits, 254 levels
-            return orjson.dumps(value)
+            made: bytes = orjson.dumps(value)
+            return made
     try:
         return encoded(dumps(value))
     except RecursionError:
@@ -1411,9 +1411,6 @@ class Fields:
     def object(self, key: str) -> Fields | None:
         value = self.get(key, dict, "an object")
         return None if value is None else Fields(value, self.at(key), self.changes)
-
-    def is_list(self, key: str) -> bool:
-        return isinstance(self.value.get(key), list)
 
     def objects(self, key: str) -> list[Fields]:
         items = self.get(key, list, "an array") or []
@@ -1838,11 +1835,13 @@ def texts_of(message: Fields) -> list[str]:
     """The words of an instruction; Gemini takes no others."""
     if message.value.get("content") is None:
         raise message.missing("content")
-    parts = [parse_part(part) for part in message.objects("content")] if message.is_list("content") else None
-    for i, part in enumerate(parts or ()):
+    if isinstance(message.value["content"], str):
+        return [message.value["content"]]
+    parts = [parse_part(part) for part in message.objects("content")]
+    for i, part in enumerate(parts):
         if isinstance(part, Media):
             message.change(f"content[{i}]", "dropped", "Gemini takes instructions in words only")
-    return [part.text for part in parts or parse_content(message) if isinstance(part, Text)]
+    return [part.text for part in parts if isinstance(part, Text)]
 
 
 def parse_content(message: Fields, key: str = "content") -> list[Text | Media]:

@@ -442,3 +442,34 @@ async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client
     second = await client.post("/v1/chat/completions", json=HELLO)
     assert (second.status, "ulimit -n" in (await second.json())["error"]["message"]) == (503, True)
     assert (await first).status == 200
+
+
+async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
+    frame = b"data: " + json.dumps(said("x" * 8000)[0]).encode() + b"\r\n\r\n"
+    sent = 0
+
+    async def never_ends(request: web.Request) -> web.StreamResponse:
+        nonlocal sent
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(frame)
+            sent += len(frame)
+
+    endless = web.Application()
+    endless.router.add_post("/{tail:.*}", never_ends)
+    async with TestServer(endless) as upstream:
+        account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
+        async with TestServer(await agproxy.create_app(agproxy.Config((account,)))) as server:
+            reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 12)
+            body = json.dumps(HELLO | {"stream": True}).encode()
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            writer.write(head.encode() + body)
+            await asyncio.sleep(1)
+            held = sent
+            await asyncio.sleep(0.3)
+            assert sent == held < 32 << 20  # what fits into the sockets' buffers, and no more
+            await reader.readexactly(8 << 20)
+            await asyncio.sleep(0.2)
+            assert sent > held
+            writer.close()
