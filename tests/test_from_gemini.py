@@ -58,3 +58,43 @@ def test_a_bare_error_over_several_lines() -> None:
     events = r.feed(text) + r.close()
     assert isinstance(events[-1], agproxy.Failed)
     assert isinstance(events[-1].error, agproxy.Overloaded)
+
+
+QUOTA = {
+    "@type": "type.googleapis.com/google.rpc.QuotaFailure",
+    "violations": [{"quotaId": "GenerateRequestsPerDay-X"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind", "code", "said"),
+    [
+        (502, None, agproxy.UpstreamBroken, "upstream_error", "HTTP 502"),  # a front end's HTML
+        (413, None, agproxy.TooLarge, "request_too_large", "HTTP 413"),
+        (302, None, agproxy.UpstreamBroken, "upstream_error", "redirects"),
+        (529, None, agproxy.Overloaded, "server_is_overloaded", "HTTP 529"),
+        (403, error(403, "PERMISSION_DENIED", "No.")[1], agproxy.CredentialRefused, "upstream_error", "No."),
+        (429, error(429, "RESOURCE_EXHAUSTED", "Slow.", QUOTA)[1], agproxy.QuotaGone, "insufficient_quota", "Slow."),
+        (429, [error(429, "RESOURCE_EXHAUSTED", "Slow.")[1]], agproxy.RateLimited, "rate_limit_exceeded", "Slow."),
+        (
+            400,
+            error(400, "INVALID_ARGUMENT", "Unsupported MIME type: x")[1],
+            agproxy.UpstreamRefused,
+            "invalid_value",
+            "",
+        ),
+        (400, {"error": "invalid_request"}, agproxy.UpstreamRefused, None, "invalid_request"),
+        (500, {"error": {"code": 503, "message": "Busy."}}, agproxy.Overloaded, "server_is_overloaded", "Busy."),
+        (504, {"error": []}, agproxy.UpstreamTimeout, "timeout", "HTTP 504"),
+    ],
+)
+def test_what_an_error_body_means(
+    status: int, body: Any, kind: type[agproxy.UpstreamError], code: str | None, said: str
+) -> None:
+    made = agproxy.classify_error(status, body)
+    assert (type(made), made.code, said in made.message) == (kind, code, True)
+
+
+def test_a_key_in_an_error_is_masked() -> None:
+    told = error(403, "PERMISSION_DENIED", "Consumer 'api_key:AIzaSyD-0123456789abcdef' has been suspended.")[1]
+    assert agproxy.classify_error(403, told).message == "Consumer 'api_key:AIza…' has been suspended."

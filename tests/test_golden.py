@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -212,3 +213,14 @@ def test_responses(case: dict[str, Any]) -> None:
 )
 def test_the_published_schema_refuses_what_is_wrong(value: Any, schema: str, said: str) -> None:
     assert any(said in finding for finding in findings(value, schema))
+
+
+def test_images_are_written_into_the_text_where_that_is_asked_for() -> None:
+    head = replace(HEAD, images_in_text=True)
+    events = streamed(CASES["inline_image"]["chunks"], in_one)
+    wanted = "Here: ![image](data:image/png;base64,aW1hZ2U=)Done."
+    message = agproxy.ChatRenderer(head, {}).whole(agproxy.collect(events))["choices"][0]["message"]
+    assert (message["content"], "images" in message) == (wanted, False)
+    sent = frames(agproxy.ChatRenderer(head, {}).render_all(events))
+    deltas = [chunk["choices"][0]["delta"] for chunk in sent[:-1] if chunk["choices"]]
+    assert "".join(delta.get("content") or "" for delta in deltas) == wanted
