@@ -53,17 +53,7 @@ PLAIN: dict[str, dict[str, Any]] = {
     "responses": {"model": "gemini-2.5-flash", "input": "hi"},
 }
 API = {"messages": "chat", "tools": "chat", "schemas": "chat", "items": "responses"}
-MODELS = (
-    "gemini-2.0-flash",
-    "gemini-2.5-pro",
-    "gemini-2.5-flash",
-    "gemini-2.5-flash-lite",
-    "gemini-3-pro-preview",
-    "gemini-3-flash-preview",
-    "gemini-3.6-flash",
-    "gemini-3.7-flash",
-    "gemini-4-ultra",
-)
+MODELS = ("gemini-2.0-flash", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3.6-flash", "gemini-4-ultra")
 DIALECTS: tuple[agproxy.Dialect, ...] = ("gemini", "vertex")
 HEAD = agproxy.Head("0123456789abcdef01234567", 1, "gpt-4o", now=lambda: 2)
 RENDERERS: dict[str, Any] = {
