@@ -3993,8 +3993,8 @@ class Unframer:
             if self._left > 2:
                 pieces.append(data[at : stop - 2])  # as far as it came
             self._left, at = (0, stop) if stop <= size else (stop - size, size)
-        if len(self._line) > CHUNK_LINE_MAX:
-            raise ValueError("endless chunk size")
+        if len(self._line) > CHUNK_LINE_MAX or (self.done and at < size):
+            raise ValueError("an endless chunk size, or something behind the last chunk")
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _after_size(self, line: bytes) -> int:
@@ -4047,6 +4047,8 @@ class Connection:
 
     def data_received(self, data: bytes) -> None:
         self._silent = False
+        if self._answer is None:
+            return self.abort()  # nothing was asked
         try:
             if self._incoming is None:
                 data = self._read_head(data)
@@ -4061,8 +4063,8 @@ class Connection:
         head, found, rest = (self._head + data).partition(b"\r\n\r\n")
         if not found:
             self._head = head
-            if len(head) > HEAD_BYTES_MAX or self._answer is None:
-                raise ValueError("endless or unasked head")
+            if len(head) > HEAD_BYTES_MAX:
+                raise ValueError("endless head")
             return b""
         self._head = b""
         first, *lines = head.decode("latin-1").split("\r\n")

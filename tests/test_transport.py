@@ -301,3 +301,21 @@ async def test_over_tls(transport: Any, tmp_path: Path, monkeypatch: pytest.Monk
         if isinstance(to, agproxy.DirectTransport):
             assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
             assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
+
+
+@pytest.mark.parametrize("transport", ["direct"], indirect=True)
+async def test_what_was_not_asked_for_is_taken_for_no_answer(transport: Any) -> None:
+    async def answer(number: int, _: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"%d" % number))
+        if number == 1:
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.write(said(b"of nobody"))
+
+    socket = Socket(answer)
+    async with socket as url:
+        to = transport(url)
+        assert await (await to.post("/", HEADERS, b"{}")).read() == b"1"
+        await asyncio.sleep(0.1)
+        assert await (await to.post("/", HEADERS, b"{}")).read() == b"2"
+    assert socket.connections == 2
