@@ -1775,10 +1775,11 @@ def parse_custom(entry: Fields, inner: Fields) -> Tool:
 
 def search_source(fields: Fields) -> dict[str, str]:
     """Where a web search is asked for, if it is: as a hosted tool, or by chat's own field."""
-    kinds = [str(entry.value.get("type")) for entry in fields.objects("tools")]
-    found = [f"/tools/{i}" for i, kind in enumerate(kinds) if kind.startswith("web_search")]
-    found += ["/web_search_options"] if fields.object("web_search_options") is not None else []
-    return {"search": found[0]} if found else {}
+    asked = fields.object("web_search_options") is not None
+    for i, tool in enumerate(fields.get("tools", list, "an array") or ()):
+        if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
+            return {"search": f"/tools/{i}"}
+    return {"search": "/web_search_options"} if asked else {}
 
 
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
