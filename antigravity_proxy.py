@@ -2176,7 +2176,8 @@ class Builder:
         self.search(body, config)
         if config:
             body["generationConfig"] = config
-        known = {self.names[tool.namespace, tool.name]: tool for tool in tools}
+        bare = (replace(tool, description="", parameters=None) for tool in tools)  # a stream holds them for long
+        known = {self.names[tool.namespace, tool.name]: tool for tool in bare}
         return Built(body, tuple(dict.fromkeys(self.changes)), known)
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
@@ -4824,10 +4825,6 @@ class Gateway:
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
             response = error_response(BadRequest(text), trace)
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(
-                BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one."), trace
-            )
         except Exception:
             log.exception("%s failed", trace.id)
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
@@ -4862,11 +4859,9 @@ class Gateway:
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
-        data = await http.read()
         if route == "embeddings":
-            return await self._embed(parse_body(data), trace)
-        data, payloads = (data, {}) if route == "completions" else cut_payloads(data)
-        return await self._answer(http, trace, parse_body(data), payloads)
+            return await self._embed(parse_body(await read_body_of(http)), trace)
+        return await self._answer(http, trace)
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -4937,10 +4932,23 @@ class Gateway:
         trace.usage = Usage(prompt=tokens)
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
-    async def _answer(
-        self, http: web.Request, trace: Trace, body: Any, payloads: Mapping[str, bytes]
-    ) -> web.StreamResponse:
+    async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+        stream, answer, renderer, payloads = await self._begin(http, trace)
+        try:
+            if stream:
+                return await self._stream(http, trace, answer, renderer, payloads)
+            return await self._whole(trace, answer, renderer, payloads)
+        finally:
+            answer.close()
+
+    async def _begin(
+        self, http: web.Request, trace: Trace
+    ) -> tuple[bool, Answer | Merged, Renderer, Mapping[str, bytes]]:
+        """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
         parse, form = DOORS[trace.route]
+        data = await read_body_of(http)
+        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
+        body = parse_body(data)
         parsed = parse(body)
         prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
         if payloads:
@@ -4953,12 +4961,7 @@ class Gateway:
         head = Head(trace.id[4:], int(time.time()), first.model, *told)
         renderer = form(head, body)
         answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
-        try:
-            if first.stream:
-                return await self._stream(http, trace, answer, renderer, payloads)
-            return await self._whole(trace, answer, renderer, payloads)
-        finally:
-            answer.close()
+        return first.stream, answer, renderer, payloads
 
     async def _whole(
         self, trace: Trace, answer: Answer | Merged, renderer: Renderer, payloads: Mapping[str, bytes]
@@ -5036,6 +5039,18 @@ ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 EXPOSED_HEADERS = (
     "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
 )
+
+
+async def read_body_of(http: web.Request) -> bytes:
+    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge."""
+    pieces = []
+    size = 0
+    async for piece in http.content.iter_any():
+        size += len(piece)
+        if size > BODY_BYTES_MAX:
+            raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
+        pieces.append(piece)
+    return b"".join(pieces)
 
 
 def finite(number: str) -> float:
