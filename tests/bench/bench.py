@@ -37,7 +37,7 @@ from typing import Any
 
 import gateways
 import report
-from gateways import Gateway, Helper, Kind
+from gateways import Gateway, Partner, Kind
 from meters import cores, raise_file_limit
 from report import AGAIN, AGPROXY, BEFORE, DIRECT, YARDSTICK, Row
 from workloads import WORKLOADS, Workload, quick
@@ -93,7 +93,7 @@ def find_kinds(given: argparse.Namespace, upstream: str, folder: Path) -> list[K
 class Bench:
     """One run: the processes, the rounds, and what they showed."""
 
-    def __init__(self, kinds: Sequence[Kind], upstream_port: int, load: Helper, folder: Path, quick: bool) -> None:
+    def __init__(self, kinds: Sequence[Kind], upstream_port: int, load: Partner, folder: Path, quick: bool) -> None:
         self.kinds = list(kinds)
         self.waiting: list[float] = []
         self.rows: dict[tuple[str, str], Row] = {}
@@ -331,7 +331,7 @@ def main() -> int:
     told = machine(given, rounds)
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        upstream, load = Helper("upstream.py"), Helper("load.py")
+        upstream, load = Partner("upstream.py"), Partner("load.py")
         stack.callback(upstream.stop)
         stack.callback(load.stop)
         port = int(upstream.hear())

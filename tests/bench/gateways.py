@@ -153,10 +153,10 @@ def versions(python: str) -> Mapping[str, str]:
     return found
 
 
-# ---- the two helpers
+# ---- the two partners
 
 
-class Helper:
+class Partner:
     """A process beside the gateways: the upstream, or the load generator."""
 
     def __init__(self, script: str) -> None:
@@ -173,7 +173,7 @@ class Helper:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit("a helper process ended")
+            raise SystemExit("a partner process ended")
         return line
 
     def stop(self) -> None:
