@@ -37,7 +37,7 @@ from typing import Any
 
 import gateways
 import report
-from gateways import Gateway, Partner, Kind
+from gateways import Gateway, Kind, Partner
 from meters import cores, raise_file_limit
 from report import AGAIN, AGPROXY, BEFORE, DIRECT, YARDSTICK, Row
 from workloads import WORKLOADS, Workload, quick
