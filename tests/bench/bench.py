@@ -27,6 +27,7 @@ import json
 import os
 import platform
 import re
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -326,6 +327,7 @@ def write_json(path: Path, bench: Bench, told: dict[str, Any]) -> None:
 def main() -> int:
     given = parse_arguments()
     raise_file_limit()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that no process is left behind
     os.sched_setaffinity(0, cores()[1])
     rounds = 1 if given.quick else given.rounds
     told = machine(given, rounds)
