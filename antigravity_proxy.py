@@ -4352,6 +4352,7 @@ class Merged:
         for done in asyncio.as_completed(self._tasks):
             events = await done
             if events and isinstance(events[-1], Failed):
+                self.close()  # else the others would write behind the end
                 return events
             sink(events)
         return [Ended(self._usage)]
@@ -4506,7 +4507,8 @@ class Upstream:
             body = dump_bytes(build_embeddings(texts, trace.mapped_model, request.dimensions))
             answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
             vectors += read_embeddings(answer, len(texts))
-            tokens += usage_of(answer.get("usageMetadata") or {}).prompt
+            usage = answer.get("usageMetadata")
+            tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
         return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
 
     async def _retry(

@@ -75,6 +75,7 @@ class FakeGemini:
         self.url = ""
         self.echo = False
         self.answer_first_tool = False
+        self.beside: dict[str, Any] = {}
         self.pause_s = 0.0
         self.silence_s = 0.0
         self.date = ""
@@ -99,7 +100,7 @@ class FakeGemini:
         if found := validate(body, "BatchEmbedContentsRequest", model=model):
             return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         texts = ["".join(part["text"] for part in one["content"]["parts"]) for one in body["requests"]]
-        return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts]})
+        return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts], **self.beside})
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -318,3 +318,9 @@ async def test_each_error_body_has_its_openai_class(
     if code == "context_length_exceeded":
         assert caught.value.param == "messages"
     assert caught.value.response.headers.get("X-Should-Retry") == ("false" if kind == "insufficient_quota" else None)
+
+
+async def test_usage_of_no_known_form_does_not_lose_the_vectors(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.models, gemini.beside = ["gemini-embedding-001"], {"usageMetadata": [5]}
+    made = await ai.embeddings.create(model="text-embedding-3-small", input="x")
+    assert (len(made.data), made.usage.prompt_tokens) == (1, 1)

@@ -473,3 +473,35 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
             await asyncio.sleep(0.2)
             assert sent > held
             writer.close()
+
+
+class Scripted:
+    """An answer that says its events, one after a moment each, and ends with the last."""
+
+    first: list[agproxy.Event] = []  # noqa: RUF012
+
+    def __init__(self, *events: agproxy.Event) -> None:
+        self.events = events
+
+    async def flow(self, sink: Callable[[list[agproxy.Event]], None]) -> list[agproxy.Event]:
+        for event in self.events[:-1]:
+            await asyncio.sleep(0.01)
+            sink([event])
+        return [self.events[-1]]
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+async def test_nothing_is_said_behind_a_choice_that_failed() -> None:
+    failed = Scripted(agproxy.TextDelta(0, "half"), agproxy.Failed(agproxy.UpstreamBroken("Cut.")))
+    other = Scripted(*[agproxy.TextDelta(0, "more")] * 9, agproxy.Ended(agproxy.Usage()))
+    answers: Any = [failed, other]
+    heard: list[agproxy.Event] = []
+    merged = agproxy.Merged(answers)
+    last = await merged.flow(heard.extend)
+    assert isinstance(last[-1], agproxy.Failed)
+    before = len(heard)
+    await asyncio.sleep(0.05)
+    assert len(heard) == before
+    merged.close()
