@@ -1,6 +1,8 @@
 """Bytes cut anywhere give the same events, and no answer ends as what it was not."""
 
 import json
+import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,3 +100,57 @@ def test_what_an_error_body_means(
 def test_a_key_in_an_error_is_masked() -> None:
     told = error(403, "PERMISSION_DENIED", "Consumer 'api_key:AIzaSyD-0123456789abcdef' has been suspended.")[1]
     assert agproxy.classify_error(403, told).message == "Consumer 'api_key:AIza…' has been suspended."
+
+
+class Unshaped(agproxy.GeminiReader):
+    """Reads every chunk by the parser."""
+
+    def _more(self, shape: agproxy.Shape, raw: bytes) -> bool:
+        return False
+
+
+def chunk_like_the_others(r: random.Random) -> dict[str, Any]:
+    """Mostly a chunk that only goes on; sometimes one that is different in one place, often only just."""
+    part: dict[str, Any] = {"text": r.choice(['a "quoted" \\word\n', "größe \U0001f600", "\u2028", '"text": "', "7"])}
+    candidate: dict[str, Any] = {"content": {"parts": [part], "role": "model"}, "index": 0}
+    usage: dict[str, Any] = {"promptTokenCount": r.randint(0, 99), "candidatesTokenCount": r.randint(0, 999)}
+    made: dict[str, Any] = {"candidates": [candidate], "usageMetadata": usage, "modelVersion": f"m{r.randint(0, 9)}"}
+    oddities: list[Callable[[], Any]] = [
+        lambda: candidate.update(index=1),
+        lambda: candidate.update(finishReason="STOP"),
+        lambda: candidate["content"]["parts"].append({"text": "more"}),
+        lambda: made["candidates"].append(candidate | {"index": 2}),
+        lambda: part.update(thought=True),
+        lambda: part.update(thoughtSignature="c2ln"),
+        lambda: part.update(text=""),
+        lambda: part.update(functionCall=CALL["functionCall"], text=None),
+        lambda: usage.update(thoughtsTokenCount=3),
+        lambda: made.pop("usageMetadata"),
+        lambda: made.update(usageMetadata="none"),
+        lambda: made.update(promptFeedback={"blockReason": "SAFETY"}),
+        lambda: made.update(modelVersion="ü"),
+        lambda: candidate.update(content=None),
+        lambda: made.update(error={"code": 503, "message": "overloaded"}),
+    ]
+    if r.random() < 0.25:
+        r.choice(oddities[: 15 if r.random() < 0.2 else 14])()
+    return made
+
+
+def test_a_chunk_that_goes_on_is_read_as_the_parser_reads_it() -> None:
+    taken = 0
+    for seed in range(400):
+        r = random.Random(seed)
+        chunks = [chunk_like_the_others(r) for _ in range(r.randint(1, 40))]
+        chunks[-1]["candidates"][0]["finishReason"] = "STOP"
+        new, plain = reader(), Unshaped(lambda: "call_1")
+        for text in [sse(chunk) for chunk in chunks] + [b"data: {broken\n\n"] * (seed % 9 == 0):
+            before = new._uncounted
+            assert told(new.feed(text)) == told(plain.feed(text)), f"seed {seed}"
+            taken += new._uncounted is not before
+        assert told(new.close()) == told(plain.close()), f"seed {seed}"
+    assert taken > 1000, "hardly a chunk was read without the parser"
+
+
+def told(events: list[agproxy.Event]) -> list[str]:
+    return [str(e.error) if isinstance(e, agproxy.Failed) else repr(e) for e in events]

@@ -217,7 +217,19 @@ async def test_silence_in_a_body_ends_it(transport: Any) -> None:
     async with Socket(answer) as url:
         incoming = await transport(url, idle_s=0.1).post("/", HEADERS, b"{}")
         with pytest.raises(TimeoutError):
-            await incoming.read()
+            await incoming.flow(lambda _: None)
+
+
+@pytest.mark.parametrize("sent", [b"", said(b"ab")[:10], said(b"ab")[:-1]])
+async def test_an_answer_is_there_in_time(transport: Any, sent: bytes) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(sent)
+
+    async with Socket(answer) as url:
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(TimeoutError):
+            await (await transport(url, first_event_s=0.2).post("/", HEADERS, b"{}")).read()
+        assert 0.15 < asyncio.get_running_loop().time() - started < 1
 
 
 async def test_a_paused_body_waits_upstream(transport: Any) -> None:
