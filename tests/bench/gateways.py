@@ -106,6 +106,7 @@ def environment(home: Path) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith(("AGPROXY_", "GEMINI_", "GOOGLE_"))
     }
+    kept.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages are compiled, whatever it says
     return kept | {"HOME": str(home), "XDG_CONFIG_HOME": str(home), "NO_PROXY": "127.0.0.1"}
 
 
@@ -117,6 +118,7 @@ def agproxy(name: str, python: str, file: Path, upstream: str, folder: Path) -> 
     accounts.write_text(f"accounts:\n  - name: bench\n    api_key: k\n    base_url: {upstream}\n")
     accounts.chmod(0o600)
     arguments = ("serve", "--accounts", str(accounts), "--port", "{port}", "--log-level", "warning")
+    subprocess.run([python, "-m", "py_compile", file], check=True)  # as pip does
     return Kind(name, (python, "-c", AS_INSTALLED, str(file), *arguments))
 
 
