@@ -17,11 +17,12 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      9 From Gemini      bytes become Events: the only stream machine
     10 To the client    Events become OpenAI's chunks and objects
     11 Monitoring       what is told of a request: headers and the log line
-    12 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
-    13 Upstream         what Gemini is asked, linked media, and the one retry loop
-    14 Web              auth, routes, handlers
-    15 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    16 Command line     what a person types
+    12 Store            SQLite on a thread of its own: what outlives the process
+    13 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
+    14 Upstream         what Gemini is asked, linked media, and the one retry loop
+    15 Web              auth, routes, handlers
+    16 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    17 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import sqlite3
     import ssl
 
     import aiohttp
@@ -124,6 +126,7 @@ MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
 CLOCK_SKEW_S_MAX = 300.0
+DATABASE_BUSY_S = 5.0
 STOPS_MAX = 4
 CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
@@ -3835,7 +3838,60 @@ def log_text(fields: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 12. Transport
+# 12. Store
+# ==============================================================================
+
+
+class Database:
+    """One SQLite file, used by one thread of its own, so that the event loop never waits for a disk.
+
+    Opened at its first use and then closed to other users; None keeps everything in memory, as long as the process
+    lives. Several gateways may share a file: readers never wait, a writer waits for another one up to DATABASE_BUSY_S.
+    What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._thread = ThreadPoolExecutor(1, "agproxy-store")
+        self._opened: sqlite3.Connection | None = None
+
+    async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
+        """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises sqlite3.Error."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
+
+    def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
+        if self._opened is None:
+            self._opened = open_database(self.path)
+        with self._opened as connection:
+            return step(connection)
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._opened.close)
+        self._thread.shutdown()
+
+
+def open_database(path: Path | None) -> sqlite3.Connection:
+    """The file with its tables, made where it is not there yet. Raises OSError and sqlite3.Error."""
+    import sqlite3
+
+    if path is not None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.executescript(DATABASE_TABLES)
+    return connection
+
+
+DATABASE_TABLES = ""
+
+
+# ==============================================================================
+# 13. Transport
 # ==============================================================================
 
 
@@ -4270,7 +4326,7 @@ def proxy_for(url: str, config: Config) -> str | None:
 
 
 # ==============================================================================
-# 13. Upstream
+# 14. Upstream
 # ==============================================================================
 
 
@@ -4784,7 +4840,7 @@ def clock_skew(date: str | None, now: float) -> float:
 
 
 # ==============================================================================
-# 14. Web
+# 15. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -5135,7 +5191,7 @@ async def create_app(config: Config, tally: Tally | None = None, running_max: fl
 
 
 # ==============================================================================
-# 15. Demo
+# 16. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -5352,7 +5408,7 @@ def create_demo(fault: str | None) -> web.Application:
 
 
 # ==============================================================================
-# 16. Command line
+# 17. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
