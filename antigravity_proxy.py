@@ -1220,10 +1220,11 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """The sources of a choice's whole text, all at once, before it is finished."""
+    """The sources of a choice's whole text and what was searched for, all at once, before it is finished."""
 
     choice: int
     citations: tuple[Citation, ...]
+    searches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1263,6 +1264,7 @@ class Choice:
     reason: FinishReason = "stop"
     logprobs: tuple[Mapping[str, Any], ...] = ()
     citations: tuple[Citation, ...] = ()
+    searches: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -1284,8 +1286,9 @@ def collect(events: Iterable[Event]) -> Reply:
         match event:
             case PartEnd(choice, part):
                 reply.choices.setdefault(choice, Choice()).parts.append(part)
-            case Annotated(choice, citations):
-                reply.choices.setdefault(choice, Choice()).citations = citations
+            case Annotated(choice, citations, searches):
+                made = reply.choices.setdefault(choice, Choice())
+                made.citations, made.searches = citations, searches
             case Finished(choice, reason, logprobs):
                 made = reply.choices.setdefault(choice, Choice())
                 made.reason, made.logprobs = reason, logprobs
@@ -3085,8 +3088,12 @@ class GeminiReader:
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        if citations := citations_of(spoken, candidate.grounding):
-            self._emit(Annotated(choice, citations))
+        citations = citations_of(spoken, candidate.grounding)
+        queries = [
+            checked_text(query) for about in candidate.grounding for query in about.get("webSearchQueries") or ()
+        ]
+        if citations or queries:
+            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(queries))))
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         self._end_part(choice, candidate, tuple(ours))
@@ -3394,7 +3401,7 @@ class ChatRenderer:
             case PartStart(choice, Media() as media):
                 return self._image(choice, media)
             case Annotated(choice, citations):
-                return self._delta(choice, dumps({"annotations": chat_annotations(citations)}))
+                return self._delta(choice, dumps({"annotations": chat_annotations(citations)})) if citations else ""
             case Finished(choice, reason, logprobs):
                 return self._delta(choice, "{}", f'"{self._reason(reason)}"', dumps(render_logprobs(logprobs)))
             case Ended() | Failed():
@@ -3569,6 +3576,7 @@ class ResponseRenderer:
         self._before_delta = ""
         self._held: Text | Thinking | None = None
         self._reason: FinishReason = "stop"
+        self._searches: tuple[str, ...] = ()
         self._quiet = False
         """Makes the object alone."""
 
@@ -3590,11 +3598,13 @@ class ResponseRenderer:
                 return ""
             case PartEnd(part=part):
                 return self._done_part(part, "completed")
-            case Annotated():
-                return ""  # what stands in a part is told with the part
+            case Annotated(searches=searches):
+                self._searches = searches  # what stands in a part is told with the part
+                return ""
             case Finished(reason=reason):
                 self._reason = reason
-                return self._release("completed" if reason in ("stop", "tool_calls") else "incomplete")
+                status = "completed" if reason in ("stop", "tool_calls") else "incomplete"
+                return self._release(status) + (self._search() if self._searches else "")
             case Ended(usage):
                 return self._end(usage)
             case Failed(error):
@@ -3622,7 +3632,8 @@ class ResponseRenderer:
         self._quiet = True
         choice = reply.choices.get(0, Choice())
         parts = [event(0, part) for part in choice.parts for event in (PartStart, PartEnd)]
-        self.render_all([*parts, Finished(0, choice.reason), Ended(reply.usage)])
+        searched = Annotated(0, choice.citations, choice.searches)
+        self.render_all([*parts, searched, Finished(0, choice.reason), Ended(reply.usage)])
         return self.response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
 
     # ---- frames
@@ -3716,6 +3727,13 @@ class ResponseRenderer:
         carrier = Thinking("", sealed)
         return self._open(self._render_item(carrier, "in_progress")) + self._done_part(carrier, "completed")
 
+    def _search(self) -> str:
+        """The search behind an answer, of which Gemini tells only at its end."""
+        action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
+        id = f"ws_{self._head.id}{len(self.response['output']):04x}"
+        item = {"id": id, "type": "web_search_call", "status": "completed", "action": action}
+        return self._open(item) + self._done(item)
+
     def _done_part(self, part: Part, status: str) -> str:
         if isinstance(part, ToolCall | Text) and part.signature:
             self.signed.append(part)
@@ -3747,6 +3765,9 @@ class ResponseRenderer:
                 return frames + self._frame("reasoning_summary_part.done", self._place(place | {"part": part}))
             case {"input": text}:
                 return self._frame(f"{name}.done", self._place({"input": text}))
+            case {"type": "web_search_call"}:
+                steps = ("in_progress", "searching", "completed")
+                return "".join(self._frame(f"web_search_call.{step}", self._place({})) for step in steps)
             case {"name": function, "arguments": text}:
                 return self._frame(f"{name}.done", self._place({"name": function, "arguments": text}))
             case _:
@@ -3797,11 +3818,17 @@ def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
         "output": [],
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
         "service_tier": "default",
-        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
+        "text": {"format": render_format(text.get("format")), "verbosity": text.get("verbosity") or "medium"},
         "tools": [render_tool(tool) for tool in body.get("tools") or []],
         "usage": None,
         **echoed,
     }
+
+
+def render_format(form: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if form is None or form.get("type") != "json_schema":
+        return form or {"type": "text"}
+    return {"description": None, **form, "strict": bool(form.get("strict"))}
 
 
 def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -3844,6 +3871,7 @@ def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, 
         "custom_tool_call": ("custom_tool_call_input", {}, {"input": ""}),
         "function_call": ("function_call_arguments", {}, {"arguments": ""}),
         "image_generation_call": ("", {}, {"result": None}),
+        "web_search_call": ("", {}, {}),
     }
     return forms[item["type"]]
 
