@@ -6197,7 +6197,7 @@ curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
     "codex": (
         "~/.codex/config.toml, then: export OPENAI_API_KEY={word}",
         """\
-model = "gpt-5"
+model = "gpt-5.5"
 model_provider = "agproxy"
 
 [model_providers.agproxy]
