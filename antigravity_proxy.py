@@ -3622,7 +3622,7 @@ class ResponseRenderer:
         self.response["output"] = []
         frames = self._begin("in_progress")
         for item in response["output"]:
-            text = told_text(item)
+            *_, text = delta_form(item)
             frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
         self.response = response
         return frames + self._last()
@@ -3690,7 +3690,7 @@ class ResponseRenderer:
         if item is None or self._quiet:
             return ""
         self._item = item
-        name, place, empty = delta_form(item)
+        name, place, empty, _ = delta_form(item)
         more: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
         before = dumps({"type": f"response.{name}.delta", **self._place(place), **more})[:-1]
         self._before_delta = f'event: response.{name}.delta\ndata: {before},"sequence_number":'
@@ -3748,28 +3748,24 @@ class ResponseRenderer:
 
     def _close(self, item: dict[str, Any]) -> str:
         """What ends the inner of an item."""
-        name, place, _ = delta_form(item)
+        name, place, _, text = delta_form(item)
         match item:
-            case {"content": [{"text": text} as part]}:
-                frames = "".join(
-                    self._frame(
-                        "output_text.annotation.added",
-                        self._place({"content_index": 0, "annotation_index": i, "annotation": each}),
-                    )
-                    for i, each in enumerate(part["annotations"])
-                )
+            case {"content": [part]}:
+                annotations = enumerate(part["annotations"])
+                places = ({"content_index": 0, "annotation_index": i, "annotation": one} for i, one in annotations)
+                frames = "".join(self._frame("output_text.annotation.added", self._place(at)) for at in places)
                 frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
                 return frames + self._frame("content_part.done", self._place(place | {"part": part}))
-            case {"summary": [{"text": text} as part]}:
+            case {"summary": [part]}:
                 frames = self._frame(f"{name}.done", self._place(place | {"text": text}))
                 return frames + self._frame("reasoning_summary_part.done", self._place(place | {"part": part}))
-            case {"input": text}:
+            case {"input": _}:
                 return self._frame(f"{name}.done", self._place({"input": text}))
+            case {"arguments": _}:
+                return self._frame(f"{name}.done", self._place({"name": item["name"], "arguments": text}))
             case {"type": "web_search_call"}:
                 steps = ("in_progress", "searching", "completed")
                 return "".join(self._frame(f"web_search_call.{step}", self._place({})) for step in steps)
-            case {"name": function, "arguments": text}:
-                return self._frame(f"{name}.done", self._place({"name": function, "arguments": text}))
             case _:
                 return ""
 
@@ -3863,26 +3859,22 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             assert_never(part)
 
 
-def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, Any]]:
-    """The name of an item's deltas, their place in it, and what it lacks when it opens."""
-    forms: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
-        "message": ("output_text", {"content_index": 0}, {"content": []}),
-        "reasoning": ("reasoning_summary_text", {"summary_index": 0}, {"summary": []}),
-        "custom_tool_call": ("custom_tool_call_input", {}, {"input": ""}),
-        "function_call": ("function_call_arguments", {}, {"arguments": ""}),
-        "image_generation_call": ("", {}, {"result": None}),
-        "web_search_call": ("", {}, {}),
-    }
-    return forms[item["type"]]
-
-
-def told_text(item: Mapping[str, Any]) -> str:
-    """What the deltas of an item add up to."""
+def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, Any], str]:
+    """The name of an item's deltas, their place in it, what it lacks when it opens, and what they add up to."""
     match item:
-        case {"content": [{"text": text}]} | {"summary": [{"text": text}]} | {"input": text} | {"arguments": text}:
-            return str(text)
+        case {"type": "message", "content": [{"text": text}]}:
+            return "output_text", {"content_index": 0}, {"content": []}, text
+        case {"type": "reasoning", "summary": summary}:
+            text = summary[0]["text"] if summary else ""
+            return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}, text
+        case {"type": "function_call", "arguments": text}:
+            return "function_call_arguments", {}, {"arguments": ""}, text
+        case {"type": "custom_tool_call", "input": text}:
+            return "custom_tool_call_input", {}, {"input": ""}, text
+        case {"type": "image_generation_call"}:
+            return "", {}, {"result": None}, ""
         case _:
-            return ""
+            return "", {}, {}, ""
 
 
 def text_part(part: Text) -> dict[str, Any]:
@@ -3912,9 +3904,10 @@ def render_input(items: Any, id: str) -> list[dict[str, Any]]:
 
 def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
-    prefix = {"message": "msg", "function_call": "fc", "custom_tool_call": "ctc", "reasoning": "rs"}.get(kind, "item")
+    prefix = "msg" if kind == "message" else "item"
     known = {key: value for key, value in item.items() if value is not None}
-    made = {"id": f"{prefix}_{id}", "status": "completed", **known, "type": kind}
+    named = isinstance(known.get("id"), str) and known["id"]
+    made = {"status": "completed", **known, "type": kind, "id": named or f"{prefix}_{id}"}
     if kind == "message":
         name = "output_text" if item.get("role") == "assistant" else "input_text"
         content = item.get("content") or []
@@ -4143,8 +4136,6 @@ class StoredResponse:
     """One response as it is kept, in JSON that means nothing here."""
 
     id: str
-    client: str
-    """The name of the client's key: nobody else is told of it."""
     previous: str | None
     input: Any
     response: Any
@@ -4155,7 +4146,10 @@ class StoredResponse:
 
 
 class ResponseStore:
-    """The responses that are kept, bounded in number, size and age; those least lately used give way."""
+    """The responses that are kept, bounded in number, size and age; those least lately used give way.
+
+    `client` is the name of the key that one was made for: nobody else is told of it.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -4237,23 +4231,18 @@ class ResponseStore:
         )
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
-        sql = f"SELECT {STORED_COLUMNS} FROM responses WHERE id = ? AND client = ?"
+        return next(iter(await self.chain(id, client, 1)), None)
 
-        def read(connection: sqlite3.Connection) -> StoredResponse | None:
-            row = connection.execute(sql, (id, client)).fetchone()
-            return row and self._stored(row)
-
-        return await self._run(read)
-
-    async def chain(self, id: str, client: str) -> list[StoredResponse]:
+    async def chain(self, id: str, client: str, length_max: int = RESPONSES_MAX) -> list[StoredResponse]:
         """A response and all that it goes on with, the first one first; it ends early where one is not kept any more."""
-        sql = f"SELECT {STORED_COLUMNS} FROM responses WHERE id = ? AND client = ?"
+        sql = """SELECT id, previous, input, response, signatures, events, keeper FROM responses
+            WHERE id = ? AND client = ?"""
 
         def read(connection: sqlite3.Connection) -> list[StoredResponse]:
             found: list[StoredResponse] = []
             wanted: str | None = id
-            while wanted and (row := connection.execute(sql, (wanted, client)).fetchone()):
-                found.append(self._stored(row))
+            while wanted and len(found) < length_max and (row := connection.execute(sql, (wanted, client)).fetchone()):
+                found.append(self._stored(*row))
                 wanted = found[-1].previous
             used = ((time.time(), one.id) for one in found)
             connection.executemany("UPDATE responses SET used = ? WHERE id = ?", used)
@@ -4261,18 +4250,14 @@ class ResponseStore:
 
         return await self._run(read)
 
-    def _stored(self, row: Sequence[Any]) -> StoredResponse:
-        id, client, previous, input, response, signatures, events, keeper = row
+    def _stored(self, id: str, previous: str | None, *rest: Any) -> StoredResponse:
+        *texts, events, keeper = rest
+        input, response, signatures = map(parse_json, texts)
         state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
-        return StoredResponse(
-            id, client, previous, parse_json(input), parse_json(response), parse_json(signatures), events, state
-        )
+        return StoredResponse(id, previous, input, response, signatures, events, state)
 
     async def delete(self, id: str) -> None:
         await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
-
-
-STORED_COLUMNS = "id, client, previous, input, response, signatures, events, keeper"
 
 
 # ==============================================================================
@@ -5487,9 +5472,7 @@ class Gateway:
             raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
         made = replace(trace)
         trace.model = trace.mapped_model = ""
-        job = Job(kept)
-        await kept.save()
-        self._jobs[kept.id] = job
+        job = self._jobs[kept.id] = Job(kept)
 
         async def make() -> None:
             try:
@@ -5499,6 +5482,7 @@ class Gateway:
                 self._tell(made, 200)
 
         job.task = asyncio.create_task(make())
+        await kept.save()
         return job
 
     async def _recall(self, body: Any, trace: Trace) -> list[Any]:
@@ -5513,8 +5497,8 @@ class Gateway:
         items = body.get("input") if isinstance(body, dict) else None
         known: dict[str, Any] = {item["id"]: item for item in past if "id" in item}
         for i, item in enumerate(items if isinstance(items, list) else ()):
-            id = item.get("id") if isinstance(item, dict) and is_reference(item) else None
-            if id not in known and (match := ITEM_ID.fullmatch(str(id))):
+            id = str(item.get("id")) if isinstance(item, dict) and is_reference(item) else ""
+            if id not in known and (match := ITEM_ID.fullmatch(id)):
                 turn = await self._store.get(f"resp_{match[1]}", trace.client)
                 known |= {one["id"]: one for one in (self._items_of(turn) if turn else ())}
             if id in known:
@@ -5596,7 +5580,8 @@ class Gateway:
     async def _count(self, body: Any, trace: Trace) -> web.Response:
         """How many tokens the input of a response would be; all of its fields may be missing."""
         if isinstance(body, dict):
-            body = {"input": [], "model": self._config.default_model or "gpt-4o", **without_null(body)}
+            given = {key: value for key, value in body.items() if value is not None}
+            body = {"input": [], "model": self._config.default_model or "gpt-4o", **given}
         request = parse_response(body, await self._recall(body, trace))
         trace.model = request.model
         trace.mapped_model = await self._upstream.resolve(request.model)
@@ -5608,45 +5593,40 @@ class Gateway:
         one = await self._store.get(id, trace.client)
         if one is None:
             raise ResponseNotFound(f"Response with id '{id}' not found. It was not kept here, or not for this key.")
+        if one.state == "lost":
+            one = replace(one, response=interrupted(one.response))
         job = self._jobs.get(id)
         if trace.route.endswith("/input_items"):
             return json_response(page_of(one.input, http.query), trace)
+        if http.method == "POST" and not one.response["background"]:
+            raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
+        if http.method == "POST" and one.state == "running" and not job:
+            raise BadRequest("Another gateway makes this response. Cancel it there.")
+        if http.method in ("POST", "DELETE") and job:
+            await job.cancel()
         if http.method == "DELETE":
-            if job:
-                await job.cancel()
             await self._store.delete(id)
             return json_response({"id": id, "object": "response", "deleted": True}, trace)
-        if http.method == "POST":
-            return await self._cancel(one, job, trace)
         if http.query.get("stream") == "true":
-            after = Fields(numbers_in(http.query)).count("starting_after", low=0)
-            return await self._send(http, trace, self._frames(one, job, 0 if after is None else after + 1))
-        return bytes_response(job.kept.object(), trace) if job else json_response(told_of(one), trace)
+            return await self._replay(http, trace, one, job)
+        return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
 
-    async def _cancel(self, one: StoredResponse, job: Job | None, trace: Trace) -> web.Response:
-        if not one.response["background"]:
-            raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
+    async def _replay(
+        self, http: web.Request, trace: Trace, one: StoredResponse, job: Job | None
+    ) -> web.StreamResponse:
+        """The stream of a response from where the client wants it, and what is still to come of it."""
+        after = Fields(numbers_in(http.query)).count("starting_after", low=0)
+        at = 0 if after is None else after + 1
         if job:
-            await job.cancel()
-            return bytes_response(job.kept.object(), trace)
-        if one.state == "running":
-            raise BadRequest("Another gateway makes this response. Cancel it there.")
-        return json_response(told_of(one), trace)
-
-    def _frames(self, one: StoredResponse, job: Job | None, at: int) -> AsyncIterator[bytes]:
-        """The frames of a response from one on, also those that are still to come. Raises BadRequest."""
-        if job:
-            return job.follow(at)
+            return await self._send(http, trace, job.follow(at))
         if one.state == "running":
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
-        response = told_of(one)
-        head = Head(one.id, response["created_at"], response["model"])
-        text = zlib.decompress(one.events) if one.events else encoded(ResponseRenderer(head, {}).replay(response))
-
-        async def frames() -> AsyncIterator[bytes]:
-            yield b"".join(split_frames(text)[at:])
-
-        return frames()
+        head = Head(one.id, one.response["created_at"], one.response["model"])
+        again = ResponseRenderer(head, {}).replay
+        data = zlib.decompress(one.events) if one.events else encoded(again(one.response))
+        response = bytes_response(b"".join(split_frames(data)[at:]), trace)
+        response.content_type = "text/event-stream"
+        return response
 
     async def _send(self, http: web.Request, trace: Trace, frames: AsyncIterator[bytes]) -> web.StreamResponse:
         response = web.StreamResponse(
@@ -5709,7 +5689,8 @@ class Job:
         self.kept = kept
         self._frames = split_frames(self._bytes(kept.renderer.queue()))
         self._answer: Answer | None = None
-        self._cancelled = self._over = False
+        self._cancelled: Cancelled | None = None
+        self._over = False
         self._grown = asyncio.Event()
 
     async def make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
@@ -5741,9 +5722,7 @@ class Job:
             trace.error = error.code or error.type
             return [Failed(error)]
         except asyncio.CancelledError:
-            text = "The response was cancelled. Ask again for another."
-            stopped = GatewayError("The gateway was stopped. Ask again.")
-            return [Failed(Cancelled(text) if self._cancelled else stopped)]
+            return [Failed(self._cancelled or GatewayError("The gateway was stopped. Ask again."))]
         finally:
             if self._answer:
                 self._answer.close()
@@ -5758,9 +5737,9 @@ class Job:
 
     async def cancel(self) -> None:
         """Breaks the response off, and waits until that is kept."""
-        self._cancelled = True
+        self._cancelled = Cancelled("The response was cancelled. Ask again for another.")
         if self._answer:
-            self._answer.cut(Cancelled("The response was cancelled. Ask again for another."))
+            self._answer.cut(self._cancelled)
         else:
             self.task.cancel()
         await asyncio.wait([self.task])
@@ -5783,11 +5762,6 @@ def split_frames(data: bytes) -> list[bytes]:
     return [frame + b"\n\n" for frame in data.split(b"\n\n")[:-1]]
 
 
-def told_of(one: StoredResponse) -> dict[str, Any]:
-    """The object of a response that is kept."""
-    return interrupted(one.response) if one.state == "lost" else one.response
-
-
 def is_reference(item: Mapping[str, Any]) -> bool:
     return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
 
@@ -5806,10 +5780,6 @@ def route_of(match: re.Match[str]) -> str:
 def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a URL's query, with numbers as such."""
     return {key: int(value) if re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value for key, value in query.items()}
-
-
-def without_null(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in body.items() if value is not None}
 
 
 def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
@@ -6384,7 +6354,7 @@ def banner(config: Config, running_max: float) -> str:
         f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         f"  at once   {running_max} requests, as open files allow",
-        f"  store     {config.store or 'memory'}" + (STORE_HINT if config.store not in (None, "memory", "off") else ""),
+        f"  store     {config.store} (responses; proxy.store)",
         *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
         *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
@@ -6392,18 +6362,12 @@ def banner(config: Config, running_max: float) -> str:
     return "\n".join(lines)
 
 
-STORE_HINT = " (responses; proxy.store: off keeps none)"
-
-
 def stored_at(config: Config, env: Mapping[str, str]) -> str:
-    """Where responses are kept: where the file says, else with the user's other state; of the demo nothing stays."""
-    if config.store == "off" or config.demo:
-        return "off" if config.store == "off" else "memory"
+    """Where responses are kept: where the config says, else with the user's other state."""
+    if config.store in ("memory", "off"):
+        return config.store
     home = Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return config.store if config.store == "memory" else str(Path(config.store or home / STATE_FILE).expanduser())
-
-
-STATE_FILE = Path("agproxy", "state.sqlite3")
+    return str(Path(config.store or home / "agproxy" / "state.sqlite3").expanduser())
 
 
 def without_credentials(url: str) -> str:
@@ -6472,14 +6436,14 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     if fault not in (None, "cut", *DEMO_FAULTS):
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
     port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
-    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),))
+    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),), store="memory")
 
 
 async def run_command(config: Config, command: Sequence[str]) -> int:
     """Serves one command on a free loopback port with a key of its own; its exit code. Raises OSError."""
     key, tally = fresh_key(), Tally()
     config = replace(config, host="127.0.0.1", port=0, auth_mode="strict", api_key=(ClientKey("run", key),))
-    config = replace(config, store=stored_at(replace(config, demo=True), os.environ))
+    config = replace(config, store="memory")
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         port = await listen(await create_app(config, tally), "127.0.0.1", 0, stack)

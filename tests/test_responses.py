@@ -135,6 +135,10 @@ async def test_an_item_is_named_instead_of_sent(client: TestClient, gemini: Fake
     named = [{"type": "item_reference", "id": items["data"][0]["id"]}, {"id": first["output"][0]["id"]}]
     await ask(client, input=[*named, {"role": "user", "content": "second"}])
     assert words(gemini.bodies[1]) == [("user", "first"), ("model", "one"), ("user", "second")]
+    gemini.script = [said("odd"), said("odd again")]
+    odd = await ask(client, input=[{"role": "user", "content": "x", "id": id} for id in (5, [], {"a": 1}, "")])
+    assert (await ask(client, previous_response_id=odd["id"]))["status"] == "completed"
+    assert (await ask(client, input=[{"type": "item_reference", "id": ["x"]}]))["error"]["param"] == "input[0].id"
     refused = await ask(client, input=[{"type": "item_reference", "id": "msg_0123456789abcdef012345670000"}])
     assert (refused["error"]["param"], "Send the item itself" in refused["error"]["message"]) == ("input[0].id", True)
 
