@@ -17,11 +17,12 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      9 From Gemini      bytes become Events: the only stream machine
     10 To the client    Events become OpenAI's chunks and objects
     11 Monitoring       what is told of a request: headers and the log line
-    12 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
-    13 Upstream         what Gemini is asked, linked media, and the one retry loop
-    14 Web              auth, routes, handlers
-    15 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    16 Command line     what a person types
+    12 Store            SQLite on a thread of its own: what outlives the process
+    13 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
+    14 Upstream         what Gemini is asked, linked media, and the one retry loop
+    15 Web              auth, routes, handlers
+    16 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    17 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -78,6 +79,7 @@ class _Lazy:
 
 if TYPE_CHECKING:
     import asyncio
+    import sqlite3
     import ssl
 
     import aiohttp
@@ -127,6 +129,12 @@ MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
 CLOCK_SKEW_S_MAX = 300.0
+DATABASE_BUSY_S = 5.0
+RESPONSES_MAX = 10_000
+RESPONSES_BYTES_MAX = 256 << 20
+RESPONSES_MEMORY_MAX = 64 << 20
+RESPONSES_AGE_S = 30 * 24 * 3600.0  # since they were last used, as OpenAI keeps them
+JOBS_MAX = 64
 STOPS_MAX = 4
 CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
@@ -308,10 +316,11 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "max_tool_calls": ("ignored", "counts hosted tools only"),
     "client_metadata": ("ignored", "no effect on the answer"),
     "context_management": ("ignored", "nothing is truncated"),
-    "background": ("mapped", "refused"),
+    "store": ("mapped", "the response is kept, for previous_response_id"),
+    "previous_response_id": ("mapped", "the conversation that is kept, before the input"),
+    "background": ("mapped", "answered beside the connection, where responses are kept"),
     "conversation": ("mapped", "refused"),
     "prompt": ("mapped", "refused"),
-    "previous_response_id": ("mapped", "refused"),
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 # Fields that nothing reads are of the right type all the same.
@@ -336,7 +345,7 @@ STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", 
 
 # Responses input items that only a hosted tool makes; in a replayed history they are passed over.
 HOSTED_ITEMS = re.compile(
-    r"reasoning|compaction|(web_search|file_search|image_generation|code_interpreter|local_shell|shell|apply_patch"
+    r"compaction|(web_search|file_search|image_generation|code_interpreter|local_shell|shell|apply_patch"
     r"|computer|tool_search)_(call|call_output|output)|mcp_\w+|program\w*"
 )
 # Tools that OpenAI itself would run; Codex sends web_search with every request.
@@ -415,7 +424,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, Forbidden, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
+# ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
@@ -426,6 +435,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 #     ├── CredentialRefused this account, until its credentials change
 #     ├── Overloaded        not the account's fault
 #     ├── UpstreamTimeout   no answer in time
+#     ├── Cancelled         the client did not want the rest
 #     └── UpstreamBroken    cut, empty or unreadable
 
 Remedy = Literal["give_up", "next_account", "same_account"]
@@ -481,6 +491,12 @@ class ModelNotFound(GatewayError):
     default_code = "model_not_found"
 
 
+class ResponseNotFound(GatewayError):
+    status = 404
+    type = "invalid_request_error"
+    default_code = None
+
+
 class UnknownUrl(GatewayError):
     status = 404
     type = "invalid_request_error"
@@ -502,6 +518,10 @@ class BodyTooLarge(GatewayError):
 class UpstreamError(GatewayError):
     status = 502
     default_code: ClassVar[str | None] = "upstream_error"
+
+
+class Cancelled(UpstreamError):
+    default_code: ClassVar[str | None] = None
 
 
 class UpstreamRefused(UpstreamError):
@@ -814,6 +834,14 @@ def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
     return origins
 
 
+def read_store(file: ConfigFile, node: Any, where: str) -> str:
+    """Where responses are kept: `memory`, `off`, or a file; a bare word is more likely a slip than a file's name."""
+    value = read_text(file, node, where)
+    if value not in ("memory", "off") and not re.search(r"[/\\]", value):
+        raise ValueError("must be memory, off or the path of a file, such as ~/agproxy.sqlite3.")
+    return value
+
+
 def read_map(kind: Kind) -> Kind:
     def read(file: ConfigFile, node: Any, where: str) -> dict[str, Any]:
         pairs = file.pairs(node, where, ["NAME"])
@@ -882,7 +910,7 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "upstream_proxy": read_url,
     "strict": read_flag,
     "max_wait_s": read_number(0, 3600),
-    "store": read_text,
+    "store": read_store,
     "fetch_media": read_flag,
     "media_hosts": read_texts,
     "images_in_text": read_flag,
@@ -907,7 +935,7 @@ SECTIONS: Mapping[str, Kind] = {
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
-NOT_USED_YET = {"proxy.max_wait_s", "proxy.store", "models.fallback"}
+NOT_USED_YET = {"proxy.max_wait_s", "models.fallback"}
 
 
 def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: bool = True) -> Config:
@@ -1195,10 +1223,11 @@ class ArgumentsDelta:
 
 @dataclass(frozen=True, slots=True)
 class Annotated:
-    """The sources of a choice's whole text, all at once, before it is finished."""
+    """The sources of a choice's whole text and what was searched for, all at once, before it is finished."""
 
     choice: int
     citations: tuple[Citation, ...]
+    searches: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -1238,6 +1267,7 @@ class Choice:
     reason: FinishReason = "stop"
     logprobs: tuple[Mapping[str, Any], ...] = ()
     citations: tuple[Citation, ...] = ()
+    searches: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -1259,8 +1289,9 @@ def collect(events: Iterable[Event]) -> Reply:
         match event:
             case PartEnd(choice, part):
                 reply.choices.setdefault(choice, Choice()).parts.append(part)
-            case Annotated(choice, citations):
-                reply.choices.setdefault(choice, Choice()).citations = citations
+            case Annotated(choice, citations, searches):
+                made = reply.choices.setdefault(choice, Choice())
+                made.citations, made.searches = citations, searches
             case Finished(choice, reason, logprobs):
                 made = reply.choices.setdefault(choice, Choice())
                 made.reason, made.logprobs = reason, logprobs
@@ -1621,11 +1652,14 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     )
 
 
-def parse_response(body: Any) -> Request:
-    """A Responses body. Raises BadRequest."""
+def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
+    """A Responses body, after the items of the conversation that it goes on with. Raises BadRequest.
+
+    `past` is None where no responses are kept.
+    """
     fields = Fields(body)
-    refuse_state(fields)
-    messages, system, more_tools = parse_input(fields)
+    refuse_state(fields, kept=past is not None)
+    messages, system, more_tools = parse_input(fields, past or ())
     tools = (*parse_tools(fields), *more_tools)
     text, reasoning = fields.object("text"), fields.object("reasoning")
     instructions = fields.text("instructions")
@@ -1649,27 +1683,38 @@ def parse_response(body: Any) -> Request:
     return with_changes(request, fields, RESPONSE_FIELDS)
 
 
-def refuse_state(fields: Fields) -> None:
-    """What asks for an answer kept on this side, which is not served."""
-    if fields.text("previous_response_id"):
-        what = f"names '{fields.value['previous_response_id']}', which is not kept here"
-        raise fields.wrong("previous_response_id", what, "Send the whole input", "previous_response_not_found")
-    for key in ("background", "conversation", "prompt"):
+def refuse_state(fields: Fields, *, kept: bool) -> None:
+    """What asks for more to be kept on this side than is."""
+    if fields.text("previous_response_id") and not kept:
+        raise not_kept(fields.value["previous_response_id"])
+    for key in ("conversation", "prompt"):
         if fields.value.get(key):
             raise fields.wrong(key, "is not served", "Leave it out", "unsupported_parameter")
+    if fields.flag("background") and not (kept and fields.flag("store", default=True)):
+        what = "needs a response that is kept"
+        raise fields.wrong("background", what, "Leave out 'store' and proxy.store: off", "unsupported_parameter")
 
 
-def parse_input(fields: Fields) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
-    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools."""
+def not_kept(id: str) -> BadRequest:
+    text = f"'previous_response_id' names '{id}', which is not kept here. Send the whole input."
+    return BadRequest(text, code="previous_response_not_found", param="previous_response_id")
+
+
+def parse_input(
+    fields: Fields, past: Sequence[Any] = ()
+) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
+    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools.
+
+    What cannot be carried over of the past is not told again.
+    """
     value = fields.value.get("input")
-    if isinstance(value, str):
-        return (Message("user", (Text(value),)),), (), ()
     if value is None:
         raise fields.missing("input")
+    given = [Fields({"role": "user", "content": value}, "input")] if isinstance(value, str) else fields.objects("input")
     messages: list[Message] = []
     system: list[str] = []
     tools: list[Tool] = []
-    for item in fields.objects("input"):
+    for item in (*(Fields(item, f"past[{i}]") for i, item in enumerate(past)), *given):
         if item.value.get("type") == "additional_tools":
             tools += parse_tools(item)
         elif item.value.get("role") in SYSTEM_ROLES:
@@ -1693,10 +1738,16 @@ def parse_item(item: Fields) -> Message | None:
         return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace"), custom=custom),))
     if kind in ("function_call_output", "custom_tool_call_output"):
         return Message("tool", (ToolResult(item.needed_text("call_id"), tuple(parse_content(item, "output"))),))
+    if kind == "reasoning":
+        text = "".join(part.text("text") or "" for part in item.objects("summary"))
+        return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
+    if kind == "image_generation_call" and (image := item.text("result")):
+        return Message("assistant", (Media(image_type(image), checked_base64(item, "result", image)),))
     if HOSTED_ITEMS.fullmatch(kind):
-        if kind != "reasoning":
-            item.change("type", "dropped", f"a replayed {kind} has no counterpart")
+        item.change("type", "dropped", f"a replayed {kind} has no counterpart")
         return None
+    if kind == "item_reference":
+        raise item.wrong("id", "names an item that is not kept here", "Send the item itself")
     raise item.wrong("type", f"is '{kind}', which is not served", "Send message, function_call or function_call_output")
 
 
@@ -1909,6 +1960,11 @@ def parse_file(file: Fields) -> Media:
     return Media(mime, checked_base64(file, "file_data", data))
 
 
+def image_type(data: str) -> str:
+    """The type of an image by how its base64 begins."""
+    return {"/9j/": "image/jpeg", "UklG": "image/webp", "R0lG": "image/gif"}.get(data[:4], "image/png")
+
+
 def media_type_by(filename: str) -> str:
     return FILE_TYPES.get(filename.rpartition(".")[2].lower() if "." in filename else "", "of an unknown kind")
 
@@ -2096,6 +2152,15 @@ class SignatureMemory:
         for event in events:
             if isinstance(event, PartEnd) and isinstance(event.part, ToolCall | Text) and event.part.signature:
                 self._known[signature_key(event.part)] = (model, event.part.signature)
+        self._forget()
+
+    def learn(self, entries: Iterable[list[Any]]) -> None:
+        """Takes in what `signature_entry` told of earlier answers."""
+        for key, model, value, *span in entries:
+            self._known[key] = (model, Signature(value, *span) if span else value)
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self._known) > self._size:
             del self._known[next(iter(self._known))]
 
@@ -2116,6 +2181,34 @@ class SignatureMemory:
 
 def signature_key(part: ToolCall | Text) -> str:
     return part.id if isinstance(part, ToolCall) else hashlib.sha256(encoded(part.text)).hexdigest()
+
+
+def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
+    """What the memory knows of a signed part, as JSON."""
+    signature = part.signature
+    told = [signature.value, signature.start, signature.end] if isinstance(signature, Signature) else [signature]
+    return [signature_key(part), model, *told]
+
+
+def seal(entry: list[Any], secret: bytes) -> str:
+    """An entry of the memory as a client carries it: of no effect once it is changed, or where another gateway made it."""
+    body = encoded(dumps(entry))
+    return SEAL_VERSION + base64.urlsafe_b64encode(hmac.digest(secret, body, "sha256") + body).decode()
+
+
+def unseal(text: str, secret: bytes) -> list[Any] | None:
+    """The entry that was sealed; None for anything that this gateway did not seal."""
+    try:
+        data = base64.urlsafe_b64decode(text.removeprefix(SEAL_VERSION))
+    except ValueError:
+        return None
+    tag, body = data[:32], data[32:]
+    genuine = text.startswith(SEAL_VERSION) and hmac.compare_digest(tag, hmac.digest(secret, body, "sha256"))
+    entry: list[Any] | None = parse_json(body) if genuine else None
+    return entry
+
+
+SEAL_VERSION = "agp1."
 
 
 def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
@@ -3064,8 +3157,12 @@ class GeminiReader:
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        if citations := citations_of(spoken, candidate.grounding):
-            self._emit(Annotated(choice, citations))
+        citations = citations_of(spoken, candidate.grounding)
+        queries = [
+            checked_text(query) for about in candidate.grounding for query in about.get("webSearchQueries") or ()
+        ]
+        if citations or queries:
+            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(queries))))
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         self._end_part(choice, candidate, tuple(ours))
@@ -3304,6 +3401,8 @@ class Head:
     images_in_text: bool = False
     """Generated images are Markdown in the text, for clients that know no other place."""
     now: Callable[[], float] = float
+    seal: Callable[[ToolCall | Text], str] | None = None
+    """How a signed part's signature is given to the client, where it asked for that."""
 
 
 class Frames:
@@ -3371,7 +3470,7 @@ class ChatRenderer:
             case PartStart(choice, Media() as media):
                 return self._image(choice, media)
             case Annotated(choice, citations):
-                return self._delta(choice, dumps({"annotations": chat_annotations(citations)}))
+                return self._delta(choice, dumps({"annotations": chat_annotations(citations)})) if citations else ""
             case Finished(choice, reason, logprobs):
                 return self._delta(choice, "{}", f'"{self._reason(reason)}"', dumps(render_logprobs(logprobs)))
             case Ended() | Failed():
@@ -3538,12 +3637,17 @@ class ResponseRenderer:
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
         self._head = head
-        self._response = response_template(head, body)
+        self.response = response_template(head, body)
+        """The object, as far as it is made."""
+        self.signed: list[ToolCall | Text] = []
         self._sequence = 0
         self._item: dict[str, Any] = {}
         self._before_delta = ""
-        self._held: Text | None = None
+        self._held: Text | Thinking | None = None
         self._reason: FinishReason = "stop"
+        self._searches: tuple[str, ...] = ()
+        self._quiet = False
+        """Makes the object alone."""
 
     def render_all(self, events: Iterable[Event]) -> str:
         return "".join(map(self.render, events))
@@ -3555,20 +3659,21 @@ class ResponseRenderer:
             case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
                 return self._delta(text)
             case Started():
-                begun = {"response": self._response}
-                return self._frame("created", begun) + self._frame("in_progress", begun)
+                return self._begin("in_progress")
             case PartStart(part=part):
-                return self._release("completed") + self._open(part)
-            case PartEnd(part=Text() as part):
-                self._held = part  # whether it is complete or cut off, only what follows tells
+                return self._release("completed", part) + self._open(self._render_item(part, "in_progress"))
+            case PartEnd(part=Text() | Thinking() as part):
+                self._held = part  # how it is to be told, only what follows tells
                 return ""
             case PartEnd(part=part):
-                return self._done(part, "completed")
-            case Annotated():
-                return ""  # what stands in a part is told with the part
+                return self._done_part(part, "completed")
+            case Annotated(searches=searches):
+                self._searches = searches  # what stands in a part is told with the part
+                return ""
             case Finished(reason=reason):
                 self._reason = reason
-                return self._release("completed" if reason in ("stop", "tool_calls") else "incomplete")
+                status = "completed" if reason in ("stop", "tool_calls") else "incomplete"
+                return self._release(status) + (self._search() if self._searches else "")
             case Ended(usage):
                 return self._end(usage)
             case Failed(error):
@@ -3576,30 +3681,93 @@ class ResponseRenderer:
             case _:
                 assert_never(event)
 
+    def queue(self) -> str:
+        """The first frames of a response that waits to be made."""
+        return self._begin("queued")
+
+    def replay(self, response: dict[str, Any]) -> str:
+        """The stream of a response that is over."""
+        self.response = response | dict.fromkeys(("usage", "completed_at", "error", "incomplete_details"))
+        self.response["output"] = []
+        frames = self._begin("in_progress")
+        for item in response["output"]:
+            *_, text = delta_form(item)
+            frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
+        self.response = response
+        return frames + self._last()
+
+    def whole(self, reply: Reply) -> dict[str, Any]:
+        """The Response object, with `choices` beside it for scripts that read the text where chat has it."""
+        self._quiet = True
+        choice = reply.choices.get(0, Choice())
+        parts = [event(0, part) for part in choice.parts for event in (PartStart, PartEnd)]
+        searched = Annotated(0, choice.citations, choice.searches)
+        self.render_all([*parts, searched, Finished(0, choice.reason), Ended(reply.usage)])
+        return self.response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
+
+    # ---- frames
+
     def _frame(self, kind: str, more: Mapping[str, Any]) -> str:
+        if self._quiet:
+            return ""
         name = f"response.{kind}"
         event = {"type": name, "sequence_number": self._sequence, **more}
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
 
+    def _begin(self, status: str) -> str:
+        self.response["status"] = status
+        first = "" if self._sequence else self._frame("created", {"response": self.response})
+        return first + self._frame(status, {"response": self.response})
+
+    def _end(self, usage: Usage) -> str:
+        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
+        self.response["status"] = "incomplete" if cut else "completed"
+        self.response["incomplete_details"] = {"reason": cut} if cut else None
+        self.response["completed_at"] = None if cut else int(self._head.now())
+        self.response["usage"] = render_response_usage(usage)
+        return self._last()
+
+    def _failed(self, error: GatewayError) -> str:
+        if isinstance(error, Cancelled):
+            self.response["status"] = "cancelled"
+            return self._last()
+        told = error_body(error)["error"]
+        flat = {key: told[key] for key in ("code", "message", "param")}
+        event = {"type": "error", "sequence_number": self._sequence, **flat, "error": told}
+        self._sequence += 1
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
+        return f"event: error\ndata: {dumps(event)}\n\n" + self._last()
+
+    def _last(self) -> str:
+        """The one event that ends a stream; there is none of its own for a cancelled one."""
+        kind = self.response["status"].replace("cancelled", "incomplete")
+        return self._frame(kind, {"response": self.response}) + DONE
+
+    # ---- items
+
     def _place(self, more: Mapping[str, Any]) -> dict[str, Any]:
         """Where in the output an event belongs."""
-        return {"item_id": self._item["id"], "output_index": len(self._response["output"]), **more}
+        return {"item_id": self._item["id"], "output_index": len(self.response["output"]), **more}
 
-    def _open(self, part: Part) -> str:
-        opened = self._render_item(part, "in_progress")
-        if opened is None:
+    def _render_item(self, part: Part, status: str) -> dict[str, Any] | None:
+        number = len(self.response["output"])
+        return render_item(part, f"{self._head.id}{number:04x}", status)
+
+    def _open(self, item: dict[str, Any] | None) -> str:
+        if item is None or self._quiet:
             return ""
-        self._item = opened
-        name, place, empty = delta_form(part)
+        self._item = item
+        name, place, empty, _ = delta_form(item)
         more: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
         before = dumps({"type": f"response.{name}.delta", **self._place(place), **more})[:-1]
         self._before_delta = f'event: response.{name}.delta\ndata: {before},"sequence_number":'
-        added = {"output_index": len(self._response["output"]), "item": self._item | empty}
+        added = {"output_index": len(self.response["output"]), "item": item | {"status": "in_progress"} | empty}
         frames = self._frame("output_item.added", added)
         if name == "output_text":
             frames += self._frame("content_part.added", self._place(place | {"part": text_part(Text(""))}))
-        if name == "reasoning_summary_text":
+        if name == "reasoning_summary_text" and item["summary"]:
             frames += self._frame("reasoning_summary_part.added", self._place(place | {"part": summary_part("")}))
         return frames
 
@@ -3607,75 +3775,74 @@ class ResponseRenderer:
         self._sequence += 1
         return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
 
-    def _annotate(self, citations: Iterable[Citation]) -> str:
-        annotations = enumerate(response_annotations(citations))
-        places = (
-            self._place({"content_index": 0, "annotation_index": i, "annotation": each}) for i, each in annotations
-        )
-        return "".join(self._frame("output_text.annotation.added", place) for place in places)
+    def _release(self, status: str, then: Part | None = None) -> str:
+        """The part whose end was held back, now that its status is known.
 
-    def _release(self, status: str) -> str:
-        """The text part whose end was held back, now that its status is known."""
+        A call's signature goes to the client in the reasoning before it, a text's in one behind it.
+        """
         part, self._held = self._held, None
-        return self._done(part, status) if part else ""
+        sealed = None
+        if isinstance(then, ToolCall) and then.signature and self._head.seal:
+            sealed = self._head.seal(then)
+        if isinstance(part, Thinking) and sealed:
+            part, sealed = replace(part, signature=sealed), None
+        frames = self._done_part(part, status) if part else ""
+        if isinstance(part, Text) and part.signature and self._head.seal:
+            frames += self._carry(self._head.seal(part))
+        return frames + (self._carry(sealed) if sealed else "")
 
-    def _done(self, part: Part, status: str) -> str:
+    def _carry(self, sealed: str) -> str:
+        """A reasoning item that says nothing, but brings a signature back."""
+        carrier = Thinking("", sealed)
+        return self._open(self._render_item(carrier, "in_progress")) + self._done_part(carrier, "completed")
+
+    def _search(self) -> str:
+        """The search behind an answer, of which Gemini tells only at its end."""
+        action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
+        id = f"ws_{self._head.id}{len(self.response['output']):04x}"
+        item = {"id": id, "type": "web_search_call", "status": "completed", "action": action}
+        return self._open(item) + self._done(item)
+
+    def _done_part(self, part: Part, status: str) -> str:
+        if isinstance(part, ToolCall | Text) and part.signature:
+            self.signed.append(part)
         item = self._render_item(part, status)
-        if item is None:
-            return ""
-        name, place, _ = delta_form(part)
-        frames = ""
-        match part:
-            case Text(text, _, citations):
-                frames += self._annotate(citations)
-                frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
-                frames += self._frame("content_part.done", self._place(place | {"part": text_part(part)}))
-            case Thinking(text):
-                frames += self._frame(f"{name}.done", self._place(place | {"text": text}))
-                frames += self._frame("reasoning_summary_part.done", self._place(place | {"part": summary_part(text)}))
-            case ToolCall(name=function, arguments=arguments, custom=custom):
-                more = {"input": arguments} if custom else {"name": function, "arguments": arguments}
-                frames += self._frame(f"{name}.done", self._place(more))
-            case Media() | ToolResult():
-                pass
-        frames += self._frame("output_item.done", {"output_index": len(self._response["output"]), "item": item})
-        self._response["output"].append(item)
+        return "" if item is None else self._done(item)
+
+    def _done(self, item: dict[str, Any]) -> str:
+        frames = "" if self._quiet else self._close(item)
+        frames += self._frame("output_item.done", {"output_index": len(self.response["output"]), "item": item})
+        self.response["output"].append(item)
         return frames
 
-    def _render_item(self, part: Part, status: str) -> dict[str, Any] | None:
-        number = len(self._response["output"])
-        return render_item(part, f"{self._head.id}{number:04x}", status)
+    def _close(self, item: dict[str, Any]) -> str:
+        """What ends the inner of an item."""
+        name, place, _, text = delta_form(item)
+        match item:
+            case {"content": [part]}:
+                annotations = enumerate(part["annotations"])
+                places = ({"content_index": 0, "annotation_index": i, "annotation": one} for i, one in annotations)
+                frames = "".join(self._frame("output_text.annotation.added", self._place(at)) for at in places)
+                frames += self._frame("output_text.done", self._place(place | {"text": text, "logprobs": []}))
+                return frames + self._frame("content_part.done", self._place(place | {"part": part}))
+            case {"summary": [part]}:
+                frames = self._frame(f"{name}.done", self._place(place | {"text": text}))
+                return frames + self._frame("reasoning_summary_part.done", self._place(place | {"part": part}))
+            case {"input": _}:
+                return self._frame(f"{name}.done", self._place({"input": text}))
+            case {"arguments": _}:
+                return self._frame(f"{name}.done", self._place({"name": item["name"], "arguments": text}))
+            case {"type": "web_search_call"}:
+                steps = ("in_progress", "searching", "completed")
+                return "".join(self._frame(f"web_search_call.{step}", self._place({})) for step in steps)
+            case _:
+                return ""
 
-    def _end(self, usage: Usage) -> str:
-        self._conclude(self._reason, usage)
-        return self._frame(self._response["status"], {"response": self._response}) + DONE
 
-    def _conclude(self, reason: FinishReason, usage: Usage) -> None:
-        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(reason)
-        self._response["status"] = "incomplete" if cut else "completed"
-        self._response["incomplete_details"] = {"reason": cut} if cut else None
-        self._response["completed_at"] = None if cut else int(self._head.now())
-        self._response["usage"] = render_response_usage(usage)
-
-    def _failed(self, error: GatewayError) -> str:
-        told = error_body(error)["error"]
-        flat = {key: told[key] for key in ("code", "message", "param")}
-        event = {"type": "error", "sequence_number": self._sequence, **flat, "error": told}
-        self._sequence += 1
-        code = "rate_limit_exceeded" if isinstance(error, RateLimited) else "server_error"
-        self._response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        return f"event: error\ndata: {dumps(event)}\n\n" + self._frame("failed", {"response": self._response}) + DONE
-
-    def whole(self, reply: Reply) -> dict[str, Any]:
-        """The Response object, with `choices` beside it for scripts that read the text where chat has it."""
-        choice = reply.choices.get(0, Choice())
-        self._conclude(choice.reason, reply.usage)
-        last = choice.parts[-1] if choice.parts else None
-        for part in choice.parts:  # what comes whole, such as a call, was not cut
-            cut = self._response["status"] == "incomplete" and part is last and isinstance(part, Text)
-            if item := self._render_item(part, "incomplete" if cut else "completed"):
-                self._response["output"].append(item)
-        return self._response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
+def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
+    """The object of a response that was not over when the gateway stopped making it."""
+    text = "The gateway stopped before this response was over. Ask again."
+    return {**response, "status": "failed", "error": {"code": "server_error", "message": text}}
 
 
 def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -3709,18 +3876,24 @@ def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
         "created_at": head.created,
         "completed_at": None,
         "status": "in_progress",
-        "background": False,
+        "background": bool(body.get("background")),
         "error": None,
         "incomplete_details": None,
         "model": head.model,
         "output": [],
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
         "service_tier": "default",
-        "text": {"format": text.get("format") or {"type": "text"}, "verbosity": text.get("verbosity") or "medium"},
+        "text": {"format": render_format(text.get("format")), "verbosity": text.get("verbosity") or "medium"},
         "tools": [render_tool(tool) for tool in body.get("tools") or []],
         "usage": None,
         **echoed,
     }
+
+
+def render_format(form: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    if form is None or form.get("type") != "json_schema":
+        return form or {"type": "text"}
+    return {"description": None, **form, "strict": bool(form.get("strict"))}
 
 
 def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -3738,8 +3911,10 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
         case Text():
             message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
             return message | {"content": [text_part(part)]}
-        case Thinking(text):
-            return {"id": f"rs_{id}", "type": "reasoning", "summary": [summary_part(text)], "status": status}
+        case Thinking(text, signature):
+            told: dict[str, Any] = {"summary": [summary_part(text)] if text or not signature else []}
+            told |= {"encrypted_content": signature} if signature else {}
+            return {"id": f"rs_{id}", "type": "reasoning", **told, "status": status}
         case ToolCall(call_id, name, arguments, namespace=namespace, custom=custom):
             about = {"call_id": call_id, "name": name} | ({"namespace": namespace} if namespace else {})
             if custom:
@@ -3753,17 +3928,22 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             assert_never(part)
 
 
-def delta_form(part: Part) -> tuple[str, dict[str, int], dict[str, Any]]:
-    """The name of a part's deltas, their place in the item, and what the item lacks when it opens."""
-    if isinstance(part, Text):
-        return "output_text", {"content_index": 0}, {"content": []}
-    if isinstance(part, Thinking):
-        return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}
-    if isinstance(part, ToolCall) and part.custom:
-        return "custom_tool_call_input", {}, {"input": ""}
-    if isinstance(part, Media):
-        return "", {}, {"result": None}
-    return "function_call_arguments", {}, {"arguments": ""}
+def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, Any], str]:
+    """The name of an item's deltas, their place in it, what it lacks when it opens, and what they add up to."""
+    match item:
+        case {"type": "message", "content": [{"text": text}]}:
+            return "output_text", {"content_index": 0}, {"content": []}, text
+        case {"type": "reasoning", "summary": summary}:
+            text = summary[0]["text"] if summary else ""
+            return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}, text
+        case {"type": "function_call", "arguments": text}:
+            return "function_call_arguments", {}, {"arguments": ""}, text
+        case {"type": "custom_tool_call", "input": text}:
+            return "custom_tool_call_input", {}, {"input": ""}, text
+        case {"type": "image_generation_call"}:
+            return "", {}, {"result": None}, ""
+        case _:
+            return "", {}, {}, ""
 
 
 def text_part(part: Text) -> dict[str, Any]:
@@ -3783,6 +3963,36 @@ def render_response_usage(usage: Usage) -> dict[str, Any]:
         "output_tokens_details": {"reasoning_tokens": usage.reasoning},
         "total_tokens": usage.prompt + usage.completion,
     }
+
+
+def render_input(items: Any, id: str) -> list[dict[str, Any]]:
+    """A Responses input as it is kept and listed: each item with its type, an id and a status, contents as parts."""
+    given = [{"role": "user", "content": items}] if isinstance(items, str) else items
+    return [render_input_item(item, f"{id}i{number:04x}") for number, item in enumerate(given)]
+
+
+def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
+    kind = item.get("type") or "message"
+    prefix = "msg" if kind == "message" else "item"
+    known = {key: value for key, value in item.items() if value is not None}
+    named = isinstance(known.get("id"), str) and known["id"]
+    made = {"status": "completed", **known, "type": kind, "id": named or f"{prefix}_{id}"}
+    if kind == "message":
+        name = "output_text" if item.get("role") == "assistant" else "input_text"
+        content = item.get("content") or []
+        parts = [{"type": name, "text": content}] if isinstance(content, str) else content
+        made["content"] = [render_input_part(part, name) for part in parts]
+    return made
+
+
+def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
+    kind = name if part["type"] in ("text", "input_text", "output_text") else part["type"]
+    defaults: dict[str, dict[str, Any]] = {
+        "output_text": {"annotations": [], "logprobs": []},
+        "input_image": {"detail": "auto"},
+    }
+    more = defaults.get(kind, {})
+    return {**more, **part, "type": kind}
 
 
 def render_embeddings(request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
@@ -3904,7 +4114,223 @@ def log_text(fields: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 12. Transport
+# 12. Store
+# ==============================================================================
+
+
+class Database:
+    """One SQLite file, used by one thread of its own, so that the event loop never waits for a disk.
+
+    Opened at its first use and then closed to other users; None keeps everything in memory, as long as the process
+    lives. Several gateways may share a file: readers never wait, a writer waits for another one up to DATABASE_BUSY_S.
+    What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        from concurrent.futures import ThreadPoolExecutor
+
+        self._thread = ThreadPoolExecutor(1, "agproxy-store")
+        self._opened: sqlite3.Connection | None = None
+
+    async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
+        """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises sqlite3.Error."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
+
+    def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
+        if self._opened is None:
+            self._opened = self._open()
+        with self._opened as connection:
+            return step(connection)
+
+    def _open(self) -> sqlite3.Connection:
+        import sqlite3
+
+        try:
+            return open_database(self.path)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("%s cannot be used (%s); until the next start everything is kept in memory", self.path, error)
+            self.path = None
+            return open_database(None)
+
+    async def close(self) -> None:
+        if self._opened is not None:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._opened.close)
+        self._thread.shutdown()
+
+
+def open_database(path: Path | None) -> sqlite3.Connection:
+    """The file with its tables, made where it is not there yet. Raises OSError and sqlite3.Error."""
+    import sqlite3
+
+    if path is not None:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+    connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    connection.execute("PRAGMA secure_delete = ON")
+    connection.executescript(DATABASE_TABLES)
+    return connection
+
+
+# Of `responses`, `keeper` is the gateway that makes one, or nothing where it is over.
+DATABASE_TABLES = """
+CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value BLOB);
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB, events BLOB,
+    keeper TEXT, used REAL);
+CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
+"""
+
+
+def hold_file(path: Path) -> sqlite3.Connection | None:
+    """Holds a file for as long as this process lives, however that ends; None where another one holds it."""
+    import sqlite3
+
+    held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    try:
+        held.execute("BEGIN EXCLUSIVE")
+    except sqlite3.OperationalError:
+        held.close()
+        return None
+    return held
+
+
+StoredState = Literal["over", "running", "lost"]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredResponse:
+    """One response as it is kept, in JSON that means nothing here."""
+
+    id: str
+    previous: str | None
+    input: Any
+    response: Any
+    signatures: Any
+    events: bytes
+    state: StoredState
+    """Lost is what was running in a process that is gone."""
+
+
+class ResponseStore:
+    """The responses that are kept, bounded in number, size and age; those least lately used give way.
+
+    `client` is the name of the key that one was made for: nobody else is told of it.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._keeper = secrets.token_hex(8)
+        self._held: sqlite3.Connection | None = None
+        self._secret = b""
+        self._saved = 0
+
+    async def close(self) -> None:
+        if self._held is not None:
+            self._held.close()
+            self._life(self._keeper).unlink(missing_ok=True)
+        await self._database.close()
+
+    async def _run(self, step: Callable[[sqlite3.Connection], T]) -> T:
+        def alive(connection: sqlite3.Connection) -> T:
+            if self._held is None and self._database.path is not None:
+                for left in self._database.path.parent.glob(f"{self._database.path.name}.*.life"):
+                    self._is_lost(left.name.split(".")[-2])
+                self._held = hold_file(self._life(self._keeper))
+            return step(connection)
+
+        return await self._database.run(alive)
+
+    def _life(self, keeper: str) -> Path:
+        """The file that a gateway holds while it lives."""
+        assert self._database.path is not None
+        return self._database.path.with_name(f"{self._database.path.name}.{keeper}.life")
+
+    def _is_lost(self, keeper: str) -> bool:
+        """Whether a gateway is gone; the file that it held goes too."""
+        if keeper in ("", self._keeper):
+            return not keeper
+        life = self._life(keeper)
+        held = hold_file(life) if life.exists() else None
+        if held is not None:
+            held.close()
+            life.unlink(missing_ok=True)
+        return not life.exists()
+
+    async def secret(self) -> bytes:
+        """The key for what clients carry for this gateway, and for all others with the same file."""
+
+        def read(connection: sqlite3.Connection) -> bytes:
+            connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
+            value: bytes = connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
+            return value
+
+        self._secret = self._secret or await self._run(read)
+        return self._secret
+
+    async def save(self, id: str, state: StoredState, made: Sequence[bytes], given: Sequence[Any] = ()) -> None:
+        """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
+        the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
+        keeper = {"running": self._keeper, "over": None, "lost": ""}[state]
+        values = (*made, keeper, time.time())
+        sql = "UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ? WHERE id = ? AND keeper = ?"
+        update = (sql, (*values, id, self._keeper))
+        insert = ("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (id, *given, *values))
+
+        def write(connection: sqlite3.Connection) -> None:
+            connection.execute(*(insert if given else update))
+            self._saved += 1
+            if self._saved % 100 == 1:
+                self._forget(connection)
+
+        await self._run(write)
+
+    def _forget(self, connection: sqlite3.Connection) -> None:
+        bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
+        connection.execute(
+            """DELETE FROM responses WHERE id IN (
+                SELECT id FROM (
+                    SELECT id, used, row_number() OVER latest AS number,
+                        sum(length(input) + length(response) + length(events)) OVER latest AS size
+                    FROM responses WINDOW latest AS (ORDER BY used DESC, id))
+                WHERE number > ? OR size > ? OR used < ?)""",
+            (RESPONSES_MAX, bytes_max, time.time() - RESPONSES_AGE_S),
+        )
+
+    async def get(self, id: str, client: str) -> StoredResponse | None:
+        return next(iter(await self.chain(id, client, 1)), None)
+
+    async def chain(self, id: str, client: str, length_max: int = RESPONSES_MAX) -> list[StoredResponse]:
+        """A response and all that it goes on with, the first one first; it ends early where one is not kept any more."""
+        sql = """SELECT id, previous, input, response, signatures, events, keeper FROM responses
+            WHERE id = ? AND client = ?"""
+
+        def read(connection: sqlite3.Connection) -> list[StoredResponse]:
+            found: list[StoredResponse] = []
+            wanted: str | None = id
+            while wanted and len(found) < length_max and (row := connection.execute(sql, (wanted, client)).fetchone()):
+                found.append(self._stored(*row))
+                wanted = found[-1].previous
+            used = ((time.time(), one.id) for one in found)
+            connection.executemany("UPDATE responses SET used = ? WHERE id = ?", used)
+            return found[::-1]
+
+        return await self._run(read)
+
+    def _stored(self, id: str, previous: str | None, *rest: Any) -> StoredResponse:
+        *texts, events, keeper = rest
+        input, response, signatures = map(parse_json, texts)
+        state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
+        return StoredResponse(id, previous, input, response, signatures, events, state)
+
+    async def delete(self, id: str) -> None:
+        await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
+
+
+# ==============================================================================
+# 13. Transport
 # ==============================================================================
 
 
@@ -4374,7 +4800,7 @@ def proxy_for(url: str, config: Config) -> str | None:
 
 
 # ==============================================================================
-# 13. Upstream
+# 14. Upstream
 # ==============================================================================
 
 
@@ -4385,7 +4811,7 @@ class Answer:
         self.first = first
         self._incoming = incoming
         self._reader = reader
-        self._late: UpstreamTimeout | None = None
+        self._late: UpstreamError | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def end_by(self, seconds: float) -> None:
@@ -4393,7 +4819,11 @@ class Answer:
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
+        self.cut(UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."))
+
+    def cut(self, error: UpstreamError) -> None:
+        """Breaks the answer off: its flow ends with this error."""
+        self._late = error
         self._incoming.abort()
 
     async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
@@ -4609,7 +5039,7 @@ class Upstream:
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
             body = dump_bytes(build_embeddings(texts, trace.mapped_model, request.dimensions))
-            answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
+            answer = await self._retry(trace, functools.partial(self._unary, "batchEmbedContents", body, trace))
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
@@ -4655,10 +5085,18 @@ class Upstream:
                 incoming.abort()
                 raise
 
-    async def _batch_embed(self, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
+    async def count(self, request: Request, trace: Trace) -> int:
+        """How many tokens a request is. Raises as `ask`. Source: https://ai.google.dev/api/tokens"""
+        built = build_generate_content(request, self._traits_of(trace.mapped_model))
+        body = dump_bytes({"generateContentRequest": {"model": f"models/{trace.mapped_model}", **built.body}})
+        body = with_payloads(body, request.payloads)
+        answer = await self._retry(trace, functools.partial(self._unary, "countTokens", body, trace))
+        return count_of(answer.get("totalTokens"))
+
+    async def _unary(self, method: str, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
         with upstream_errors(self._proxies[account.base_url]):
-            incoming = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
+            incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", body)
             answer = parse_json(await incoming.read())
         if incoming.status != 200:
             raise classify_error(incoming.status, answer)
@@ -4892,7 +5330,7 @@ def clock_skew(date: str | None, now: float) -> float:
 
 
 # ==============================================================================
-# 14. Web
+# 15. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -4900,10 +5338,21 @@ DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Rendere
     "completions": (parse_completion, CompletionRenderer),
     "responses": (parse_response, ResponseRenderer),
 }
-METHODS = {"healthz": "GET", "models": "GET", "embeddings": "POST"} | dict.fromkeys(DOORS, "POST")
+STORED = "responses/{id}"
+METHODS = {
+    "healthz": "GET",
+    "models": "GET",
+    "embeddings": "POST",
+    **dict.fromkeys(DOORS, "POST"),
+    "responses/input_tokens": "POST",
+    STORED: "GET, DELETE",
+    f"{STORED}/input_items": "GET",
+    f"{STORED}/cancel": "POST",
+}
 # Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
-    rf"(?:/(?:v1|models|embeddings|{'|'.join(DOORS)}))*/(?P<route>{'|'.join(METHODS)})(?:(?<=models)/(?P<id>.+?))?/?"
+    rf"(?:/(?:v1|models|embeddings|{'|'.join(DOORS)}))*/(?P<route>healthz|models|embeddings|{'|'.join(DOORS)})"
+    r"(?:(?<=models)/(?P<id>.+?)|(?<=responses)/(?P<stored>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
 )
 
 
@@ -4914,12 +5363,25 @@ CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 class Gateway:
     """The handlers."""
 
-    def __init__(self, config: Config, upstream: Upstream, tally: Tally, running_max: float) -> None:
+    def __init__(
+        self, config: Config, upstream: Upstream, store: ResponseStore, tally: Tally, running_max: float
+    ) -> None:
         self._config = config
         self._upstream = upstream
+        self._store = store
+        self._jobs: dict[str, Job] = {}
         self._tally = tally
         self._running = 0
         self._running_max = running_max
+
+    async def close(self) -> None:
+        """Lets what runs in the background finish, bounded by DRAIN_S."""
+        tasks = [job.task for job in self._jobs.values()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=DRAIN_S)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -4944,18 +5406,21 @@ class Gateway:
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
             self._running -= 1
-            status = response.status if response else 499
-            self._tally.add(trace, status)
-            if log.isEnabledFor(logging.INFO):
-                fields = log_fields(trace, status, time.monotonic())
-                log.info("%s", log_text(fields), extra={"fields": fields})
+            self._tell(trace, response.status if response else 499)
         if not response.prepared:
             response.headers.update(self._cors(http))
         return response
 
+    def _tell(self, trace: Trace, status: int) -> None:
+        """What happened, for the log and the bill."""
+        self._tally.add(trace, status)
+        if log.isEnabledFor(logging.INFO):
+            fields = log_fields(trace, status, time.monotonic())
+            log.info("%s", log_text(fields), extra={"fields": fields})
+
     async def _route(self, http: web.Request, trace: Trace) -> web.StreamResponse:
         match = ROUTE.fullmatch(SLASHES.sub("/", http.path))
-        trace.route = route = match["route"] if match else http.path
+        trace.route = route = route_of(match) if match else http.path
         self._guard(http)
         if http.method == "OPTIONS":
             return web.Response(status=204, headers=trace.headers(time.monotonic()))
@@ -4963,7 +5428,7 @@ class Gateway:
         if match is None:
             base = f"{http.scheme}://{http.host}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
-        if http.method != METHODS[route] and (http.method, METHODS[route]) != ("HEAD", "GET"):
+        if ("GET" if http.method == "HEAD" else http.method) not in METHODS[route].split(", "):
             text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
         if self._running > self._running_max:
@@ -4975,6 +5440,10 @@ class Gateway:
             return json_response(await self._models(match["id"]), trace)
         if route == "embeddings":
             return await self._embed(parse_body(await read_body_of(http)), trace)
+        if route == "responses/input_tokens":
+            return await self._count(parse_body(await read_body_of(http)), trace)
+        if route.startswith(STORED):
+            return await self._serve_stored(http, trace, match["stored"])
         return await self._answer(http, trace)
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
@@ -5020,7 +5489,7 @@ class Gateway:
         if http.method != "OPTIONS":
             return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
         return headers | {
-            "Access-Control-Allow-Methods": "GET, POST, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "authorization"),
             "Access-Control-Max-Age": "600",
         }
@@ -5047,23 +5516,31 @@ class Gateway:
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
     async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
-        stream, answer, renderer, payloads = await self._begin(http, trace)
+        stream, answer, renderer, payloads, kept = await self._begin(http, trace)
+        if isinstance(answer, Job):
+            if stream:
+                return await self._send(http, trace, answer.follow(0))
+            return bytes_response(answer.kept.object(), trace)
         try:
             if stream:
-                return await self._stream(http, trace, answer, renderer, payloads)
-            return await self._whole(trace, answer, renderer, payloads)
+                return await self._stream(http, trace, answer, renderer, payloads, kept)
+            return await self._whole(trace, answer, renderer, payloads, kept)
         finally:
             answer.close()
+            if kept:
+                await kept.leave()
 
     async def _begin(
         self, http: web.Request, trace: Trace
-    ) -> tuple[bool, Answer | Merged, Renderer, Mapping[str, bytes]]:
+    ) -> tuple[bool, Answer | Merged | Job, Renderer, Mapping[str, bytes], Kept | None]:
         """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
         parse, form = DOORS[trace.route]
         data = await read_body_of(http)
         data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
         body = parse_body(data)
-        parsed = parse(body)
+        keeps = form is ResponseRenderer and self._config.store != "off"
+        past = await self._recall(body, trace) if keeps else None
+        parsed = parse(body) if past is None else parse_response(body, past)
         prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
         if payloads:
             prompts = [replace(prompt, payloads=payloads) for prompt in prompts]
@@ -5073,12 +5550,95 @@ class Gateway:
         trace.mapped_model = await self._upstream.resolve(first.model)
         told = (first.include_usage, self._config.images_in_text, time.time)
         head = Head(trace.id[4:], int(time.time()), first.model, *told)
+        if form is ResponseRenderer:
+            head = replace(head, seal=await self._sealing(body, first, trace))
         renderer = form(head, body)
+        kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
+        if kept and body.get("background"):
+            return first.stream, await self._detach(first, kept, trace), renderer, payloads, kept
         answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
-        return first.stream, answer, renderer, payloads
+        return first.stream, answer, renderer, payloads, kept
+
+    async def _sealing(
+        self, body: Mapping[str, Any], request: Request, trace: Trace
+    ) -> Callable[[ToolCall | Text], str] | None:
+        """Learns the signatures that a client brings back; how it is given new ones, where it asks for them."""
+        carried = [part.signature for message in request.messages for part in message.parts if type(part) is Thinking]
+        wanted = "reasoning.encrypted_content" in (body.get("include") or ())
+        if not (wanted or any(carried)):
+            return None
+        secret = await self._store.secret()
+        self._upstream.signatures.learn(entry for text in carried if (entry := unseal(text or "", secret)))
+        return (lambda part: seal(signature_entry(part, trace.mapped_model), secret)) if wanted else None
+
+    def _keep(
+        self, renderer: ResponseRenderer, body: Mapping[str, Any], payloads: Mapping[str, bytes], trace: Trace
+    ) -> Kept | None:
+        """The place of a new response in the store; None where it is not to be kept."""
+        renderer.response["store"] = self._config.store != "off" and body.get("store") is not False
+        return Kept(self._store, renderer, body["input"], payloads, trace) if renderer.response["store"] else None
+
+    async def _detach(self, request: Request, kept: Kept, trace: Trace) -> Job:
+        """Begins to make a response beside the connection that asked for it; it has a log line of its own."""
+        if len(self._jobs) >= JOBS_MAX:
+            raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
+        made = replace(trace)
+        trace.model = trace.mapped_model = ""
+        job = self._jobs[kept.id] = Job(kept)
+
+        async def make() -> None:
+            try:
+                await job.make(self._upstream, request, made)
+            finally:
+                del self._jobs[kept.id]
+                self._tell(made, 200)
+
+        job.task = asyncio.create_task(make())
+        await kept.save()
+        return job
+
+    async def _recall(self, body: Any, trace: Trace) -> list[Any]:
+        """The items of the conversation that a body goes on with; those that it only names are put into it.
+
+        Raises BadRequest.
+        """
+        past: list[Any] = []
+        previous = body.get("previous_response_id") if isinstance(body, dict) else None
+        if isinstance(previous, str) and previous:
+            past = await self._past(previous, trace)
+        items = body.get("input") if isinstance(body, dict) else None
+        known: dict[str, Any] = {item["id"]: item for item in past if "id" in item}
+        for i, item in enumerate(items if isinstance(items, list) else ()):
+            id = str(item.get("id")) if isinstance(item, dict) and is_reference(item) else ""
+            if id not in known and (match := ITEM_ID.fullmatch(id)):
+                turn = await self._store.get(f"resp_{match[1]}", trace.client)
+                known |= {one["id"]: one for one in (self._items_of(turn) if turn else ())}
+            if id in known:
+                items[i] = known[id]  # type: ignore[index]  # a list, for it has an item
+        return past
+
+    async def _past(self, previous: str, trace: Trace) -> list[Any]:
+        """The items of a response and of all before it. Raises BadRequest."""
+        chain = await self._store.chain(previous, trace.client)
+        if not chain or chain[0].previous:
+            raise not_kept(chain[0].previous or "" if chain else previous)
+        if chain[-1].state == "running":
+            text = f"'previous_response_id' names '{previous}', which is not over. Wait for its end, or cancel it."
+            raise BadRequest(text, code="invalid_value", param="previous_response_id")
+        return [item for one in chain for item in self._items_of(one)]
+
+    def _items_of(self, one: StoredResponse) -> list[Any]:
+        """What was said in one turn; the signatures of its answer are remembered again."""
+        self._upstream.signatures.learn(one.signatures)
+        return [*one.input, *one.response["output"]]
 
     async def _whole(
-        self, trace: Trace, answer: Answer | Merged, renderer: Renderer, payloads: Mapping[str, bytes]
+        self,
+        trace: Trace,
+        answer: Answer | Merged,
+        renderer: Renderer,
+        payloads: Mapping[str, bytes],
+        kept: Kept | None,
     ) -> web.Response:
         events = list(answer.first)
         last = await answer.flow(events.extend)
@@ -5087,7 +5647,10 @@ class Gateway:
         reply = collect(events)
         trace.usage = reply.usage
         trace.first_byte = time.monotonic()
-        return bytes_response(with_payloads(dump_bytes(renderer.whole(reply)), payloads), trace)
+        whole = with_payloads(dump_bytes(renderer.whole(reply)), payloads)
+        if kept:
+            await kept.save()
+        return bytes_response(whole, trace)
 
     async def _stream(
         self,
@@ -5096,6 +5659,7 @@ class Gateway:
         answer: Answer | Merged,
         renderer: Renderer,
         payloads: Mapping[str, bytes],
+        kept: Kept | None,
     ) -> web.StreamResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
@@ -5103,6 +5667,8 @@ class Gateway:
             return with_payloads(frames, payloads) if payloads else frames
 
         begun = render(answer.first)
+        if kept:
+            await kept.save()
         headers = trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
         response = web.StreamResponse(headers=headers)
         response.content_type = "text/event-stream"
@@ -5115,8 +5681,233 @@ class Gateway:
             trace.usage = last[-1].usage
         elif last and isinstance(last[-1], Failed):
             trace.error = last[-1].error.code or last[-1].error.type
-        await response.write_eof(render(last))
+        frames = render(last)
+        if kept:
+            await kept.save()  # before the client reads that it is over
+        await response.write_eof(frames)
         return response
+
+    # ---- kept responses
+
+    async def _count(self, body: Any, trace: Trace) -> web.Response:
+        """How many tokens the input of a response would be; all of its fields may be missing."""
+        if isinstance(body, dict):
+            given = {key: value for key, value in body.items() if value is not None}
+            body = {"input": [], "model": self._config.default_model or "gpt-4o", **given}
+        request = parse_response(body, await self._recall(body, trace))
+        trace.model = request.model
+        trace.mapped_model = await self._upstream.resolve(request.model)
+        tokens = await self._upstream.count(await self._upstream.media.filled(request), trace)
+        return json_response({"object": "response.input_tokens", "input_tokens": tokens}, trace)
+
+    async def _serve_stored(self, http: web.Request, trace: Trace, id: str) -> web.StreamResponse:
+        """What is asked of a response that is kept. Raises ResponseNotFound."""
+        one = await self._store.get(id, trace.client)
+        if one is None:
+            raise ResponseNotFound(f"Response with id '{id}' not found. It was not kept here, or not for this key.")
+        if one.state == "lost":
+            one = replace(one, response=interrupted(one.response))
+        job = self._jobs.get(id)
+        if trace.route.endswith("/input_items"):
+            return json_response(page_of(one.input, http.query), trace)
+        if http.method == "POST" and not one.response["background"]:
+            raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
+        if http.method == "POST" and one.state == "running" and not job:
+            raise BadRequest("Another gateway makes this response. Cancel it there.")
+        if http.method in ("POST", "DELETE") and job:
+            await job.cancel()
+        if http.method == "DELETE":
+            await self._store.delete(id)
+            return json_response({"id": id, "object": "response", "deleted": True}, trace)
+        if http.query.get("stream") == "true":
+            return await self._replay(http, trace, one, job)
+        return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
+
+    async def _replay(
+        self, http: web.Request, trace: Trace, one: StoredResponse, job: Job | None
+    ) -> web.StreamResponse:
+        """The stream of a response from where the client wants it, and what is still to come of it."""
+        after = Fields(numbers_in(http.query)).count("starting_after", low=0)
+        at = 0 if after is None else after + 1
+        if job:
+            return await self._send(http, trace, job.follow(at))
+        if one.state == "running":
+            raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
+        head = Head(one.id, one.response["created_at"], one.response["model"])
+        again = ResponseRenderer(head, {}).replay
+        data = zlib.decompress(one.events) if one.events else encoded(again(one.response))
+        response = bytes_response(b"".join(split_frames(data)[at:]), trace)
+        response.content_type = "text/event-stream"
+        return response
+
+    async def _send(self, http: web.Request, trace: Trace, frames: AsyncIterator[bytes]) -> web.StreamResponse:
+        response = web.StreamResponse(
+            headers=trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
+        )
+        response.content_type = "text/event-stream"
+        await response.prepare(http)
+        async for data in frames:
+            await response.write(data)
+        await response.write_eof()
+        return response
+
+
+class Kept:
+    """The place of one response in the store: it is written when the answer begins, and when it is over."""
+
+    def __init__(
+        self, store: ResponseStore, renderer: ResponseRenderer, input: Any, payloads: Mapping[str, bytes], trace: Trace
+    ) -> None:
+        self.renderer = renderer
+        self.id: str = renderer.response["id"]
+        self.payloads = payloads
+        self._store = store
+        self._trace = trace
+        given = self._dump(render_input(input, trace.id[4:]))
+        self._given: Sequence[Any] = (trace.client, renderer.response["previous_response_id"], given)
+        self._state: StoredState = "over"
+
+    def _dump(self, value: Any) -> bytes:
+        return with_payloads(dump_bytes(value), self.payloads)
+
+    def object(self) -> bytes:
+        return self._dump(self.renderer.response)
+
+    async def save(self, state: StoredState | None = None, events: bytes = b"") -> None:
+        """Writes what the response has become; a disk that refuses costs nobody an answer."""
+        import sqlite3
+
+        running = self.renderer.response["status"] in ("queued", "in_progress")
+        self._state = state or ("running" if running else "over")
+        signatures = [signature_entry(part, self._trace.mapped_model) for part in self.renderer.signed]
+        given, self._given = self._given, ()
+        try:
+            await self._store.save(self.id, self._state, (self.object(), dump_bytes(signatures), events), given)
+        except sqlite3.Error as error:
+            log.warning("%s cannot be kept (%s)", self.id, error)
+
+    async def leave(self) -> None:
+        """Tells the store that nobody goes on with a response that has begun."""
+        if self._state == "running":
+            await self.save("lost")
+
+
+class Job:
+    """A response that is made beside every connection; its frames are kept for whoever follows it."""
+
+    task: asyncio.Task[None]
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self._frames = split_frames(self._bytes(kept.renderer.queue()))
+        self._answer: Answer | None = None
+        self._cancelled: Cancelled | None = None
+        self._over = False
+        self._grown = asyncio.Event()
+
+    async def make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
+        def render(events: list[Event]) -> list[bytes]:
+            upstream.signatures.remember(events, trace.mapped_model)
+            return split_frames(self._bytes(self.kept.renderer.render_all(events)))
+
+        try:
+            last = await self._ask(upstream, request, trace, lambda events: self._add(render(events)))
+            if last and isinstance(last[-1], Ended):
+                trace.usage = last[-1].usage
+            frames = render(last)
+            await self.kept.save(events=zlib.compress(b"".join([*self._frames, *frames]), 1))
+            self._add(frames)
+        finally:
+            await self.kept.leave()
+            self._over = True
+            self._add([])
+
+    async def _ask(
+        self, upstream: Upstream, request: Request, trace: Trace, sink: Callable[[list[Event]], None]
+    ) -> list[Event]:
+        """Hands the events to the sink as they come; those that end the answer, in whatever way, are returned."""
+        try:
+            self._answer = answer = await upstream.ask(request, trace, sse=True)
+            sink(answer.first)
+            return await answer.flow(sink)
+        except GatewayError as error:
+            trace.error = error.code or error.type
+            return [Failed(error)]
+        except asyncio.CancelledError:
+            return [Failed(self._cancelled or GatewayError("The gateway was stopped. Ask again."))]
+        finally:
+            if self._answer:
+                self._answer.close()
+
+    def _bytes(self, text: str) -> bytes:
+        return with_payloads(encoded(text), self.kept.payloads)
+
+    def _add(self, frames: list[bytes]) -> None:
+        self._frames += frames
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+    async def cancel(self) -> None:
+        """Breaks the response off, and waits until that is kept."""
+        self._cancelled = Cancelled("The response was cancelled. Ask again for another.")
+        if self._answer:
+            self._answer.cut(self._cancelled)
+        else:
+            self.task.cancel()
+        await asyncio.wait([self.task])
+
+    async def follow(self, at: int) -> AsyncIterator[bytes]:
+        """The frames from one on, as they come."""
+        while True:
+            grown = self._grown
+            if new := self._frames[at:]:
+                at += len(new)
+                yield b"".join(new)
+            elif self._over:
+                return
+            else:
+                await grown.wait()
+
+
+def split_frames(data: bytes) -> list[bytes]:
+    """The frames of a Responses stream, each at the place of its sequence number."""
+    return [frame + b"\n\n" for frame in data.split(b"\n\n")[:-1]]
+
+
+def is_reference(item: Mapping[str, Any]) -> bool:
+    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
+
+
+# How items are named that are kept, by the response that they belong to.
+ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{24})i?[0-9a-f]{4}")
+
+
+def route_of(match: re.Match[str]) -> str:
+    stored: str = match["stored"] or ""
+    if not stored or stored == "input_tokens":
+        return match["route"] + ("/input_tokens" if stored else "")
+    return STORED + (match["part"] or "")
+
+
+def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a URL's query, with numbers as such."""
+    return {key: int(value) if re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value for key, value in query.items()}
+
+
+def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
+    """A page of a response's input, its last item first unless it is asked for otherwise. Raises BadRequest."""
+    fields = Fields(numbers_in(query))
+    limit, order, after = fields.count("limit", 100) or 20, query.get("order", "desc"), query.get("after")
+    if order not in ("asc", "desc"):
+        raise fields.wrong("order", f"is '{order}'", "Send asc or desc")
+    items = items if order == "asc" else items[::-1]
+    ids = [item["id"] for item in items]
+    if after is not None and after not in ids:
+        raise fields.wrong("after", f"is '{after}', which is no item of this response", "Send an id of the page before")
+    start = ids.index(after) + 1 if after else 0
+    data, shown = items[start : start + limit], ids[start : start + limit] or [""]
+    more = start + limit < len(items)
+    return {"object": "list", "data": data, "first_id": shown[0], "last_id": shown[-1], "has_more": more}
 
 
 class ClientStream:
@@ -5253,19 +6044,22 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
 async def create_app(config: Config, tally: Tally | None = None, running_max: float = math.inf) -> web.Application:
     """The gateway as an aiohttp application; what it opened closes with it."""
     upstream = Upstream(config)
+    store = ResponseStore(Database(None if config.store in (None, "memory", "off") else Path(config.store)))
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    gateway = Gateway(config, upstream, tally or Tally(), running_max)
+    gateway = Gateway(config, upstream, store, tally or Tally(), running_max)
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
 
     async def close(_: web.Application) -> None:
+        await gateway.close()
         await upstream.close()
+        await store.close()
 
     app.on_cleanup.append(close)
     return app
 
 
 # ==============================================================================
-# 15. Demo
+# 16. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -5482,7 +6276,7 @@ def create_demo(fault: str | None) -> web.Application:
 
 
 # ==============================================================================
-# 16. Command line
+# 17. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -5503,7 +6297,7 @@ curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
     "codex": (
         "~/.codex/config.toml, then: export OPENAI_API_KEY={word}",
         """\
-model = "gpt-5"
+model = "gpt-5.5"
 model_provider = "agproxy"
 
 [model_providers.agproxy]
@@ -5690,11 +6484,20 @@ def banner(config: Config, running_max: float) -> str:
         f"  auth      {config.auth}" + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         f"  at once   {running_max} requests, as open files allow",
+        f"  store     {config.store} (responses; proxy.store)",
         *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
         *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
     ]
     return "\n".join(lines)
+
+
+def stored_at(config: Config, env: Mapping[str, str]) -> str:
+    """Where responses are kept: where the config says, else with the user's other state."""
+    if config.store in ("memory", "off"):
+        return config.store
+    home = Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return str(Path(config.store or home / "agproxy" / "state.sqlite3").expanduser())
 
 
 def without_credentials(url: str) -> str:
@@ -5733,7 +6536,7 @@ async def run_until_signal(config: Config) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        config = await with_demo(config, stack)
+        config = replace(await with_demo(config, stack), store=stored_at(config, os.environ))
         running_max = raise_file_limit()
         port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port), running_max), err=True)
@@ -5756,13 +6559,14 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     if fault not in (None, "cut", *DEMO_FAULTS):
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
     port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
-    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),))
+    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),), store="memory")
 
 
 async def run_command(config: Config, command: Sequence[str]) -> int:
     """Serves one command on a free loopback port with a key of its own; its exit code. Raises OSError."""
     key, tally = fresh_key(), Tally()
     config = replace(config, host="127.0.0.1", port=0, auth_mode="strict", api_key=(ClientKey("run", key),))
+    config = replace(config, store="memory")
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         port = await listen(await create_app(config, tally), "127.0.0.1", 0, stack)

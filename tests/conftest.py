@@ -15,6 +15,13 @@ from fake_gemini import FakeGemini
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 ROOT = Path(__file__).parent.parent
 WITHOUT_ACCOUNTS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT")
+HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes to the state of whoever runs it."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
 
 
 class Served:
@@ -53,7 +60,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
             "serve",
             *arguments,
             cwd=tmp_path,
-            env=kept | {"HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path)} | env,
+            env=kept | {"HOME": str(tmp_path)} | dict.fromkeys(HOMES, str(tmp_path)) | env,
             stderr=asyncio.subprocess.PIPE,
         )
         started.append(process)

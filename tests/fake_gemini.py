@@ -102,6 +102,18 @@ class FakeGemini:
         texts = ["".join(part["text"] for part in one["content"]["parts"]) for one in body["requests"]]
         return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts], **self.beside})
 
+    def count(self, body: dict[str, Any], model: str) -> web.Response:
+        """As many tokens as there are words."""
+        assert body.pop("model") == f"models/{model}"
+        if found := findings(body, model):
+            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
+        texts = [
+            part["text"]
+            for turn in (*body["contents"], body.get("systemInstruction", {}))
+            for part in turn.get("parts", ())
+        ]
+        return web.json_response({"totalTokens": sum(len(text.split()) for text in texts)})
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         model, _, method = request.match_info["model_and_method"].partition(":")
@@ -109,6 +121,8 @@ class FakeGemini:
         self.bodies.append(body)
         if method == "batchEmbedContents":
             return self.embed(body, model)
+        if method == "countTokens":
+            return self.count(body["generateContentRequest"], model)
         if found := findings(body, model):
             return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)

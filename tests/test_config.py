@@ -42,6 +42,8 @@ def test_an_account_without_a_name_is_called_by_its_e_mail_and_a_disabled_one_ne
         ("timeouts: {idle_s: 2.5}", {"timeouts": agproxy.Timeouts(idle_s=2.5)}),
         ("cors_origins: https://a.example", {"cors_origins": ("https://a.example",)}),
         ("port: null", {"port": 8045}),
+        ("store: off", {"store": "off"}),
+        ("store: ~/state.sqlite3", {"store": "~/state.sqlite3"}),
     ],
 )
 def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
@@ -66,6 +68,7 @@ def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
         ("proxy:\n  host: 0.0.0.0\n", ["allow_lan_access"]),
         ("proxy:\n  port: 99999\n", ["f.yaml:2: 'proxy.port' must be a whole number from 0 to 65535."]),
         ("proxy:\n  port: x\n  auth_mode: never\n", ["f.yaml:2:", "f.yaml:3: 'proxy.auth_mode' must be one of off"]),
+        ("proxy:\n  store: memroy\n", ["f.yaml:2: 'proxy.store' must be memory, off or the path of a file"]),
         ("proxy:\n  port: 1\n  port: 2\n", ["f.yaml:3: 'proxy.port' stands here twice"]),
         ("proxy:\n  timeouts: {idle: 3}\n", ["f.yaml:2: unknown key 'idle' (idle_s?)"]),
         ("proxy:\n  api_key: [{name: ci}]\n", ["a `name` and a `key` each"]),
@@ -83,7 +86,7 @@ def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:
 
 
 def test_keys_without_effect_are_named() -> None:
-    assert loaded("proxy:\n  store: memory\n").unused == ("f.yaml:2: 'proxy.store' is not used yet.",)
+    assert loaded("proxy:\n  max_wait_s: 5\n").unused == ("f.yaml:2: 'proxy.max_wait_s' is not used yet.",)
 
 
 def test_keys_are_never_shown() -> None:

@@ -95,6 +95,7 @@ def item_shape(item: dict[str, Any]) -> list[Any]:
     parts = item.get("content") or item.get("summary") or []
     cited = [[a["start_index"], a["end_index"], a["url"]] for part in parts for a in part.get("annotations", [])]
     more = [item[key] for key in ("name", "arguments", "result") if key in item]
+    more += item["action"]["queries"] if "action" in item else []
     return [item["type"], *(part["text"] for part in parts), *cited, *more]
 
 

@@ -23,9 +23,16 @@ async def settings(gemini: FakeGemini) -> AsyncIterator[dict[str, Any]]:
         yield {"base_url": str(server.make_url("/v1")), "api_key": "unused", "http_async_client": http}
 
 
-@pytest.fixture
-def chat(settings: dict[str, Any]) -> Any:
-    return langchain.ChatOpenAI(model="gemini-2.5-flash", max_retries=0, **settings)
+@pytest.fixture(params=[False, True], ids=["chat", "responses"])
+def chat(request: pytest.FixtureRequest, settings: dict[str, Any]) -> Any:
+    return langchain.ChatOpenAI(
+        model="gemini-2.5-flash",
+        max_retries=0,
+        stream_usage=True,
+        use_responses_api=request.param,
+        output_version="responses/v1" if request.param else None,
+        **settings,
+    )
 
 
 class Weather(BaseModel):
@@ -41,7 +48,7 @@ async def test_a_tool_is_called_and_answered(chat: Any, gemini: FakeGemini) -> N
     assert [(one["name"], one["args"]) for one in first.tool_calls] == [("Weather", {"city": "Bern"})]
     result = {"role": "tool", "tool_call_id": first.tool_calls[0]["id"], "content": "sun"}
     second = await chat.bind_tools([Weather]).ainvoke([("user", "weather in Bern?"), first, result])
-    assert second.content == "Sunny."
+    assert second.text == "Sunny."
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
@@ -54,8 +61,8 @@ async def test_structured_output(method: str, chat: Any, gemini: FakeGemini) -> 
 
 async def test_a_stream_of_text_and_usage(chat: Any, gemini: FakeGemini) -> None:
     gemini.script = [said("Hel", "lo", " wörld")]
-    chunks = [chunk async for chunk in chat.astream("hi", stream_usage=True)]
-    assert "".join(chunk.content for chunk in chunks) == "Hello wörld"
+    chunks = [chunk async for chunk in chat.astream("hi")]
+    assert "".join(chunk.text for chunk in chunks) == "Hello wörld"
     assert chunks[-1].usage_metadata or any(chunk.usage_metadata for chunk in chunks)
 
 
@@ -65,7 +72,7 @@ async def test_a_stream_of_tool_calls(chat: Any, gemini: FakeGemini) -> None:
     async for chunk in chat.bind_tools([Weather]).astream("weather?"):
         whole = chunk if whole is None else whole + chunk
     assert [one["args"] for one in whole.tool_calls] == [{"city": "Bern"}, {"city": "Basel"}]
-    assert whole.content == "So"
+    assert whole.text == "So"
 
 
 async def test_embeddings(settings: dict[str, Any], gemini: FakeGemini) -> None:

@@ -132,7 +132,7 @@ CHAT = "/v1/chat/completions"
         (
             {},
             "/v1/responses",
-            {"json": {"model": "m", "input": "x", "background": True}},
+            {"json": {"model": "m", "input": "x", "background": True, "store": False}},
             400,
             "unsupported_parameter",
             "",

@@ -165,3 +165,46 @@ async def test_a_host_that_the_lan_can_reach_is_refused(serve: Serve, file: str)
     served = await serve("--accounts", file, "--host", "0.0.0.0")
     assert await served.ended() == 2
     assert "proxy.allow_lan_access" in served.said
+
+
+async def test_a_killed_gateway_loses_no_response_that_was_over(serve: Serve, file: str, gemini: FakeGemini) -> None:
+    gemini.script, previous = [said("one"), said("two"), said("three")], None
+    kept: list[str] = []
+    async with aiohttp.ClientSession() as session:
+        for text in ("first", "second", "third"):
+            served = await serve("--accounts", file, "--port", "0")
+            assert (await served.wait_for(r"store +(\S+)")).endswith("/agproxy/state.sqlite3")
+            base_url = await served.wait_for(r"OPENAI_BASE_URL=(\S+)")
+            body = {"model": "gpt-4o", "input": text, "stream": True, "previous_response_id": previous}
+            async with session.post(f"{base_url}/responses", json=body) as response:
+                last = ""
+                while not last.startswith('data: {"type":"response.completed"'):
+                    last = (await response.content.readline()).decode()
+                served.process.kill()
+            previous = json.loads(last[6:])["response"]["id"]
+            kept.append(previous)
+        said_before = [part["text"] for turn in gemini.bodies[2]["contents"] for part in turn["parts"]]
+        assert said_before == ["first", "one", "second", "two", "third"]
+        base_url = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
+        for id in kept:
+            assert (await (await session.get(f"{base_url}/responses/{id}")).json())["status"] == "completed"
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["stream", "background"])
+async def test_what_a_killed_gateway_was_making_has_failed(
+    background: bool, serve: Serve, file: str, gemini: FakeGemini
+) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 2.0
+    body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{base_url}/responses", json=body) as response:
+            frame = (await response.content.readuntil(b"\n\n")).decode()
+            served.process.kill()
+        id = json.loads(frame.partition("data: ")[2])["response"]["id"]
+        base_url = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
+        kept = await (await session.get(f"{base_url}/responses/{id}")).json()
+        assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
+        text = await (await session.get(f"{base_url}/responses/{id}?stream=true")).text()
+        assert "event: response.failed" in text

@@ -405,7 +405,12 @@ async def test_cursor_sends_a_responses_body_to_chat(start: Start, gemini: Any) 
         ("responses", {"model": "m", "input": 5}, "input", "invalid_type"),
         ("responses", {"model": "m", "input": ["x"]}, "input[0]", "invalid_type"),
         ("responses", {"model": "m", "input": [{"type": "elf"}]}, "input[0].type", "invalid_value"),
-        ("responses", {"model": "m", "input": "x", "background": True}, "background", "unsupported_parameter"),
+        (
+            "responses",
+            {"model": "m", "input": "x", "background": True, "store": False},
+            "background",
+            "unsupported_parameter",
+        ),
         (
             "responses",
             {"model": "m", "input": "x", "previous_response_id": "resp_1"},

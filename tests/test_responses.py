@@ -1,0 +1,481 @@
+"""Responses that are kept: by HTTP and through the real openai package, over a scripted Gemini."""
+
+import asyncio
+import json
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from aiohttp.test_utils import TestClient
+from fake_gemini import FakeGemini, error, said
+from openai_schema import findings
+from test_golden import frames, without_null_usage
+
+import antigravity_proxy as agproxy
+
+Start = Callable[..., Awaitable[TestClient]]
+ASK: dict[str, Any] = {"model": "gpt-4o", "input": "first"}
+GEMINI_3 = "gemini-3-pro-preview"
+TOOL = {"type": "function", "name": "ls", "parameters": {"type": "object", "properties": {"path": {"type": "string"}}}}
+
+
+@pytest.fixture
+async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
+    async def start(**settings: Any) -> TestClient:
+        account = agproxy.Account("a", "k", gemini.url)
+        return await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), **settings)))
+
+    return start
+
+
+@pytest.fixture
+async def client(start: Start) -> TestClient:
+    return await start()
+
+
+@pytest.fixture
+async def ai(client: TestClient) -> AsyncIterator[openai.AsyncOpenAI]:
+    async with openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0) as ai:
+        yield ai
+
+
+async def ask(client: TestClient, **more: Any) -> Any:
+    response = await client.post("/v1/responses", json=ASK | more)
+    return await response.json()
+
+
+async def ask_stream(client: TestClient, **more: Any) -> list[Any]:
+    response = await client.post("/v1/responses", json=ASK | {"stream": True} | more)
+    return frames(await response.text())
+
+
+async def fetch(client: TestClient, path: str, method: str = "GET") -> tuple[int, Any]:
+    response = await client.request(method, f"/v1/responses/{path}")
+    return response.status, await response.json()
+
+
+def words(body: dict[str, Any]) -> list[tuple[str, str]]:
+    return [(turn["role"], part.get("text", "?")) for turn in body["contents"] for part in turn["parts"]]
+
+
+# ---- there and back
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_response_is_kept_as_it_was_given(stream: bool, client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [said("one")]
+    if stream:
+        made = (await ask_stream(client))[-2]["response"]
+    else:
+        made = await ask(client)
+        assert made.pop("choices")[0]["message"]["content"] == "one"
+    assert made["store"] is True
+    status, kept = await fetch(client, made["id"])
+    assert (status, kept) == (200, made)
+    assert findings(kept, "Response") == []
+    assert await fetch(client, made["id"], "DELETE") == (
+        200,
+        {"id": made["id"], "object": "response", "deleted": True},
+    )
+    assert (await fetch(client, made["id"]))[0] == 404
+    assert (await fetch(client, made["id"], "DELETE"))[0] == 404
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_conversation_goes_on_by_id(stream: bool, ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("one"), said("two"), said("three")]
+    previous = None
+    for text in ("first", "second", "third"):
+        made: Any = await ai.responses.create(
+            model="gpt-4o", input=text, instructions=text, previous_response_id=previous, stream=stream
+        )
+        if stream:
+            made = [event async for event in made][-1].response
+        assert made.previous_response_id == previous
+        previous = made.id
+    assert words(gemini.bodies[2]) == [
+        ("user", "first"),
+        ("model", "one"),
+        ("user", "second"),
+        ("model", "two"),
+        ("user", "third"),
+    ]
+    assert gemini.bodies[2]["systemInstruction"] == {"parts": [{"text": "third"}]}  # instructions are not inherited
+
+
+async def test_a_tools_result_needs_nothing_but_the_id(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    call = {"functionCall": {"name": "ls", "args": {"path": "/"}}, "thoughtSignature": "c2ln"}
+    gemini.script = [[{"candidates": [{"content": {"parts": [call]}, "finishReason": "STOP"}]}], said("two files")]
+    first = await ai.responses.create(model=GEMINI_3, input="list", tools=[TOOL])  # type: ignore[list-item]
+    result: Any = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "a b"}  # type: ignore[union-attr]
+    second = await ai.responses.create(model=GEMINI_3, input=[result], previous_response_id=first.id)
+    assert second.output_text == "two files"
+    turns = gemini.bodies[1]["contents"]
+    assert turns[1]["parts"][0]["thoughtSignature"] == "c2ln"
+    assert turns[2]["parts"][0]["functionResponse"]["response"] == {"output": "a b"}
+
+
+async def test_media_are_kept_whole(client: TestClient, gemini: FakeGemini) -> None:
+    url = f"data:image/png;base64,{'iVBO' * 9000}"
+    gemini.script = [said("a cat"), said("black")]
+    first = await ask(client, input=[{"role": "user", "content": [{"type": "input_image", "image_url": url}]}])
+    await ask(client, previous_response_id=first["id"])
+    assert gemini.bodies[1]["contents"][0]["parts"][0]["inlineData"]["data"] == "iVBO" * 9000
+    _, items = await fetch(client, f"{first['id']}/input_items")
+    assert items["data"][0]["content"] == [{"type": "input_image", "image_url": url, "detail": "auto"}]
+
+
+async def test_an_item_is_named_instead_of_sent(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [said("one"), said("two")]
+    first = await ask(client)
+    _, items = await fetch(client, f"{first['id']}/input_items")
+    named = [{"type": "item_reference", "id": items["data"][0]["id"]}, {"id": first["output"][0]["id"]}]
+    await ask(client, input=[*named, {"role": "user", "content": "second"}])
+    assert words(gemini.bodies[1]) == [("user", "first"), ("model", "one"), ("user", "second")]
+    gemini.script = [said("odd"), said("odd again")]
+    odd = await ask(client, input=[{"role": "user", "content": "x", "id": id} for id in (5, [], {"a": 1}, "")])
+    assert (await ask(client, previous_response_id=odd["id"]))["status"] == "completed"
+    assert (await ask(client, input=[{"type": "item_reference", "id": ["x"]}]))["error"]["param"] == "input[0].id"
+    refused = await ask(client, input=[{"type": "item_reference", "id": "msg_0123456789abcdef012345670000"}])
+    assert (refused["error"]["param"], "Send the item itself" in refused["error"]["message"]) == ("input[0].id", True)
+
+
+# ---- what is not kept
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("settings", "sent"), [({"store": "off"}, {}), ({}, {"store": False})], ids=["by the config", "by the request"]
+)
+async def test_nothing_is_kept_that_is_not_to_be(
+    settings: dict[str, Any], sent: dict[str, Any], stream: bool, start: Start, gemini: FakeGemini
+) -> None:
+    client = await start(**settings)
+    gemini.script = [said("one")]
+    made = (await ask_stream(client, **sent))[-2]["response"] if stream else await ask(client, **sent)
+    assert made["store"] is False
+    assert (await fetch(client, made["id"]))[0] == 404
+    refused = await ask(client, previous_response_id=made["id"])
+    assert refused["error"]["code"] == "previous_response_not_found"
+    assert made["id"] in refused["error"]["message"]
+
+
+async def test_a_request_that_failed_leaves_nothing(client: TestClient, gemini: FakeGemini, tmp_path: Path) -> None:
+    gemini.script = [error(400, "INVALID_ARGUMENT", "No.")]
+    assert "error" in await ask(client)
+
+
+async def test_a_broken_chain_is_told(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [said("one"), said("two")]
+    first = await ask(client)
+    second = await ask(client, previous_response_id=first["id"])
+    await fetch(client, first["id"], "DELETE")
+    refused = (await ask(client, previous_response_id=second["id"]))["error"]
+    assert (refused["code"], refused["param"]) == ("previous_response_not_found", "previous_response_id")
+    assert first["id"] in refused["message"]
+
+
+async def test_another_key_is_told_nothing(start: Start, gemini: FakeGemini) -> None:
+    keys = (agproxy.ClientKey("mine", "k1"), agproxy.ClientKey("theirs", "k2"))
+    client = await start(auth_mode="strict", api_key=keys)
+    gemini.script = [said("one"), said("two")]
+    mine, theirs = ({"Authorization": f"Bearer {key.key}"} for key in keys)
+    made = await (await client.post("/v1/responses", json=ASK, headers=mine)).json()
+    path = f"/v1/responses/{made['id']}"
+    for method, where in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
+        assert (await client.request(method, path + where, headers=theirs)).status == 404
+    sent = ASK | {"previous_response_id": made["id"]}
+    assert (await client.post("/v1/responses", json=sent, headers=theirs)).status == 400
+    assert (await client.post("/v1/responses", json=sent, headers=mine)).status == 200
+    assert (await client.get(path, headers=mine)).status == 200
+
+
+# ---- reading what is kept
+
+
+async def test_the_input_is_listed_in_pages(ai: openai.AsyncOpenAI, client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [said("one")]
+    texts = [f"t{i}" for i in range(5)]
+    made = await ai.responses.create(model="gpt-4o", input=[{"role": "user", "content": text} for text in texts])
+    listed = [item async for item in await ai.responses.input_items.list(made.id, limit=2)]
+    assert [item.content[0].text for item in listed] == texts[::-1]  # type: ignore[union-attr]
+    assert len({item.id for item in listed}) == 5
+    _, page = await fetch(client, f"{made.id}/input_items?order=asc&limit=2&after={listed[-1].id}")
+    assert [item["content"][0]["text"] for item in page["data"]] == ["t1", "t2"]
+    assert (page["first_id"], page["last_id"], page["has_more"]) == (listed[3].id, listed[2].id, True)
+    assert findings(page, "ResponseItemList") == []
+    for wrong in ("limit=0", "limit=101", "limit=x", "order=x", "after=x"):
+        status, refused = await fetch(client, f"{made.id}/input_items?{wrong}")
+        assert (status, refused["error"]["param"]) == (400, wrong.partition("=")[0])
+
+
+async def test_a_stream_is_played_again(client: TestClient, gemini: FakeGemini) -> None:
+    thought = {"text": "Hm.", "thought": True}
+    call = {"functionCall": {"name": "ls", "args": {"path": "/"}}}
+    parts = [thought, {"text": "So"}, {"text": "."}, call]
+    gemini.script = [[{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}]}]]
+    sent = await ask_stream(client, tools=[TOOL])
+    last = sent[-2]["response"]
+    response = await client.get(f"/v1/responses/{last['id']}?stream=true")
+    again = frames(await response.text())
+    assert [event["sequence_number"] for event in again[:-1]] == list(range(len(again) - 1))
+    assert [
+        problem for event in again[:-1] for problem in findings(without_null_usage(event), "ResponseStreamEvent")
+    ] == []
+    assert again[-2] | {"sequence_number": 0} == sent[-2] | {"sequence_number": 0}
+    deltas = "response.output_text.delta"
+    for of in (lambda event: event["type"], lambda event: event.get("item")):
+        assert [of(e) for e in again[:-1] if e["type"] != deltas] == [of(e) for e in sent[:-1] if e["type"] != deltas]
+    rest = frames(await (await client.get(f"/v1/responses/{last['id']}?stream=true&starting_after=3")).text())
+    assert rest == again[4:]
+
+
+async def test_input_tokens(ai: openai.AsyncOpenAI, client: TestClient, gemini: FakeGemini) -> None:
+    counted = await ai.responses.input_tokens.count(
+        model="gpt-4o", input="four words are here", instructions="Be brief."
+    )
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", 6)
+    response = await client.post("/v1/responses/input_tokens", json={})
+    assert findings(await response.json(), "TokenCountsResource") == []
+
+
+# ---- in the background
+
+
+async def finished(ai: openai.AsyncOpenAI, id: str, running: Sequence[str] = ("queued", "in_progress")) -> Any:
+    for _ in range(200):
+        made = await ai.responses.retrieve(id)
+        if made.status not in running:
+            return made
+        await asyncio.sleep(0.01)
+    raise AssertionError("it never ends")
+
+
+async def test_a_background_response_is_polled(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script, gemini.silence_s = [said("one")], 0.1
+    made = await ai.responses.create(model="gpt-4o", input="hi", background=True)
+    assert (made.status, made.background, made.output) == ("queued", True, [])
+    assert (await ai.responses.retrieve(made.id)).status == "queued"
+    done = await finished(ai, made.id)
+    assert (done.status, done.output_text, done.usage.total_tokens) == ("completed", "one", 7)
+    assert (await ai.responses.cancel(made.id)).status == "completed"
+
+
+async def test_a_background_stream_is_left_and_taken_up_again(
+    ai: openai.AsyncOpenAI, client: TestClient, gemini: FakeGemini
+) -> None:
+    gemini.script, gemini.pause_s = [said("a", "b", "c", "d")], 0.05
+    response = await client.post("/v1/responses", json=ASK | {"stream": True, "background": True})
+    head = b""
+    while b'"delta":"a"' not in head:
+        head += await response.content.readany()
+    response.close()
+    first = frames(head.decode().rpartition("\n\n")[0] + "\n\n")
+    assert [event["type"] for event in first[:3]] == [
+        f"response.{kind}" for kind in ("created", "queued", "in_progress")
+    ]
+    id, at = first[0]["response"]["id"], first[-1]["sequence_number"]
+    rest = [event async for event in await ai.responses.retrieve(id, stream=True, starting_after=at)]
+    assert [event.sequence_number for event in rest] == list(range(at + 1, at + 1 + len(rest)))
+    assert rest[-1].type == "response.completed"
+    assert rest[-1].response.output_text == "abcd"
+    await finished(ai, id)
+    later = [event async for event in await ai.responses.retrieve(id, stream=True, starting_after=at)]
+    assert later == rest
+    everything = frames(await (await client.get(f"/v1/responses/{id}?stream=true")).text())
+    assert everything[: len(first)] == first
+    problems = [p for event in everything[:-1] for p in findings(without_null_usage(event), "ResponseStreamEvent")]
+    assert problems == []
+
+
+@pytest.mark.parametrize("pause", [{"silence_s": 5}, {"pause_s": 0.1}], ids=["before it begins", "in the middle"])
+async def test_a_background_response_is_cancelled(
+    pause: dict[str, float], ai: openai.AsyncOpenAI, client: TestClient, gemini: FakeGemini
+) -> None:
+    gemini.script = [said(*"abcdefghij")]
+    for name, value in pause.items():
+        setattr(gemini, name, value)
+    made = await ai.responses.create(model="gpt-4o", input="hi", background=True)
+    if "pause_s" in pause:
+        await finished(ai, made.id, running=["queued"])
+    cancelled = await ai.responses.cancel(made.id)
+    assert cancelled.status == "cancelled"
+    assert (await ai.responses.retrieve(made.id)) == cancelled
+    assert (await ai.responses.cancel(made.id)).status == "cancelled"
+    if "pause_s" in pause:
+        assert (cancelled.output[0].status, cancelled.output_text[:1]) == ("incomplete", "a")  # type: ignore[union-attr]
+        assert cancelled.output_text != "abcdefghij"
+    events = frames(await (await client.get(f"/v1/responses/{made.id}?stream=true")).text())
+    assert (events[-2]["type"], events[-2]["response"]["status"]) == ("response.incomplete", "cancelled")
+
+
+async def test_a_background_response_fails(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow down.")]
+    made = await finished(ai, (await ai.responses.create(model="gpt-4o", input="hi", background=True)).id)
+    assert (made.status, made.error.code) == ("failed", "rate_limit_exceeded")
+
+
+async def test_what_runs_is_deleted(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script, gemini.silence_s = [said("one")], 5
+    made = await ai.responses.create(model="gpt-4o", input="hi", background=True)
+    await ai.responses.delete(made.id)
+    with pytest.raises(openai.NotFoundError):
+        await ai.responses.retrieve(made.id)
+
+
+async def test_only_what_is_kept_and_in_the_background_can_be(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [said("one")]
+    refused = (await ask(client, background=True, store=False))["error"]
+    assert (refused["param"], refused["code"]) == ("background", "unsupported_parameter")
+    status, told = await fetch(client, f"{(await ask(client))['id']}/cancel", "POST")
+    assert (status, told["error"]["message"]) == (
+        400,
+        "Cannot cancel a synchronous response. Close its connection instead.",
+    )
+
+
+# ---- in a file
+
+
+async def test_a_client_that_leaves_is_not_waited_for(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 0.3
+    response = await client.post("/v1/responses", json=ASK | {"stream": True})
+    id = json.loads((await response.content.readuntil(b"\n\n")).decode().partition("data: ")[2])["response"]["id"]
+    assert (await fetch(client, id))[1]["status"] == "in_progress"
+    response.close()
+    for _ in range(100):
+        kept = (await fetch(client, id))[1]
+        if kept["status"] != "in_progress":
+            break
+        await asyncio.sleep(0.01)
+    assert (kept["status"], kept["error"]["code"]) == ("failed", "server_error")
+    assert findings({key: value for key, value in kept.items() if key != "usage"}, "Response") == []
+
+
+async def test_two_gateways_share_a_file(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
+    store = str(tmp_path / "deep" / "state.sqlite3")
+    one, other = await start(store=store), await start(store=store)
+    gemini.script, gemini.pause_s = [said(f"{i}") for i in range(9)], 0.1
+    made = await ask(one)
+    assert (await fetch(other, made["id"]))[1]["id"] == made["id"]
+    running = await ask(one, background=True)
+    await asyncio.sleep(0.05)
+    assert (await fetch(other, running["id"]))[1]["status"] in ("queued", "in_progress")
+    assert (await ask(other, previous_response_id=running["id"]))["error"]["code"] == "invalid_value"
+    assert (await fetch(other, f"{running['id']}/cancel", "POST"))[0] == 400
+    assert (await fetch(other, f"{running['id']}?stream=true"))[0] == 400
+    await one.close()
+    assert (await fetch(other, running["id"]))[1]["status"] == "completed"
+    assert [os.stat(path).st_mode & 0o777 for path in (store, os.path.dirname(store))] == [0o600, 0o700]
+    await other.close()
+    assert os.listdir(os.path.dirname(store)) == ["state.sqlite3"]
+
+
+async def test_a_file_that_cannot_be_used_is_told_and_replaced_by_memory(
+    start: Start, gemini: FakeGemini, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "broken").write_text("This is no database. " * 100)
+    client = await start(store=str(tmp_path / "broken"))
+    gemini.script = [said("one"), said("two")]
+    made = await ask(client)
+    assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
+    assert "broken cannot be used" in caplog.text
+
+
+async def test_the_store_is_bounded(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "RESPONSES_MAX", 20)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.echo = True
+    first = await ask(client)
+    for _ in range(101):
+        last = await ask(client)
+    assert (await fetch(client, first["id"]))[0] == 404
+    assert (await fetch(client, last["id"]))[0] == 200
+
+
+# ---- signatures that a client carries
+
+
+def signed_call(signature: str = "c2ln") -> list[dict[str, Any]]:
+    call = {"functionCall": {"name": "ls", "args": {"path": "/"}}, "thoughtSignature": signature}
+    parts = [{"text": "Let me see.", "thought": True}, call]
+    return [{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}]}]
+
+
+SEALED: dict[str, Any] = {
+    "model": GEMINI_3,
+    "store": False,
+    "include": ["reasoning.encrypted_content"],
+    "tools": [TOOL],
+}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("thinks", [False, True])
+async def test_a_client_carries_the_signatures(
+    thinks: bool, stream: bool, start: Start, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "s")
+    client = await start(store=store)
+    step = signed_call()
+    if not thinks:
+        del step[0]["candidates"][0]["content"]["parts"][0]
+    gemini.script = [step, said("done")]
+    made = (await ask_stream(client, **SEALED))[-2]["response"] if stream else await ask(client, **SEALED)
+    assert [item["type"] for item in made["output"]] == ["reasoning", "function_call"]
+    assert [part["text"] for part in made["output"][0]["summary"]] == (["Let me see."] if thinks else [])
+    await client.close()
+    client = await start(store=store)  # a gateway that remembers nothing
+    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
+    sent = [{"role": "user", "content": "list"}, *made["output"], result]
+    await ask(client, **SEALED, input=sent)
+    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
+
+
+@pytest.mark.parametrize("change", ["another gateway", "changed", "foreign"])
+async def test_what_was_not_sealed_here_is_passed_over(change: str, start: Start, gemini: FakeGemini) -> None:
+    client = await start()
+    gemini.script = [signed_call(), said("done")]
+    made = await ask(client, **SEALED)
+    sealed = made["output"][0]["encrypted_content"]
+    assert sealed.startswith("agp1.")
+    if change == "foreign":
+        made["output"][0]["encrypted_content"] = "gAAAAABo-not-ours"
+    elif change == "changed":
+        made["output"][0]["encrypted_content"] = sealed[:60] + ("A" if sealed[60] != "A" else "B") + sealed[61:]
+    client = await start()  # another key, for it keeps everything in memory
+    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
+    done = await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
+    assert done["status"] == "completed"
+    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == agproxy.SIGNATURE_SENTINEL
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_texts_signature_stands_behind_it(
+    stream: bool, start: Start, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "s")
+    client = await start(store=store)
+    parts = [{"text": "Hello"}, {"text": "", "thoughtSignature": "c2ln"}]
+    gemini.script = [[{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}]}], said("done")]
+    made = (await ask_stream(client, **SEALED))[-2]["response"] if stream else await ask(client, **SEALED)
+    assert [item["type"] for item in made["output"]] == ["message", "reasoning"]
+    await client.close()
+    client = await start(store=store)
+    again = {"role": "user", "content": "more"}
+    await ask(client, **SEALED, input=[{"role": "user", "content": "hi"}, *made["output"], again])
+    assert gemini.bodies[1]["contents"][1]["parts"] == [{"text": "Hello"}, {"text": "", "thoughtSignature": "c2ln"}]
+
+
+async def test_a_generated_image_is_seen_in_the_next_turn(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.models = ["gemini-2.5-flash-image"]
+    image = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0K"}}
+    gemini.script = [[{"candidates": [{"content": {"parts": [image]}, "finishReason": "STOP"}]}], said("blue")]
+    first = await ask(client, model="gemini-2.5-flash-image")
+    await ask(client, model="gemini-2.5-flash-image", previous_response_id=first["id"])
+    assert gemini.bodies[1]["contents"][1] == {"role": "model", "parts": [image]}
