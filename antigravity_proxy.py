@@ -6414,7 +6414,7 @@ async def run_until_signal(config: Config) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        config = replace(await with_demo(config, stack), store=stored_at(config, os.environ))
+        config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
         running_max = raise_file_limit()
         port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port), running_max), err=True)
