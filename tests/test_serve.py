@@ -197,17 +197,22 @@ async def test_what_a_killed_gateway_was_making_has_failed(
 ) -> None:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
+    other = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
     gemini.script, gemini.pause_s = [said("a", "b", "c")], 2.0
     body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/responses", json=body) as response:
             frame = (await response.content.readuntil(b"\n\n")).decode()
+            id = json.loads(frame.partition("data: ")[2])["response"]["id"]
+            kept = await (await session.get(f"{other}/responses/{id}")).json()
+            assert kept["status"] in ("queued", "in_progress")
             served.process.kill()
-        id = json.loads(frame.partition("data: ")[2])["response"]["id"]
-        base_url = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
-        kept = await (await session.get(f"{base_url}/responses/{id}")).json()
-        assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
-        text = await (await session.get(f"{base_url}/responses/{id}?stream=true")).text()
+            await served.process.wait()
+        next_one = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
+        for url in (other, next_one):
+            kept = await (await session.get(f"{url}/responses/{id}")).json()
+            assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
+        text = await (await session.get(f"{other}/responses/{id}?stream=true")).text()
         assert "event: response.failed" in text
 
 
