@@ -1510,7 +1510,7 @@ def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]
     if "prompt" in given and not given & {"messages", "input"}:
         return parse_completion(body), COMPLETION_FIELDS
     if "input" in given and "messages" not in given:
-        return [parse_response(body)], RESPONSE_FIELDS
+        return [parse_response(body, ())], RESPONSE_FIELDS
     return [parse_chat(body)], CHAT_FIELDS
 
 
@@ -3590,7 +3590,7 @@ class ResponseRenderer:
             case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
                 return self._delta(text)
             case Started():
-                return self._begin("in_progress")
+                return self.begin("in_progress")
             case PartStart(part=part):
                 return self._release("completed", part) + self._open(self._render_item(part, "in_progress"))
             case PartEnd(part=Text() | Thinking() as part):
@@ -3612,15 +3612,17 @@ class ResponseRenderer:
             case _:
                 assert_never(event)
 
-    def queue(self) -> str:
-        """The first frames of a response that waits to be made."""
-        return self._begin("queued")
+    def begin(self, status: str) -> str:
+        """What opens a stream: first, where it waits, as `queued`, then as `in_progress`."""
+        self.response["status"] = status
+        first = "" if self._sequence else self._frame("created", {"response": self.response})
+        return first + self._frame(status, {"response": self.response})
 
     def replay(self, response: dict[str, Any]) -> str:
         """The stream of a response that is over."""
         self.response = response | dict.fromkeys(("usage", "completed_at", "error", "incomplete_details"))
         self.response["output"] = []
-        frames = self._begin("in_progress")
+        frames = self.begin("in_progress")
         for item in response["output"]:
             *_, text = delta_form(item)
             frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
@@ -3645,11 +3647,6 @@ class ResponseRenderer:
         event = {"type": name, "sequence_number": self._sequence, **more}
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
-
-    def _begin(self, status: str) -> str:
-        self.response["status"] = status
-        first = "" if self._sequence else self._frame("created", {"response": self.response})
-        return first + self._frame(status, {"response": self.response})
 
     def _end(self, usage: Usage) -> str:
         cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
@@ -3724,8 +3721,8 @@ class ResponseRenderer:
 
     def _carry(self, sealed: str) -> str:
         """A reasoning item that says nothing, but brings a signature back."""
-        carrier = Thinking("", sealed)
-        return self._open(self._render_item(carrier, "in_progress")) + self._done_part(carrier, "completed")
+        item = (self._render_item(Thinking("", sealed), "completed") or {}) | {"summary": []}
+        return self._open(item) + self._done(item)
 
     def _search(self) -> str:
         """The search behind an answer, of which Gemini tells only at its end."""
@@ -3843,9 +3840,8 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
             return message | {"content": [text_part(part)]}
         case Thinking(text, signature):
-            told: dict[str, Any] = {"summary": [summary_part(text)] if text or not signature else []}
-            told |= {"encrypted_content": signature} if signature else {}
-            return {"id": f"rs_{id}", "type": "reasoning", **told, "status": status}
+            sealed = {"encrypted_content": signature} if signature else {}
+            return {"id": f"rs_{id}", "type": "reasoning", "summary": [summary_part(text)], "status": status, **sealed}
         case ToolCall(call_id, name, arguments, namespace=namespace, custom=custom):
             about = {"call_id": call_id, "name": name} | ({"namespace": namespace} if namespace else {})
             if custom:
@@ -5265,11 +5261,10 @@ class Gateway:
     async def close(self) -> None:
         """Lets what runs in the background finish, bounded by DRAIN_S."""
         tasks = [job.task for job in self._jobs.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_S)
-        for task in tasks:
+        _, late = await asyncio.wait(tasks, timeout=DRAIN_S) if tasks else ((), ())
+        for task in late:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -5687,7 +5682,7 @@ class Job:
 
     def __init__(self, kept: Kept) -> None:
         self.kept = kept
-        self._frames = split_frames(self._bytes(kept.renderer.queue()))
+        self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
         self._answer: Answer | None = None
         self._cancelled: Cancelled | None = None
         self._over = False

@@ -158,6 +158,10 @@ async def test_every_kind_of_answer_is_kept(name: str, stream: bool, client: Tes
     made = frames(await response.text())[-2]["response"] if stream else await response.json()
     status, kept = await fetch(client, made["id"])
     assert (status, kept) == (200, {key: value for key, value in made.items() if key != "choices"})
+    played = frames(await (await client.get(f"/v1/responses/{made['id']}?stream=true")).text())[:-1]
+    assert [problem for event in played for problem in findings(without_null_usage(event), "ResponseStreamEvent")] == []
+    assert [event["item"] for event in played if event["type"] == "response.output_item.done"] == kept["output"]
+    assert (played[-1]["type"], played[-1]["response"]) == (f"response.{kept['status']}", kept)
     again = await ask(client, previous_response_id=made["id"])
     assert again.get("status") == CASES[name]["responses"]["status"] or "error" in again
 
@@ -521,6 +525,18 @@ async def test_what_was_not_sealed_here_is_passed_over(change: str, start: Start
     done = await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
     assert done["status"] == "completed"
     assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == agproxy.SIGNATURE_SENTINEL
+
+
+async def test_a_thought_without_words_is_whole_too(client: TestClient, gemini: FakeGemini) -> None:
+    step = signed_call()
+    step[0]["candidates"][0]["content"]["parts"][0] = {"text": "", "thought": True, "thoughtSignature": "eA=="}
+    gemini.script = [step]
+    events = await ask_stream(client, **SEALED)
+    kinds = [event["type"] for event in events[:-1]]
+    assert kinds.count("response.reasoning_summary_part.added") == kinds.count("response.reasoning_summary_part.done")
+    assert [
+        problem for event in events[:-1] for problem in findings(without_null_usage(event), "ResponseStreamEvent")
+    ] == []
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
