@@ -4117,6 +4117,7 @@ def hold_file(path: Path) -> sqlite3.Connection | None:
 
     held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
+        held.execute("PRAGMA journal_mode = OFF")  # else a file would stay behind a killed process
         held.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError:
         held.close()

@@ -193,7 +193,7 @@ async def test_a_killed_gateway_loses_no_response_that_was_over(serve: Serve, fi
 
 @pytest.mark.parametrize("background", [False, True], ids=["stream", "background"])
 async def test_what_a_killed_gateway_was_making_has_failed(
-    background: bool, serve: Serve, file: str, gemini: FakeGemini
+    background: bool, serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
 ) -> None:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
@@ -212,6 +212,8 @@ async def test_what_a_killed_gateway_was_making_has_failed(
         for url in (other, next_one):
             kept = await (await session.get(f"{url}/responses/{id}")).json()
             assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
+        left = [name for name in os.listdir(tmp_path / "agproxy") if "life" in name]
+        assert len(left) == 2, left  # those of the two that live
         text = await (await session.get(f"{other}/responses/{id}?stream=true")).text()
         assert "event: response.failed" in text
 
