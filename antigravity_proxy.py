@@ -4202,13 +4202,17 @@ class ResponseStore:
         """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
         the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
         keeper = {"running": self._keeper, "over": None, "lost": ""}[state]
-        values = (*made, keeper, time.time())
-        sql = "UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ? WHERE id = ? AND keeper = ?"
-        update = (sql, (*values, id, self._keeper))
-        insert = ("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (id, *given, *values))
+        insert = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        update = """UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
+            WHERE id = ? AND keeper = ?"""
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute(*(insert if given else update))
+            *texts, events = made
+            values = (*texts, zlib.compress(events, 1), keeper, time.time())
+            if given:
+                connection.execute(insert, (id, *given, *values))
+            else:
+                connection.execute(update, (*values, id, self._keeper))
             self._saved += 1
             if self._saved % 100 == 1:
                 self._forget(connection)
@@ -4251,7 +4255,7 @@ class ResponseStore:
         *texts, events, keeper = rest
         input, response, signatures = map(parse_json, texts)
         state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
-        return StoredResponse(id, previous, input, response, signatures, events, state)
+        return StoredResponse(id, previous, input, response, signatures, zlib.decompress(events), state)
 
     async def delete(self, id: str) -> None:
         await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
@@ -5619,7 +5623,7 @@ class Gateway:
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
         head = Head(one.id, one.response["created_at"], one.response["model"])
         again = ResponseRenderer(head, {}).replay
-        data = zlib.decompress(one.events) if one.events else encoded(again(one.response))
+        data = one.events or encoded(again(one.response))
         response = bytes_response(b"".join(split_frames(data)[at:]), trace)
         response.content_type = "text/event-stream"
         return response
@@ -5699,7 +5703,7 @@ class Job:
             if last and isinstance(last[-1], Ended):
                 trace.usage = last[-1].usage
             frames = render(last)
-            await self.kept.save(events=zlib.compress(b"".join([*self._frames, *frames]), 1))
+            await self.kept.save(events=b"".join([*self._frames, *frames]))
             self._add(frames)
         finally:
             await self.kept.leave()
