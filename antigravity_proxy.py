@@ -1513,7 +1513,7 @@ def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]
     if "prompt" in given and not given & {"messages", "input"}:
         return parse_completion(body), COMPLETION_FIELDS
     if "input" in given and "messages" not in given:
-        return [parse_response(body)], RESPONSE_FIELDS
+        return [parse_response(body, ())], RESPONSE_FIELDS
     return [parse_chat(body)], CHAT_FIELDS
 
 
@@ -3659,7 +3659,7 @@ class ResponseRenderer:
             case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
                 return self._delta(text)
             case Started():
-                return self._begin("in_progress")
+                return self.begin("in_progress")
             case PartStart(part=part):
                 return self._release("completed", part) + self._open(self._render_item(part, "in_progress"))
             case PartEnd(part=Text() | Thinking() as part):
@@ -3681,15 +3681,17 @@ class ResponseRenderer:
             case _:
                 assert_never(event)
 
-    def queue(self) -> str:
-        """The first frames of a response that waits to be made."""
-        return self._begin("queued")
+    def begin(self, status: str) -> str:
+        """What opens a stream: first, where it waits, as `queued`, then as `in_progress`."""
+        self.response["status"] = status
+        first = "" if self._sequence else self._frame("created", {"response": self.response})
+        return first + self._frame(status, {"response": self.response})
 
     def replay(self, response: dict[str, Any]) -> str:
         """The stream of a response that is over."""
         self.response = response | dict.fromkeys(("usage", "completed_at", "error", "incomplete_details"))
         self.response["output"] = []
-        frames = self._begin("in_progress")
+        frames = self.begin("in_progress")
         for item in response["output"]:
             *_, text = delta_form(item)
             frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
@@ -3714,11 +3716,6 @@ class ResponseRenderer:
         event = {"type": name, "sequence_number": self._sequence, **more}
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
-
-    def _begin(self, status: str) -> str:
-        self.response["status"] = status
-        first = "" if self._sequence else self._frame("created", {"response": self.response})
-        return first + self._frame(status, {"response": self.response})
 
     def _end(self, usage: Usage) -> str:
         cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
@@ -3793,8 +3790,8 @@ class ResponseRenderer:
 
     def _carry(self, sealed: str) -> str:
         """A reasoning item that says nothing, but brings a signature back."""
-        carrier = Thinking("", sealed)
-        return self._open(self._render_item(carrier, "in_progress")) + self._done_part(carrier, "completed")
+        item = (self._render_item(Thinking("", sealed), "completed") or {}) | {"summary": []}
+        return self._open(item) + self._done(item)
 
     def _search(self) -> str:
         """The search behind an answer, of which Gemini tells only at its end."""
@@ -3912,9 +3909,8 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
             return message | {"content": [text_part(part)]}
         case Thinking(text, signature):
-            told: dict[str, Any] = {"summary": [summary_part(text)] if text or not signature else []}
-            told |= {"encrypted_content": signature} if signature else {}
-            return {"id": f"rs_{id}", "type": "reasoning", **told, "status": status}
+            sealed = {"encrypted_content": signature} if signature else {}
+            return {"id": f"rs_{id}", "type": "reasoning", "summary": [summary_part(text)], "status": status, **sealed}
         case ToolCall(call_id, name, arguments, namespace=namespace, custom=custom):
             about = {"call_id": call_id, "name": name} | ({"namespace": namespace} if namespace else {})
             if custom:
@@ -4190,6 +4186,7 @@ def hold_file(path: Path) -> sqlite3.Connection | None:
 
     held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
+        held.execute("PRAGMA journal_mode = OFF")  # else a file would stay behind a killed process
         held.execute("BEGIN EXCLUSIVE")
     except sqlite3.OperationalError:
         held.close()
@@ -4274,13 +4271,17 @@ class ResponseStore:
         """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
         the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
         keeper = {"running": self._keeper, "over": None, "lost": ""}[state]
-        values = (*made, keeper, time.time())
-        sql = "UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ? WHERE id = ? AND keeper = ?"
-        update = (sql, (*values, id, self._keeper))
-        insert = ("INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (id, *given, *values))
+        insert = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+        update = """UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
+            WHERE id = ? AND keeper = ?"""
 
         def write(connection: sqlite3.Connection) -> None:
-            connection.execute(*(insert if given else update))
+            *texts, events = made
+            values = (*texts, zlib.compress(events, 1), keeper, time.time())
+            if given:
+                connection.execute(insert, (id, *given, *values))
+            else:
+                connection.execute(update, (*values, id, self._keeper))
             self._saved += 1
             if self._saved % 100 == 1:
                 self._forget(connection)
@@ -4323,7 +4324,7 @@ class ResponseStore:
         *texts, events, keeper = rest
         input, response, signatures = map(parse_json, texts)
         state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
-        return StoredResponse(id, previous, input, response, signatures, events, state)
+        return StoredResponse(id, previous, input, response, signatures, zlib.decompress(events), state)
 
     async def delete(self, id: str) -> None:
         await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
@@ -5377,11 +5378,10 @@ class Gateway:
     async def close(self) -> None:
         """Lets what runs in the background finish, bounded by DRAIN_S."""
         tasks = [job.task for job in self._jobs.values()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=DRAIN_S)
-        for task in tasks:
+        _, late = await asyncio.wait(tasks, timeout=DRAIN_S) if tasks else ((), ())
+        for task in late:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*late, return_exceptions=True)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -5735,7 +5735,7 @@ class Gateway:
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
         head = Head(one.id, one.response["created_at"], one.response["model"])
         again = ResponseRenderer(head, {}).replay
-        data = zlib.decompress(one.events) if one.events else encoded(again(one.response))
+        data = one.events or encoded(again(one.response))
         response = bytes_response(b"".join(split_frames(data)[at:]), trace)
         response.content_type = "text/event-stream"
         return response
@@ -5799,7 +5799,7 @@ class Job:
 
     def __init__(self, kept: Kept) -> None:
         self.kept = kept
-        self._frames = split_frames(self._bytes(kept.renderer.queue()))
+        self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
         self._answer: Answer | None = None
         self._cancelled: Cancelled | None = None
         self._over = False
@@ -5815,7 +5815,7 @@ class Job:
             if last and isinstance(last[-1], Ended):
                 trace.usage = last[-1].usage
             frames = render(last)
-            await self.kept.save(events=zlib.compress(b"".join([*self._frames, *frames]), 1))
+            await self.kept.save(events=b"".join([*self._frames, *frames]))
             self._add(frames)
         finally:
             await self.kept.leave()
@@ -6536,7 +6536,7 @@ async def run_until_signal(config: Config) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
-        config = replace(await with_demo(config, stack), store=stored_at(config, os.environ))
+        config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
         running_max = raise_file_limit()
         port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port), running_max), err=True)

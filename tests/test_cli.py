@@ -86,3 +86,11 @@ def test_readme_names_every_option() -> None:
         assert f"agproxy {name}" in readme, name
         for option in command.params:
             assert any(word in readme for word in option.opts), option.opts
+
+
+def test_explain_takes_what_only_a_gateway_can_look_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = '{"model": "gpt-4o", "input": "hi", "previous_response_id": "resp_1", "background": true}'
+    run = CliRunner().invoke(agproxy.main, ["explain", "-"], input=body)
+    assert run.exit_code == 0, run.output
+    assert '"/previous_response_id": "mapped: the conversation that is kept, before the input"' in run.output

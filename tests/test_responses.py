@@ -1,8 +1,11 @@
 """Responses that are kept: by HTTP and through the real openai package, over a scripted Gemini."""
 
 import asyncio
+import contextlib
 import json
 import os
+import sqlite3
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +15,8 @@ import pytest
 from aiohttp.test_utils import TestClient
 from fake_gemini import FakeGemini, error, said
 from openai_schema import findings
-from test_golden import frames, without_null_usage
+from pydantic import BaseModel
+from test_golden import CASES, frames, without_null_usage
 
 import antigravity_proxy as agproxy
 
@@ -141,6 +145,49 @@ async def test_an_item_is_named_instead_of_sent(client: TestClient, gemini: Fake
     assert (await ask(client, input=[{"type": "item_reference", "id": ["x"]}]))["error"]["param"] == "input[0].id"
     refused = await ask(client, input=[{"type": "item_reference", "id": "msg_0123456789abcdef012345670000"}])
     assert (refused["error"]["param"], "Send the item itself" in refused["error"]["message"]) == ("input[0].id", True)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("name", CASES)
+async def test_every_kind_of_answer_is_kept(name: str, stream: bool, client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script = [CASES[name]["chunks"]] * 3
+    response = await client.post("/v1/responses", json=ASK | {"stream": stream})
+    if response.status != 200:
+        assert findings(await response.json(), "ErrorResponse") == []
+        return
+    made = frames(await response.text())[-2]["response"] if stream else await response.json()
+    status, kept = await fetch(client, made["id"])
+    assert (status, kept) == (200, {key: value for key, value in made.items() if key != "choices"})
+    played = frames(await (await client.get(f"/v1/responses/{made['id']}?stream=true")).text())[:-1]
+    assert [problem for event in played for problem in findings(without_null_usage(event), "ResponseStreamEvent")] == []
+    assert [event["item"] for event in played if event["type"] == "response.output_item.done"] == kept["output"]
+    assert (played[-1]["type"], played[-1]["response"]) == (f"response.{kept['status']}", kept)
+    again = await ask(client, previous_response_id=made["id"])
+    assert again.get("status") == CASES[name]["responses"]["status"] or "error" in again
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_the_sdk_parses_what_it_asked_for(stream: bool, ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    call = {"functionCall": {"name": "Person", "args": {"name": "Ada", "age": 36}}}
+    gemini.script = [
+        said('{"name": "Ada", ', '"age": 36}'),
+        [{"candidates": [{"content": {"parts": [call]}, "finishReason": "STOP"}]}],
+    ]
+    asked: list[dict[str, Any]] = [{"text_format": Person}, {"tools": [openai.pydantic_function_tool(Person)]}]
+    made: list[Any] = []
+    for more in asked:
+        if stream:
+            async with ai.responses.stream(model="gpt-4o", input="who?", **more) as events:
+                made.append(await events.get_final_response())
+        else:
+            made.append(await ai.responses.parse(model="gpt-4o", input="who?", **more))
+    assert made[0].output_parsed == Person(name="Ada", age=36)
+    assert made[1].output[0].parsed_arguments == Person(name="Ada", age=36)
 
 
 # ---- what is not kept
@@ -385,17 +432,42 @@ async def test_a_file_that_cannot_be_used_is_told_and_replaced_by_memory(
     assert "broken cannot be used" in caplog.text
 
 
+@pytest.mark.parametrize("limit", [{"MAX": 20}, {"MEMORY_MAX": 20_000}, {"BYTES_MAX": 20_000}, {"AGE_S": 0.5}], ids=str)
 async def test_the_store_is_bounded(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    limit: dict[str, float], start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agproxy, "RESPONSES_MAX", 20)
-    client = await start(store=str(tmp_path / "s"))
+    for name, value in limit.items():
+        monkeypatch.setattr(agproxy, f"RESPONSES_{name}", value)
+    client = await start(store="memory" if "MEMORY_MAX" in limit else str(tmp_path / "s"))
     gemini.echo = True
-    first = await ask(client)
-    for _ in range(101):
-        last = await ask(client)
+    first, second = await ask(client), await ask(client)
+    await asyncio.sleep(0.6 if "AGE_S" in limit else 0)
+    for number in range(99):
+        last = await ask(client, previous_response_id=second["id"] if number == 95 else None)
     assert (await fetch(client, first["id"]))[0] == 404
     assert (await fetch(client, last["id"]))[0] == 200
+    assert (await fetch(client, second["id"]))[0] == 200  # it was used lately
+
+
+async def test_nobody_waits_for_a_file_that_another_program_holds(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.5)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.echo = True
+    await ask(client)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
+        held.execute("BEGIN IMMEDIATE")
+        late = asyncio.create_task(ask(client))
+        await asyncio.sleep(0.1)
+        began = time.monotonic()
+        chat = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
+        assert (await client.post("/v1/chat/completions", json=chat)).status == 200
+        assert time.monotonic() - began < 0.3
+        made = await late
+    assert made["status"] == "completed"
+    assert f"{made['id']} cannot be kept (database is locked)" in caplog.text
+    assert (await ask(client))["status"] == "completed"
 
 
 # ---- signatures that a client carries
@@ -453,6 +525,18 @@ async def test_what_was_not_sealed_here_is_passed_over(change: str, start: Start
     done = await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
     assert done["status"] == "completed"
     assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == agproxy.SIGNATURE_SENTINEL
+
+
+async def test_a_thought_without_words_is_whole_too(client: TestClient, gemini: FakeGemini) -> None:
+    step = signed_call()
+    step[0]["candidates"][0]["content"]["parts"][0] = {"text": "", "thought": True, "thoughtSignature": "eA=="}
+    gemini.script = [step]
+    events = await ask_stream(client, **SEALED)
+    kinds = [event["type"] for event in events[:-1]]
+    assert kinds.count("response.reasoning_summary_part.added") == kinds.count("response.reasoning_summary_part.done")
+    assert [
+        problem for event in events[:-1] for problem in findings(without_null_usage(event), "ResponseStreamEvent")
+    ] == []
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])

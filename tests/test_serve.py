@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import re
 import signal
 import socket
@@ -192,19 +193,65 @@ async def test_a_killed_gateway_loses_no_response_that_was_over(serve: Serve, fi
 
 @pytest.mark.parametrize("background", [False, True], ids=["stream", "background"])
 async def test_what_a_killed_gateway_was_making_has_failed(
-    background: bool, serve: Serve, file: str, gemini: FakeGemini
+    background: bool, serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
 ) -> None:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
+    other = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
     gemini.script, gemini.pause_s = [said("a", "b", "c")], 2.0
     body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/responses", json=body) as response:
             frame = (await response.content.readuntil(b"\n\n")).decode()
+            id = json.loads(frame.partition("data: ")[2])["response"]["id"]
+            kept = await (await session.get(f"{other}/responses/{id}")).json()
+            assert kept["status"] in ("queued", "in_progress")
             served.process.kill()
-        id = json.loads(frame.partition("data: ")[2])["response"]["id"]
-        base_url = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
-        kept = await (await session.get(f"{base_url}/responses/{id}")).json()
-        assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
-        text = await (await session.get(f"{base_url}/responses/{id}?stream=true")).text()
+            await served.process.wait()
+        next_one = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
+        for url in (other, next_one):
+            kept = await (await session.get(f"{url}/responses/{id}")).json()
+            assert (kept["id"], kept["status"], kept["error"]["code"]) == (id, "failed", "server_error")
+        left = [name for name in os.listdir(tmp_path / "agproxy") if "life" in name]
+        assert len(left) == 2, left  # those of the two that live
+        text = await (await session.get(f"{other}/responses/{id}?stream=true")).text()
         assert "event: response.failed" in text
+
+
+@pytest.mark.parametrize("store", ["off", "memory", "~/mine.sqlite3", "--demo"])
+async def test_what_is_to_leave_nothing_on_disk_leaves_nothing(
+    store: str, serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    config = tmp_path / "two.yaml"
+    config.write_text(config.read_text() + ("" if store == "--demo" else f"proxy: {{store: {store}}}\n"))
+    served = await serve(*(["--demo"] if store == "--demo" else ["--accounts", file]), "--port", "0")
+    shown = {"--demo": "memory"}.get(store, store).replace("~", str(tmp_path))
+    assert await served.wait_for(r"store +(\S+)") == shown
+    base_url = await served.wait_for(r"OPENAI_BASE_URL=(\S+)")
+    gemini.script = [said("one"), said("two"), said("three")]
+    async with aiohttp.ClientSession() as session:
+        await (await session.post(f"{base_url}/chat/completions", json=HELLO | {"store": True})).read()
+        await (await session.post(f"{base_url}/completions", json={"model": "gpt-4o", "prompt": "secret"})).read()
+        assert sorted(os.listdir(tmp_path)) == ["two.yaml"]
+        made = await (await session.post(f"{base_url}/responses", json={"model": "gpt-4o", "input": "secret"})).json()
+        status = (await session.get(f"{base_url}/responses/{made['id']}")).status
+    assert status == (404 if store == "off" else 200)
+    assert any("sqlite" in name for name in os.listdir(tmp_path)) == (store == "~/mine.sqlite3")
+
+
+async def test_what_is_not_to_be_kept_is_nowhere_in_the_file(
+    serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said("answer-kept"), said("answer-lost"), said("answer-gone")]
+    async with aiohttp.ClientSession() as session:
+        for word, store in (("ask-kept", True), ("ask-lost", False), ("ask-gone", True)):
+            body = {"model": "gpt-4o", "input": word, "store": store, "include": ["reasoning.encrypted_content"]}
+            made = await (await session.post(f"{base_url}/responses", json=body)).json()
+        assert (await session.delete(f"{base_url}/responses/{made['id']}")).status == 200
+    served.process.send_signal(signal.SIGTERM)
+    assert await served.ended() == 0
+    data = (tmp_path / "agproxy" / "state.sqlite3").read_bytes()
+    words = (b"ask-kept", b"answer-kept", b"ask-lost", b"answer-lost", b"ask-gone", b"answer-gone")
+    assert [word in data for word in words] == [True, True, False, False, False, False]

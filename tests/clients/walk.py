@@ -43,6 +43,7 @@ CLIENTS = {
     "openai-node": Client(npm="openai", quick=True),
     "llm": Client(pip="llm", quick=True),
     "langchain": Client(pip="langchain-openai"),
+    "openai-agents": Client(pip="openai-agents"),
     "aider": Client(pip="aider-chat"),
     "codex": Client(npm="@openai/codex"),
     "opencode": Client(npm="opencode-ai"),
