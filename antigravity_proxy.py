@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     import asyncio
     import sqlite3
     import ssl
+    from datetime import tzinfo
 
     import aiohttp
     from aiohttp import web
@@ -116,7 +117,8 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
-COOLDOWN_S_DEFAULT = 30.0
+COOLDOWN_S_MAX = 3600.0
+JITTER_S_MAX = 30.0
 ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 DRAIN_S = 30.0
@@ -419,11 +421,13 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
-#     │   ├── ModelGone, TooLong, TooLarge
+#     │   ├── TooLong, TooLarge
+#     │   ├── ModelGone     this account does not have the model
 #     │   └── SignatureRefused  worth one more try without the thought signatures
-#     ├── RateLimited       this account, for now
-#     │   └── QuotaGone     this account, for long
-#     ├── CredentialRefused this account, until its credentials change
+#     ├── RateLimited       this account or its project, for now
+#     │   └── QuotaGone     the same, for the day
+#     ├── CredentialRefused this account, until a try succeeds
+#     │   └── AccountBarred this account, until its owner acts
 #     ├── Overloaded        not the account's fault
 #     ├── UpstreamTimeout   no answer in time
 #     └── UpstreamBroken    cut, empty or unreadable
@@ -500,8 +504,19 @@ class BodyTooLarge(GatewayError):
 
 
 class UpstreamError(GatewayError):
+    """One attempt failed. Who `rests` after it: the whole account, or for this model the account, or all of its project."""
+
     status = 502
     default_code: ClassVar[str | None] = "upstream_error"
+    rests: ClassVar[Literal["nobody", "account", "model", "project"]] = "nobody"
+    rest_s: ClassVar[float] = 0.0
+    """For how long, where the upstream does not say; twice as long after each probe that fails."""
+    reset_at: float | None = None
+    """When the upstream says that the quota is new, in seconds since 1970."""
+    quota: str = ""
+    """What kind of quota is used up."""
+    limit: int | None = None
+    """How large that quota is."""
 
 
 class UpstreamRefused(UpstreamError):
@@ -512,6 +527,11 @@ class UpstreamRefused(UpstreamError):
 
 class ModelGone(UpstreamRefused):
     status = 404
+    remedy = "next_account"
+    rests = "model"
+    rest_s = 600.0
+    quota = "model"
+    advice = "Use a name of `agproxy models`, or map it in models.map."
     default_code = "model_not_found"
 
 
@@ -532,11 +552,17 @@ class RateLimited(UpstreamError):
     status = 429
     type = "rate_limit_error"
     remedy = "next_account"
+    rests = "project"
+    rest_s = 5.0
+    quota = "requests"
     default_code = "rate_limit_exceeded"
     advice = "Wait, or add an account of another project."
 
 
 class QuotaGone(RateLimited):
+    """Without a word of the upstream's, until the new day of its quotas begins."""
+
+    quota = "day"
     type = "insufficient_quota"
     default_code = "insufficient_quota"
     advice = "Wait for the new day, turn on billing, or add an account of another project."
@@ -544,7 +570,16 @@ class QuotaGone(RateLimited):
 
 class CredentialRefused(UpstreamError):
     remedy = "next_account"
+    rests = "account"
+    rest_s = 60.0
+    quota = "credentials"
     advice = "Check the keys with `agproxy check --online`."
+
+
+class AccountBarred(CredentialRefused):
+    rest_s = math.inf
+    quota = "barred"
+    advice = "Do what it says, change the account's credentials, or run `agproxy pool reset NAME`."
 
 
 class Overloaded(UpstreamError):
@@ -569,7 +604,10 @@ class UpstreamBroken(UpstreamError):
 # overloaded where the status is no known one (529 comes from proxies).
 # Source: https://ai.google.dev/gemini-api/docs/troubleshooting; the texts as servers gave them
 REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] = (
-    ((429,), r"limit: 0\b|PerDay|Daily", QuotaGone, None),
+    ((429,), r"limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS", QuotaGone, None),
+    ((429, 503), r"MODEL_CAPACITY_EX|No capacity available", Overloaded, None),
+    ((403, 429), r"(?i)abus|unusual traffic|terms of service|TOS_VIOLATION|suspended|leaked", AccountBarred, None),
+    ((403,), r"VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED", AccountBarred, None),
     ((429,), "", RateLimited, None),
     ((401, 403), "", CredentialRefused, None),
     ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
@@ -2050,6 +2088,51 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # ==============================================================================
 
 
+def next_midnight(now: float) -> float:
+    """When a new day of Gemini's quotas begins: at midnight in Los Angeles.
+
+    Source: https://ai.google.dev/gemini-api/docs/rate-limits
+    """
+    local = now + pacific_offset_s(now)
+    midnight = (local // 86400 + 1) * 86400
+    return midnight - pacific_offset_s(midnight - pacific_offset_s(now))
+
+
+def pacific_offset_s(now: float) -> float:
+    """Seconds that clocks in Los Angeles are ahead of UTC; by the United States' rule where the system has no zones."""
+    from datetime import UTC, datetime, timedelta
+
+    moment = datetime.fromtimestamp(now, UTC)
+    if zone := pacific_zone():
+        return (moment.astimezone(zone).utcoffset() or timedelta()).total_seconds()
+    march, november = (datetime(moment.year, *of, tzinfo=UTC) for of in ((3, 8, 10), (11, 1, 9)))  # 2 a.m. there
+    begin, end = (day + timedelta(days=(6 - day.weekday()) % 7) for day in (march, november))  # Sundays
+    return -7 * 3600.0 if begin <= moment < end else -8 * 3600.0
+
+
+@functools.cache
+def pacific_zone() -> tzinfo | None:
+    with contextlib.suppress(ImportError, LookupError):  # no such module, no such zone
+        return importlib.import_module("zoneinfo").ZoneInfo("America/Los_Angeles")  # type: ignore[no-any-return]
+    return None
+
+
+def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
+    """Seconds of rest after a refusal: as the upstream says, else until the quota is new, else longer each time.
+
+    No wait is believed beyond a day, and none is shorter than a second.
+    """
+    if error.reset_at is not None or error.retry_after_s is not None:
+        rest_s = error.retry_after_s if error.reset_at is None else error.reset_at - now
+    elif isinstance(error, QuotaGone):
+        rest_s = next_midnight(now) - now
+    elif math.isinf(error.rest_s):
+        return math.inf
+    else:
+        rest_s = 60.0 if error.quota.endswith("_minute") else min(error.rest_s * 2.0**strikes, COOLDOWN_S_MAX)
+    return min(max(rest_s or 0.0, 1.0), RETRY_AFTER_S_MAX)
+
+
 class AccountPool:
     """Who is asked next, and who rests until when. Told the time; never waits."""
 
@@ -2068,8 +2151,8 @@ class AccountPool:
         return None
 
     def failed(self, account: Account, model: str, error: UpstreamError, now: float) -> None:
-        if error.remedy == "next_account":
-            self._rests[account.name, model] = (now + (error.retry_after_s or COOLDOWN_S_DEFAULT), error)
+        if error.rests != "nobody":
+            self._rests[account.name, model] = (now + rest_of(error, 0, now), error)
 
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
         """The class of the last refusal, the wait until the soonest account, and the reason of each."""
@@ -3109,11 +3192,11 @@ def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
     ]
 
 
-RETRY_TEXT = re.compile(r"retry in (\d+(?:\.\d+)?)(ms|s)", re.IGNORECASE)
+def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamError:
+    """What an error answer of Gemini means for this account and this request.
 
-
-def classify_error(status: int, body: Any) -> UpstreamError:
-    """What an error answer of Gemini means for this account and this request. `body` is its JSON, or None."""
+    `body` is its JSON, or None; `retry_after` the header of that name. The class comes first, then the wait.
+    """
     error = error_of(body)
     told = error.get("code")
     status = told if isinstance(told, int) and 400 <= told < 600 else status
@@ -3124,9 +3207,9 @@ def classify_error(status: int, body: Any) -> UpstreamError:
         everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
-            param = "model" if kind is ModelGone else None
-            return kind(message, code=code, param=param, retry_after_s=retry_after(error))
-    return (Overloaded if status > 504 else UpstreamBroken)(message)
+            made = kind(message, code=code, param="model" if kind is ModelGone else None)
+            return with_wait(made, error, retry_after)
+    return with_wait((Overloaded if status > 504 else UpstreamBroken)(message), error, retry_after)
 
 
 # Google's errors name the key that they speak of.
@@ -3147,15 +3230,64 @@ def error_of(body: Any) -> Mapping[str, Any]:
     return error_of(inner) or error
 
 
-def retry_after(error: Mapping[str, Any]) -> float | None:
-    """Seconds that Gemini asks to wait, by RetryInfo or by its text; None where it says nothing."""
+def with_wait(made: UpstreamError, error: Mapping[str, Any], retry_after: str) -> UpstreamError:
+    """The error with the quota that it speaks of, the wait that is asked for and the page to visit, by its details."""
+    about: dict[str, Any] = {}
+    quotas: dict[str, int | None] = {}
     details = error.get("details")
     for detail in details if isinstance(details, list) else ():
-        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
-        if isinstance(delay, str) and re.fullmatch(r"\d+(\.\d+)?s", delay):
-            return min(float(delay[:-1]), RETRY_AFTER_S_MAX)
-    if match := RETRY_TEXT.search(str(error.get("message") or "")):
-        return min(float(match[1]) / (1000 if match[2] == "ms" else 1), RETRY_AFTER_S_MAX)
+        if isinstance(detail, dict):
+            metadata, violations, links = (detail.get(key) for key in ("metadata", "violations", "links"))
+            about |= detail | (metadata if isinstance(metadata, dict) else {})
+            about |= links[0] if isinstance(links, list) and links and isinstance(links[0], dict) else {}
+            for one in violations if isinstance(violations, list) else ():
+                quotas |= quota_of(one, "quotaId", "quotaValue") if isinstance(one, dict) else {}
+    quotas |= quota_of(about, "quota_limit", "quota_limit_value")
+    if isinstance(made, RateLimited) and quotas:
+        made.quota = min(quotas, key=lambda quota: not quota.endswith("day"))
+        made.limit = quotas[made.quota]
+    if re.search(r"limit: 0\b", made.message) and isinstance(made, QuotaGone):
+        made.quota, made.limit = "tier", None
+    if isinstance(made, AccountBarred) and (page := about.get("validation_link") or about.get("url")):
+        made.message = f"{made.message.rstrip('.')}. Visit {page}"
+    waits = [duration_s(about.get("quotaResetDelay"))]
+    if not waits[0] and isinstance(reset := about.get("quotaResetTimeStamp"), str):
+        made.reset_at = timestamp_of(reset)
+    if not made.quota.endswith("_day") and made.quota != "tier":  # these are known better than RetryInfo tells
+        text = WAIT_TEXT.search(made.message)
+        waits += [duration_s(about.get("retryDelay")), duration_s(f"{retry_after}s"), duration_s(text and text[1])]
+    made.retry_after_s = next((wait for wait in waits if wait is not None), None)
+    return made
+
+
+def quota_of(about: Mapping[str, Any], id: str, value: str) -> dict[str, int | None]:
+    """The quota that an id such as GenerateRequestsPerDayPerProjectPerModel-FreeTier names, and its size."""
+    name = about.get(id)
+    if not isinstance(name, str):
+        return {}
+    per = "day" if re.search("PerDay|Daily", name) else "minute"
+    return {f"{'tokens' if 'Token' in name else 'requests'}_per_{per}": count_of(about.get(value)) or None}
+
+
+# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
+WAIT_TEXT = re.compile(r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE)
+
+
+def duration_s(text: Any) -> float | None:
+    """Seconds of a duration such as 34.07s, 900ms or 3h2m1.2s; at most a day's; None for anything else."""
+    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,9}(\.\d+)?(ms|[hms]))+", text):
+        return None
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    total = sum(float(count) * units[unit] for count, unit in re.findall(r"([\d.]+)(ms|[hms])", text))
+    return min(total, RETRY_AFTER_S_MAX)
+
+
+def timestamp_of(text: str) -> float | None:
+    """Seconds since 1970 of a time such as 2025-11-30T14:57:24Z; None for anything else."""
+    from datetime import datetime
+
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp()
     return None
 
 
@@ -4508,7 +4640,8 @@ class Upstream:
             async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
                 self.skew_s = clock_skew(response.headers.get("Date"), time.time())
                 if response.status != 200:
-                    raise classify_error(response.status, parse_json(await response.read()))
+                    wait = response.headers.get("Retry-After", "")
+                    raise classify_error(response.status, parse_json(await response.read()), wait)
                 answer = await response.json(content_type=None)
             for model in answer["models"]:
                 if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
@@ -4615,7 +4748,7 @@ class Upstream:
                 incoming = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
                 answer = parse_json(await incoming.read())
         if incoming.status != 200:
-            raise classify_error(incoming.status, answer)
+            raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
         return answer if isinstance(answer, dict) else {}
 
     async def _post(self, account: Account, call: str, body: bytes) -> Incoming:
@@ -4696,7 +4829,8 @@ def open_transport(url: str, proxy: str | None, config: Config) -> DirectTranspo
 async def first_events(incoming: Incoming, generation: Generation) -> Answer:
     """The answer with its first events. Raises what the status or the first event says, and the transport's errors."""
     if incoming.status != 200:
-        raise classify_error(incoming.status, parse_json(await incoming.read()))
+        wait = incoming.headers.get("retry-after", "")
+        raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
     reader = generation.reader()
     if not generation.sse:
         return Answer(unless_failed(reader.whole(await incoming.read())), incoming, None)

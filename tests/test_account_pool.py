@@ -1,5 +1,7 @@
 """Who is asked next, who rests until when; and what signatures are remembered."""
 
+from datetime import UTC, datetime
+
 import pytest
 
 import antigravity_proxy as agproxy
@@ -63,3 +65,25 @@ def test_signatures_are_put_back_for_the_model_that_made_them_and_the_oldest_giv
 
     assert recalled(M) == [None, "sig-two", "sig-three"]
     assert recalled("gemini-9") == [None, None, None]
+
+
+@pytest.mark.parametrize("zones", [True, False], ids=["by the system's zones", "by rule"])
+@pytest.mark.parametrize(
+    ("now", "midnight"),
+    [
+        ("2026-01-15T20:00:00Z", "2026-01-16T08:00:00Z"),
+        ("2026-01-15T07:59:59Z", "2026-01-15T08:00:00Z"),
+        ("2026-03-08T07:00:00Z", "2026-03-08T08:00:00Z"),  # the hour before the shortest day
+        ("2026-03-08T08:00:00Z", "2026-03-09T07:00:00Z"),
+        ("2026-07-01T12:00:00Z", "2026-07-02T07:00:00Z"),
+        ("2026-11-01T07:00:00Z", "2026-11-02T08:00:00Z"),  # the longest day
+        ("2026-12-31T23:00:00Z", "2027-01-01T08:00:00Z"),
+    ],
+)
+def test_the_day_of_the_quotas_ends_at_midnight_in_los_angeles(
+    now: str, midnight: str, zones: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not zones:
+        monkeypatch.setattr(agproxy, "pacific_zone", lambda: None)
+    seconds = datetime.fromisoformat(now).timestamp()
+    assert datetime.fromtimestamp(agproxy.next_midnight(seconds), UTC) == datetime.fromisoformat(midnight)

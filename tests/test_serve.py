@@ -82,7 +82,7 @@ async def test_completions_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini
     ("steps", "expected"),
     [
         ([error(400, "INVALID_ARGUMENT", "No.")], openai.BadRequestError),
-        ([error(404, "NOT_FOUND", "No such model.")], openai.NotFoundError),
+        ([error(404, "NOT_FOUND", "No such model.")] * 2, openai.NotFoundError),
         ([error(429, "RESOURCE_EXHAUSTED", "Slow down.")] * 2, openai.RateLimitError),
         ([error(401, "UNAUTHENTICATED", "Who?")] * 2, openai.InternalServerError),
         ([error(503, "UNAVAILABLE", "Overloaded.")] * 3, openai.InternalServerError),

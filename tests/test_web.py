@@ -265,7 +265,7 @@ async def test_one_account_is_asked_once_more_for_a_fault_not_its_own(start: Sta
         (error(403, "PERMISSION_DENIED", "no"), 2, 502),
         (error(400, "INVALID_ARGUMENT", "bad"), 1, 400),
         (error(400, "INVALID_ARGUMENT", "API key not valid.", {"reason": "API_KEY_INVALID"}), 2, 502),
-        (error(404, "NOT_FOUND", "no model"), 1, 404),
+        (error(404, "NOT_FOUND", "no model"), 2, 404),
     ],
 )
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
