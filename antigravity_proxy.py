@@ -47,7 +47,7 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
@@ -119,6 +119,14 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
 COOLDOWN_S_MAX = 3600.0
 JITTER_S_MAX = 30.0
+REST_S_MAX = RETRY_AFTER_S_MAX + JITTER_S_MAX
+DAY_S_MAX = 25 * 3600.0
+POLL_S = 0.25
+TWINS_MIN = 3
+STATES_MAX = 2000  # of accounts times models
+SAID_CHARS = 4000  # of a conversation's beginning, by which it is known
+QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
+STRATEGIES = ("affinity", "round_robin", "fill_first")
 ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 DRAIN_S = 30.0
@@ -429,6 +437,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 #     ├── CredentialRefused this account, until a try succeeds
 #     │   └── AccountBarred this account, until its owner acts
 #     ├── Overloaded        not the account's fault
+#     │   └── Paused        its owner wants it not to be asked
 #     ├── UpstreamTimeout   no answer in time
 #     └── UpstreamBroken    cut, empty or unreadable
 
@@ -589,6 +598,13 @@ class Overloaded(UpstreamError):
     advice = "Try again later, or ask another model."
 
 
+class Paused(Overloaded):
+    rests = "account"
+    rest_s = math.inf
+    quota = "paused"
+    advice = "Resume it by `agproxy pool resume NAME`."
+
+
 class UpstreamTimeout(UpstreamError):
     status = 504
     remedy = "same_account"
@@ -643,10 +659,18 @@ class ConfigError(Exception):
 @dataclass(frozen=True, slots=True)
 class Account:
     name: str
-    api_key: str = field(repr=False)
+    api_key: str = field(default="", repr=False)
     base_url: str = GEMINI_URL
     kind: str = "gemini"
     email: str | None = None
+    weight: float = 1.0
+    """By how much more it is asked than one of weight 1."""
+    max_concurrency: int | None = None
+    quota_group: str | None = None
+    """Accounts of one Google project share its quota."""
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By model or pattern, and by quota, what its project may be asked."""
+    proxy: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -679,7 +703,10 @@ class Config:
     show_account: str = "masked"
     upstream_proxy: str | None = field(default=None, repr=False)
     strict: bool = False
+    strategy: str = "affinity"
     max_wait_s: float = 10.0
+    reserve: float = 0.0
+    """The share of each known limit that is left alone while another account can answer."""
     store: str | None = None
     fetch_media: bool = True
     media_hosts: tuple[str, ...] = ()
@@ -919,7 +946,9 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "show_account": read_word("full", "masked", "off"),
     "upstream_proxy": read_url,
     "strict": read_flag,
+    "strategy": read_word(*STRATEGIES),
     "max_wait_s": read_number(0, 3600),
+    "reserve": read_number(0, 0.9),
     "store": read_text,
     "fetch_media": read_flag,
     "media_hosts": read_texts,
@@ -945,7 +974,7 @@ SECTIONS: Mapping[str, Kind] = {
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
-NOT_USED_YET = {"proxy.max_wait_s", "proxy.store", "models.fallback"}
+NOT_USED_YET = {"proxy.store"}
 
 
 def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: bool = True) -> Config:
@@ -2133,39 +2162,429 @@ def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
     return min(max(rest_s or 0.0, 1.0), RETRY_AFTER_S_MAX)
 
 
+@dataclass(eq=False, slots=True)
+class Seat:
+    """An account's place in the pool."""
+
+    account: Account
+    salt: int
+    owners: tuple[str, ...]
+    """Whose rests hold it back: its own, and those of its quota_group."""
+    busy: int = 0
+    turn: float = 0.0
+    twins: set[str] = field(default_factory=set)
+    """Accounts that seem to share its project: they were refused whenever it was."""
+
+
+@dataclass(eq=False, slots=True)
+class Rest:
+    """Why an account or a project is not asked, and until when. Afterwards one probe finds out, which ends it or not."""
+
+    error: UpstreamError
+    until: float
+    strikes: int = 0
+    """How many probes in a row have failed."""
+    span: tuple[float, float] = (0.0, 0.0)
+    """From when until when the upstream surely refuses: the last tenth may be the way of the answer."""
+    prober: Lease | None = None
+
+    def holds(self, now: float) -> bool:
+        """A rest of more than a day is none: the clock was set back."""
+        return self.prober is not None or now < self.until <= now + REST_S_MAX or math.isinf(self.until)
+
+    def told(self, now: float) -> str:
+        until = "" if math.isinf(self.until) else f" for {max(self.until - now, 0):.0f} s"
+        return f"{'is probed' if self.prober else f'rests{until}'} ({self.error.quota}): {self.error.message}"
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """One request's use of an account, from the choice until the end of its answer."""
+
+    seat: Seat
+    model: str
+    begun: float
+    probes: list[Rest] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def account(self) -> Account:
+        return self.seat.account
+
+
+@dataclass(eq=False, slots=True)
+class Use:
+    """What an account or a project was asked for one model, this minute and this day, and how much it may be."""
+
+    given: Mapping[str, int]
+    learned: dict[str, int] = field(default_factory=dict)
+    minute: int = 0
+    day: float = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * len(QUOTAS))
+
+    def at(self, now: float, day: float) -> list[int]:
+        """The counts, in the order of QUOTAS, of this minute and of the day that ends at `day`."""
+        if (minute := int(now // 60)) != self.minute:
+            self.minute, self.counts[:2] = minute, (0, 0)
+        if day != self.day:
+            self.day, self.counts[2:] = day, (0, 0)
+        return self.counts
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {**self.learned, **self.given}
+
+    def reached(self, now: float, day: float, share: float = 1.0) -> list[str]:
+        """The quotas of which more than this share is used up."""
+        if not (limits := self.limits):
+            return []
+        return [
+            quota
+            for quota, count in zip(QUOTAS, self.at(now, day), strict=True)
+            if quota in limits
+            if count >= limits[quota] * share
+        ]
+
+
+def salt_of(name: str) -> int:
+    """An odd number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(encoded(name)).digest()[:8], "big") | 1
+
+
 class AccountPool:
-    """Who is asked next, and who rests until when. Told the time; never waits."""
+    """Who is asked next, and who rests until when. Told the time, in seconds since 1970, and the chance; never waits."""
 
-    def __init__(self, accounts: Sequence[Account]) -> None:
-        self.accounts = tuple(accounts)
-        self._next = 0
-        self._rests: dict[tuple[str, str], tuple[float, UpstreamError]] = {}
+    def __init__(self, accounts: Sequence[Account], strategy: str = "affinity", reserve: float = 0.0) -> None:
+        self._seats: list[Seat] = []
+        self._rests: dict[tuple[str, str], dict[str, Rest]] = {}
+        self._uses: dict[tuple[str, str], Use] = {}
+        self._together: dict[tuple[str, str], int] = {}
+        self._floor = 0.0
+        self._day = 0.0
+        self._limited = False
+        """Whether any limit was given or learned."""
+        self.update(accounts, strategy, reserve)
 
-    def acquire(self, model: str, tried: Sequence[Account], now: float) -> Account | None:
-        """The next account in turn that is neither tried nor resting for this model, or None."""
-        for i in range(len(self.accounts)):
-            account = self.accounts[(self._next + i) % len(self.accounts)]
-            if account not in tried and self._rests.get((account.name, model), (0.0,))[0] <= now:
-                self._next = (self._next + i + 1) % len(self.accounts)
-                return account
-        return None
+    @property
+    def accounts(self) -> tuple[Account, ...]:
+        return tuple(seat.account for seat in self._seats)
 
-    def failed(self, account: Account, model: str, error: UpstreamError, now: float) -> None:
-        if error.rests != "nobody":
-            self._rests[account.name, model] = (now + rest_of(error, 0, now), error)
+    def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
+        """Takes other accounts in; who is unchanged keeps its state, who changed keeps only what a person paused."""
+        self._strategy, self._reserve = strategy, reserve
+        known = {seat.account.name: seat for seat in self._seats}
+        self._seats = []
+        for account in accounts:
+            owners = (account.name, f"@{account.quota_group}") if account.quota_group else (account.name,)
+            seat = known.pop(account.name, None) or Seat(account, salt_of(account.name), owners)
+            if seat.account != account:
+                seat.account, seat.owners = account, owners
+                self._forget(account.name, "", spare=("paused",))
+            self._seats.append(seat)
+        for name in known:
+            self._forget(name, "")
+
+    # ---- the choice
+
+    def acquire(
+        self, model: str, tried: Collection[str], key: int, now: float, seen: list[tuple[str, str]]
+    ) -> Lease | None:
+        """The best account by the strategy that is not in `tried`, does not rest and is not busy; None where there is none.
+
+        By affinity each `key` has an order of its own, which other accounts do not change. What is known of each account
+        goes into `seen`. The lease must be released.
+        Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
+        """
+        self._day = self._day if now < self._day <= now + DAY_S_MAX else next_midnight(now)
+        best, best_avoided, best_rank = None, True, math.inf
+        strategy, limited, floor, log = self._strategy, self._limited, self._floor, math.log
+        for seat in self._seats:
+            account = seat.account
+            if account.name in tried:
+                state = "was tried"
+            elif not (state := self._state(seat, model, now) if self._rests or account.max_concurrency else ""):
+                rank, avoided = 0.0, bool(limited or seat.twins) and self._is_avoided(seat, model, now)
+                if strategy == "affinity":
+                    rank = -log(((seat.salt * key & 0xFFFFFFFFFFFFFFFF) + 1) / 0x10000000000000001) / account.weight
+                elif strategy == "round_robin":
+                    rank = max(seat.turn, floor)
+                state = "is near its limit" if avoided else "is ready"
+                if (avoided, rank) < (best_avoided, best_rank):
+                    best, best_avoided, best_rank = seat, avoided, rank
+            seen.append((account.name, state))
+        return self._lease(best, model, now) if best else None
+
+    def again(self, seat: Seat, model: str, now: float) -> Lease | None:
+        """The same account once more, unless it rests or is busy by now."""
+        return None if self._state(seat, model, now) else self._lease(seat, model, now)
+
+    def _lease(self, seat: Seat, model: str, now: float) -> Lease:
+        """A lease of this account; it probes each rest that is over."""
+        lease = Lease(seat, model, now)
+        for rest in self._rests_of(seat, model):
+            if not rest.holds(now):
+                rest.prober = lease
+                lease.probes.append(rest)
+        seat.busy += 1
+        if self._strategy == "round_robin":
+            self._floor = max(seat.turn, self._floor)
+            seat.turn = self._floor + 1 / seat.account.weight
+        self._count(lease, 0, 1, now)
+        return lease
+
+    def _state(self, seat: Seat, model: str, now: float) -> str:
+        """Why an account cannot be asked; nothing where it can."""
+        if seat.account.max_concurrency and seat.busy >= seat.account.max_concurrency:
+            return "is busy"
+        for rest in self._rests_of(seat, model) if self._rests else ():
+            if rest.holds(now):
+                return rest.told(now)
+        return ""
+
+    def _rests_of(self, seat: Seat, model: str) -> list[Rest]:
+        found: list[Rest] = []
+        for owner in seat.owners:
+            for of in ("", model):
+                if rests := self._rests.get((owner, of)):
+                    found += rests.values()
+        return found
+
+    def _is_avoided(self, seat: Seat, model: str, now: float) -> bool:
+        """Whether it would probably refuse: it is at a limit that is known, or an account rests that seems its twin."""
+        use = self._uses.get((seat.owners[-1], model))
+        if use is not None and use.reached(now, self._day, 1 - self._reserve):
+            return True
+        return any(self._has_no_quota(twin, model, now) for twin in seat.twins)
+
+    def _has_no_quota(self, name: str, model: str, at: float) -> bool:
+        rests = self._rests.get((name, model), {})
+        return any(quota in QUOTAS and rest.span[0] <= at < rest.span[1] for quota, rest in rests.items())
+
+    def wait_s(self, model: str, tried: Collection[str], now: float) -> float:
+        """Seconds until the first account that is not in `tried` may be asked; infinite where none will be."""
+        waits = [math.inf]
+        for seat in self._seats:
+            if seat.account.name not in tried and self._state(seat, model, now):
+                rests = [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
+                unknown = not rests or any(rest.prober for rest in rests)  # busy, or probed just now
+                waits.append(max([POLL_S * unknown, *(rest.until - now for rest in rests)]))
+        return min(waits)
+
+    # ---- what came of it
+
+    def succeeded(self, lease: Lease, now: float) -> None:
+        """An answer has begun: what was probed is over, and what was thought of limits and twins is not so."""
+        for rest in lease.probes:
+            for rests in self._rests.values():
+                if rests.get(rest.error.quota) is rest:
+                    del rests[rest.error.quota]
+        self._rests = {key: rests for key, rests in self._rests.items() if rests} if lease.probes else self._rests
+        lease.probes.clear()
+        use = self._uses.get((lease.seat.owners[-1], lease.model))
+        if use is not None and use.learned:
+            for quota in use.reached(now, self._day, 1.0001):  # more than there is was not refused
+                use.learned.pop(quota, None)
+        if self._together:
+            for other in self._seats:
+                if self._has_no_quota(other.account.name, lease.model, lease.begun):
+                    self._met(lease.seat, other, 0)
+
+    def failed(self, lease: Lease, error: UpstreamError, now: float, chance: float) -> None:
+        """An attempt was refused; `chance`, from 0 to 1, spreads the ends of the rests. Releases the lease."""
+        seat, probes = lease.seat, lease.probes
+        self.release(lease, 0, now)
+        if error.rests == "nobody":
+            return
+        owner = seat.owners[-1] if error.rests == "project" else seat.account.name
+        rests = self._rests.setdefault((owner, "" if error.rests == "account" else lease.model), {})
+        known = rests.get(error.quota)
+        strikes = (known.strikes + (known in probes)) if known else 0
+        rest_s = rest_of(error, strikes, now)
+        until = min(
+            now + rest_s + chance * min(rest_s / 10, JITTER_S_MAX), now + REST_S_MAX if rest_s < math.inf else rest_s
+        )
+        if known and known not in probes and known.holds(now):
+            until = max(until, known.until)  # of several refusals at once
+        rests[error.quota] = Rest(error, until, strikes, (now, now + rest_s * 0.9))
+        if error.rests == "project" and lease.begun // 60 == now // 60:
+            self._count(lease, 0, -1, now)
+        if error.quota in QUOTAS:
+            self._learn(lease, error, now)
+        if len(self._rests) > STATES_MAX:
+            self._rests = {
+                key: rests for key, rests in self._rests.items() if any(r.holds(now) for r in rests.values())
+            }
+
+    def _learn(self, lease: Lease, error: UpstreamError, now: float) -> None:
+        """From a quota's refusal: how large it is and, where its own requests do not explain it, who seems to share it."""
+        if error.limit:
+            self._limited = True
+            use = self._uses[lease.seat.owners[-1], lease.model]
+            use.learned[error.quota] = error.limit
+            if error.quota in use.reached(now, self._day):
+                return
+        for other in self._seats:
+            alone = other is not lease.seat and not other.account.quota_group and not lease.account.quota_group
+            if alone and self._has_no_quota(other.account.name, lease.model, now):
+                pair = sorted((lease.account.name, other.account.name))
+                self._met(lease.seat, other, self._together.get((pair[0], pair[1]), 0) + 1)
+
+    def _met(self, one: Seat, other: Seat, times: int) -> None:
+        """One was asked while the other one's quota was used up: refused for the `times`th time in a row, or served."""
+        a, b = sorted((one.account.name, other.account.name))
+        self._together[a, b] = times
+        for seat, name in ((one, other.account.name), (other, one.account.name)):
+            (seat.twins.add if times >= TWINS_MIN else seat.twins.discard)(name)
+
+    def release(self, lease: Lease, tokens: int, now: float) -> None:
+        """The end of a request; a probe without a verdict is left to the next one."""
+        if not lease.ended:
+            lease.ended = True
+            lease.seat.busy -= 1
+            for rest in lease.probes:
+                rest.prober = None
+            self._count(lease, 1, tokens, now)
+
+    def _count(self, lease: Lease, quota: int, count: int, now: float) -> None:
+        """Counts requests (0) or tokens (1)."""
+        for owner in lease.seat.owners:
+            use = self._uses.get((owner, lease.model)) or self._new_use(lease.seat, owner, lease.model)
+            counts = use.at(now, self._day)
+            counts[quota] += count
+            counts[quota + 2] += count
+
+    def _new_use(self, seat: Seat, owner: str, model: str) -> Use:
+        limits = seat.account.limits
+        use = self._uses[owner, model] = Use(limits[pattern] if (pattern := look_up(model, limits)) else {})
+        self._limited |= bool(use.given)
+        if len(self._uses) > STATES_MAX:
+            del self._uses[next(iter(self._uses))]
+        return use
 
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
-        """The class of the last refusal, the wait until the soonest account, and the reason of each."""
-        rests = {a.name: r for a in self.accounts if (r := self._rests.get((a.name, model))) and r[0] > now}
-        reasons = {name: error for name, (_, error) in rests.items()} | dict(refusals)
-        if not reasons:
+        """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
+
+        That an account does not have the model is the class only where none has it.
+        """
+        if not self._seats:
             return PoolExhausted("No account is configured. Add one under accounts.", Overloaded("no account"), None)
-        wait = min((until - now for until, _ in rests.values()), default=None)
-        text = "; ".join(f"{name}: {error.message.rstrip('.')}" for name, error in reasons.items())
-        last = list((refusals or reasons).values())[-1]
-        wait = wait or last.retry_after_s
-        again = f" Please try again in {wait:.1f}s." if wait and last.status in (429, 503) else ""
-        return PoolExhausted(f"No account could answer ({text}). {last.advice}{again}", last, wait)
+        reasons: list[tuple[float, str, UpstreamError]] = []
+        for seat in self._seats:
+            name, rests = seat.account.name, [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
+            last = max(rests, key=lambda rest: rest.until, default=None)
+            error = refusals.get(name) or (last.error if last else Overloaded("has max_concurrency requests already"))
+            reasons.append((last.until if last else math.inf, name, error))
+        told = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
+        errors = [
+            *reversed(list(refusals.values())),
+            *(error for _, _, error in sorted(reasons, key=lambda one: one[0])),
+        ]
+        error = min(errors, key=lambda error: isinstance(error, ModelGone))
+        gone = {name for _, name, why in reasons if isinstance(why, ModelGone)} if error.status != 404 else ()
+        soonest = self.wait_s(model, gone, now)
+        wait = error.retry_after_s if math.isinf(soonest) else soonest
+        again = f" Please try again in {wait:.1f}s." if wait and error.status in (429, 503) else ""
+        return PoolExhausted(f"No account could answer ({told}). {error.advice}{again}", error, wait)
+
+    # ---- what a person sees, and steers
+
+    def steer(self, action: str, name: str, model: str, now: float) -> bool:
+        """Resets, pauses or resumes an account, or one model of it; False where there is no such account."""
+        seat = next((seat for seat in self._seats if seat.account.name == name), None)
+        if seat is None:
+            return False
+        if action == "pause":
+            self._rests.setdefault((name, model), {})["paused"] = Rest(Paused("A person paused it."), math.inf)
+        elif action == "resume":
+            self._rests.get((name, model), {}).pop("paused", None)
+        else:
+            for owner in seat.owners:
+                self._forget(owner, model)
+        return True
+
+    def _forget(self, owner: str, model: str, spare: Collection[str] = ()) -> None:
+        """Ends the rests of an account or a project, for one model or for all."""
+        for (whose, of), rests in self._rests.items():
+            if whose == owner and model in ("", of):
+                for quota in rests.keys() - set(spare):
+                    del rests[quota]
+
+    def status(self, now: float) -> list[dict[str, Any]]:
+        """Of each account what it is, does and may do, and the same for each model that it was asked for."""
+        told = []
+        for seat in self._seats:
+            name, kind, group = seat.account.name, seat.account.kind, seat.account.quota_group
+            models = [model for owner, model in (*self._uses, *self._rests) if owner in seat.owners and model]
+            about: dict[str, Any] = {
+                "account": name,
+                "kind": kind,
+                "quota_group": group,
+                "seems_to_share_with": sorted(seat.twins),
+            }
+            about |= {"in_flight": seat.busy, "state": self._state(seat, "", now) or "is ready"}
+            told.append(about | {"models": [self._model_status(seat, model, now) for model in dict.fromkeys(models)]})
+        return told
+
+    def _model_status(self, seat: Seat, model: str, now: float) -> dict[str, Any]:
+        use = self._uses.get((seat.account.name, model)) or Use({})
+        limits = (self._uses.get((seat.owners[-1], model)) or use).limits
+        state = self._state(seat, model, now) or "is ready"
+        return {
+            "model": model,
+            "state": state,
+            **dict(zip(QUOTAS, use.at(now, self._day), strict=True)),
+            "limits": limits,
+        }
+
+    # ---- what outlives the process
+
+    def rows(self, now: float) -> dict[str, str]:
+        """The rests of quotas, models and paused accounts and what was used today, as texts by name for `restore`."""
+        rows = {}
+        for (owner, model), rests in self._rests.items():
+            for quota, rest in rests.items():
+                if rest.error.rests in ("project", "model") or quota == "paused":
+                    error = rest.error
+                    about = [type(error).__name__, error.message, error.code, rest.until, rest.strikes]
+                    rows[dumps(["rest", owner, model, quota])] = json.dumps(about)
+        for (owner, model), use in self._uses.items():
+            if use.day == self._day:
+                rows[dumps(["use", owner, model])] = dumps([use.day, use.counts[2:], use.learned])
+        return rows
+
+    def restore(self, rows: Mapping[str, str], now: float) -> None:
+        """Takes back what `rows` gave, unless its time is over."""
+        self._day = next_midnight(now)
+        for name, text in rows.items():
+            (table, owner, model, *more), value = json.loads(name), json.loads(text)
+            if table == "rest":
+                kind, message, code, until, strikes = value
+                error = RESTING[kind](message, code=code)
+                error.quota = more[0]
+                self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
+            elif value[0] == self._day:
+                seat = next((seat for seat in self._seats if owner in seat.owners), None)
+                if seat:
+                    use = self._new_use(seat, owner, model)
+                    use.at(now, self._day)
+                    use.counts[2:], use.learned = value[1:]
+                    self._limited |= bool(use.learned)
+
+
+RESTING: Mapping[str, type[UpstreamError]] = {
+    kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)
+}
+
+
+def affinity_of(client: str, session: str, request: Request) -> int:
+    """A number that the requests of one conversation share: they meet the same account, whose prompt cache knows them.
+
+    Without the client's name for the session, by what was said first.
+    """
+    said = [session] if session else list(request.system)
+    for part in request.messages[0].parts if request.messages and not session else ():
+        said.append(part.text if isinstance(part, Text) else part.data if isinstance(part, Media) else "")
+    return zlib.crc32(encoded("\n".join([client, *said])[:SAID_CHARS]))
 
 
 class SignatureMemory:
@@ -3871,8 +4290,21 @@ Renderer = ChatRenderer | CompletionRenderer | ResponseRenderer
 
 
 @dataclass(slots=True)
+class Step:
+    """One step of the retry loop: what was known of each account, who was asked, and what came of it."""
+
+    model: str
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    account: str = ""
+    """Nobody, where none could be asked."""
+    answer: str = ""
+    wait_s: float = 0.0
+    """How long was waited after it."""
+
+
+@dataclass(slots=True)
 class Trace:
-    """What happened to one request, for its headers and its log line."""
+    """What happened to one request, for its headers, its log line and `agproxy why`."""
 
     config: Config
     id: str
@@ -3886,6 +4318,8 @@ class Trace:
     mapped_model: str = ""
     account: Account | None = None
     attempts: int = 0
+    affinity: int = 0
+    steps: list[Step] = field(default_factory=list)
     first_byte: float | None = None
     usage: Usage | None = None
     changes: tuple[Change, ...] = ()
@@ -3903,6 +4337,15 @@ class Trace:
         if self.changes:
             headers["X-Agproxy-Changes"] = str(len(self.changes))
         return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
+
+
+def decisions_of(trace: Trace) -> list[dict[str, Any]]:
+    """The steps of a request's retry loop as JSON."""
+    return [
+        {"model": step.model, "considered": dict(step.seen)}
+        | {"chosen": step.account or None, "answer": step.answer or None, "waited_s": round(step.wait_s, 2)}
+        for step in trace.steps
+    ]
 
 
 @dataclass(slots=True)
@@ -4467,6 +4910,9 @@ class Answer:
 
     def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
         self.first = first
+        self.last: Event | None = first[-1] if first and reader is None else None
+        self.on_close: Callable[[Event | None], None] | None = None
+        """Told at the end what the last event was, None where the client left before it."""
         self._incoming = incoming
         self._reader = reader
         self._late: UpstreamTimeout | None = None
@@ -4499,7 +4945,9 @@ class Answer:
             )
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
-        return reader.close(self._late or error)
+        events = reader.close(self._late or error)
+        self.last = events[-1] if events else None
+        return events
 
     def pause(self) -> None:
         self._incoming.pause()
@@ -4511,6 +4959,9 @@ class Answer:
         if self._alarm:
             self._alarm.cancel()
         self._incoming.abort()
+        if self.on_close:
+            self.on_close(self.last)
+            self.on_close = None
 
 
 class Merged:
@@ -4569,7 +5020,8 @@ class Upstream:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._pool = AccountPool(config.accounts)
+        self.pool = AccountPool(config.accounts, config.strategy, config.reserve)
+        self.clock: Callable[[], float] = time.time
         self._session = open_session(config.timeouts)
         self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
         self._transports = {url: open_transport(url, proxy, config) for url, proxy in self._proxies.items()}
@@ -4611,7 +5063,7 @@ class Upstream:
 
     async def _list_models(self) -> None:
         self._models_until = time.monotonic() + MODELS_RETRY_S
-        for account in self._pool.accounts:
+        for account in self.pool.accounts:
             try:
                 self._models = await self.models_of(account)
             except UpstreamError as error:
@@ -4670,13 +5122,13 @@ class Upstream:
 
     async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
-        signed = self.signatures.recall(request, trace.mapped_model)
-        generation = Generation(signed, self._traits_of(trace.mapped_model), sse)
-        trace.changes = generation.changes
+        generation = Generation(request, sse, self.signatures.recall, self._traits_of)
+        if self.pool.accounts:  # so that what is said of it is told even where nobody can be asked
+            trace.changes = generation.form(trace.mapped_model, dialect_of(self.pool.accounts[0])).changes
         if trace.strict:
             refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
-        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation)
+        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation.mends)
         if not total_s:
             return await asked
         try:
@@ -4693,59 +5145,100 @@ class Upstream:
         tokens = 0
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            body = dump_bytes(build_embeddings(texts, trace.mapped_model, request.dimensions))
-            answer = await self._retry(trace, functools.partial(self._batch_embed, body, trace))
+            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never)
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
         return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
 
-    async def _retry(
-        self, trace: Trace, attempt: Callable[[Account], Awaitable[T]], generation: Generation | None = None
-    ) -> T:
-        """The one retry loop: an untried account first; once, after a pause, the same one for a fault not its own."""
-        refusals: dict[str, UpstreamError] = {}
-        tried: list[Account] = []
-        spare = True
-        same: Account | None = None
-        while len(tried) < ATTEMPTS_MAX:
-            account = same or self._pool.acquire(trace.mapped_model, tried, time.monotonic())
-            if account is None and tried and spare and refusals[tried[-1].name].remedy == "same_account":
-                spare = False
-                await asyncio.sleep(random.uniform(0.2, 1.0))
-                account = tried[-1]
-            if account is None:
-                break
-            tried.append(account)
-            trace.attempts += 1
-            trace.account = account
+    async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Callable[[UpstreamError], bool]) -> T:
+        """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
+
+        Raises PoolExhausted, or the error that every account would give.
+        """
+        asked = trace.mapped_model
+        chain = (asked, *self._config.fallback.get(asked, ()))
+        for model in chain:
+            trace.mapped_model = model if model == asked else self._map_model(model, self._models).model
             try:
-                return await attempt(account)
+                answer = await self._ask(trace, attempt, mends, last=model == chain[-1])
+            except PoolExhausted as error:
+                if model == chain[-1] or error.status not in (404, 429, 503):
+                    raise
+            else:
+                if model != asked:
+                    reason = f"no account could answer for {asked}; {trace.mapped_model} answered"
+                    trace.changes += (Change("/model", "renamed", reason),)
+                return answer
+        raise AssertionError("a chain has a last model")
+
+    async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Callable[[UpstreamError], bool], *, last: bool) -> T:
+        turn = Turn(self.pool, trace, self._config.max_wait_s, last, self.clock)
+        for number in range(1, ATTEMPTS_MAX + 1):
+            lease = await turn.lease()
+            try:
+                return await self._try(lease, trace, attempt)
             except UpstreamError as error:
-                mended = generation is not None and len(tried) < ATTEMPTS_MAX and generation.mends(error)
+                mended = number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
-                same = account if mended else None
-                refusals[account.name] = error
-                self._pool.failed(account, trace.mapped_model, error, time.monotonic())
-        raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
+                turn.refused(lease, error, mended)
+        raise turn.exhausted()
 
-    async def _generate(self, generation: Generation, trace: Trace, account: Account) -> Answer:
+    async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T]) -> T:
+        """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
+        trace.attempts += 1
+        trace.account, step = lease.account, trace.steps[-1]
+        step.account = lease.account.name
+        try:
+            result = await attempt(lease)
+        except BaseException as error:
+            step.answer = f"{type(error).__name__}: {error}"
+            self._failed(lease, error)
+            raise
+        step.answer = "answered"
+        self.pool.succeeded(lease, self.clock())
+        if isinstance(result, Answer):
+            result.on_close = functools.partial(self._ended, lease)
+        else:
+            self.pool.release(lease, 0, self.clock())
+        return result
+
+    def _ended(self, lease: Lease, last: Event | None) -> None:
+        if isinstance(last, Failed):
+            self._failed(lease, last.error)
+        else:
+            self.pool.release(lease, last.usage.prompt if isinstance(last, Ended) else 0, self.clock())
+
+    def _failed(self, lease: Lease, error: BaseException) -> None:
+        if isinstance(error, UpstreamError):
+            self.pool.failed(lease, error, self.clock(), random.random())
+        else:  # the client left, or what it sent cannot be used
+            self.pool.release(lease, 0, self.clock())
+
+    async def _generate(self, generation: Generation, trace: Trace, lease: Lease) -> Answer:
+        account = lease.account
+        form = generation.form(lease.model, dialect_of(account))
+        trace.changes = form.changes
+        if trace.strict:
+            refuse_dropped(form.changes)
         method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
         with upstream_errors(self._proxies[account.base_url]):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
+                incoming = await self._post(account, f"{quote(lease.model)}:{method}", form.body)
                 try:
-                    return await first_events(incoming, generation)
+                    return await first_events(incoming, generation.reader(form), generation.sse)
                 except BaseException:
                     incoming.abort()
                     raise
 
-    async def _batch_embed(self, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
+    async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+        account = lease.account
+        body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
         with upstream_errors(self._proxies[account.base_url]):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                incoming = await self._post(account, f"{quote(trace.mapped_model)}:batchEmbedContents", body)
+                incoming = await self._post(account, f"{quote(lease.model)}:batchEmbedContents", body)
                 answer = parse_json(await incoming.read())
         if incoming.status != 200:
             raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
@@ -4756,35 +5249,127 @@ class Upstream:
         return await self._transports[account.base_url].post(f"/v1beta/models/{call}", headers, body)
 
 
-class Generation:
-    """One answer to be had: the body that is sent for it, whatever account is asked, and the reader of what comes."""
+Attempt = Callable[[Lease], Awaitable[T]]
 
-    def __init__(self, request: Request, traits: Traits, sse: bool) -> None:
+
+class Turn:
+    """Whom one request asks for one model, one after another, and how long it waits for them."""
+
+    def __init__(
+        self, pool: AccountPool, trace: Trace, patience_s: float, last: bool, clock: Callable[[], float]
+    ) -> None:
+        self._pool = pool
+        self._trace = trace
+        self._model = trace.mapped_model
+        self._patience_s = patience_s
+        self._last = last
+        self._clock = clock
+        self._refusals: dict[str, UpstreamError] = {}
+        self._tried: set[str] = set()
+        self._same: Seat | None = None
+        self._mended = False
+        self._spare = True
+
+    async def lease(self) -> Lease:
+        """The next account, once it may be asked. Raises PoolExhausted.
+
+        The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
+        same one, once; else the soonest of those that rest, if that is soon: then also one that was refused before.
+        """
+        self._trace.steps.append(step := Step(self._model))
+        while True:
+            step.seen.clear()
+            if not self._mended:
+                seen, key = step.seen, self._trace.affinity
+                if lease := self._pool.acquire(self._model, self._tried, key, self._clock(), seen):
+                    return lease
+            if same := self._same:
+                if not self._mended:
+                    self._spare = False
+                    await self._wait(step, self._pause_s(self._refusals[same.account.name]))
+                self._same, self._mended = None, False
+                if lease := self._pool.again(same, self._model, self._clock()):
+                    return lease
+                continue
+            self._tried = {name for name in self._tried if self._refusals[name].rests == "nobody"}
+            wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
+            if wait_s > self._patience_s:
+                raise self.exhausted()
+            await self._wait(step, wait_s)
+
+    async def _wait(self, step: Step, wait_s: float) -> None:
+        self._patience_s -= wait_s
+        step.wait_s += wait_s
+        await asyncio.sleep(wait_s)
+
+    def _pause_s(self, error: UpstreamError) -> float:
+        """Before the same account is asked again: as long as it says, where no other model could answer sooner."""
+        told_s = error.retry_after_s if self._last else None
+        return random.uniform(0.2, 1.0) if told_s is None or told_s > self._patience_s else told_s
+
+    def refused(self, lease: Lease, error: UpstreamError, mended: bool) -> None:
+        """The account is not asked again by this request, unless its body was `mended` or the fault was not its own."""
+        self._refusals[lease.account.name] = error
+        self._tried.add(lease.account.name)
+        self._mended = mended
+        self._same = lease.seat if mended or (error.remedy == "same_account" and self._spare) else None
+
+    def exhausted(self) -> PoolExhausted:
+        return self._pool.exhausted(self._model, self._refusals, self._clock())
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A request's body as one model and one dialect want it, and what could not be carried into it."""
+
+    body: bytes
+    changes: tuple[Change, ...]
+    tools: Mapping[str, Tool]
+
+
+class Generation:
+    """One answer to be had: its forms, each made at the first need of it, and the readers of what comes."""
+
+    def __init__(
+        self, request: Request, sse: bool, recall: Callable[[Request, str], Request], traits: Callable[[str], Traits]
+    ) -> None:
         self.sse = sse
         self._request = request
-        self._traits = traits
+        self._recall = recall
+        self._traits_of = traits
         self._mended = False
-        self._build()
+        self._forms: dict[tuple[str, Dialect], Form] = {}
 
-    def _build(self) -> None:
-        built = build_generate_content(self._request, self._traits)
-        self._tools = built.tools
-        self.body = with_payloads(dump_bytes(built.body), self._request.payloads)
-        self.changes = self._request.changes + built.changes
+    def form(self, model: str, dialect: Dialect) -> Form:
+        form = self._forms.get((model, dialect))
+        if form is None:
+            signed = self._recall(self._request, model)
+            request = with_signatures(signed, unsigned) if self._mended else signed
+            built = build_generate_content(request, self._traits_of(model), dialect)
+            body = with_payloads(dump_bytes(built.body), request.payloads)
+            form = self._forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
+        return form
 
     def mends(self, error: UpstreamError) -> bool:
         """Whether the body was changed so that the same account may be asked again: once, without real signatures."""
         if self._mended or not isinstance(error, SignatureRefused):
             return False
         self._mended = True
-        self._request = with_signatures(self._request, unsigned)
-        self._build()
+        self._forms.clear()
         return True
 
-    def reader(self) -> GeminiReader:
+    def reader(self, form: Form) -> GeminiReader:
         return GeminiReader(
-            lambda: f"call_{secrets.token_hex(12)}", self._tools, parallel_calls=self._request.parallel_calls
+            lambda: f"call_{secrets.token_hex(12)}", form.tools, parallel_calls=self._request.parallel_calls
         )
+
+
+def dialect_of(account: Account) -> Dialect:
+    return "gemini" if account.kind == "gemini" else "vertex"
+
+
+def never(_: UpstreamError) -> bool:
+    return False
 
 
 def unsigned(part: Part) -> Part:
@@ -4826,13 +5411,12 @@ def open_transport(url: str, proxy: str | None, config: Config) -> DirectTranspo
     return ProxiedTransport(url, proxy, config.timeouts)
 
 
-async def first_events(incoming: Incoming, generation: Generation) -> Answer:
+async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool) -> Answer:
     """The answer with its first events. Raises what the status or the first event says, and the transport's errors."""
     if incoming.status != 200:
         wait = incoming.headers.get("retry-after", "")
         raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
-    reader = generation.reader()
-    if not generation.sse:
+    if not sse:
         return Answer(unless_failed(reader.whole(await incoming.read())), incoming, None)
     while data := await incoming.more():
         if events := reader.feed(data):
@@ -5149,6 +5733,7 @@ class Gateway:
         trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
         trace.model = first.model
         trace.mapped_model = await self._upstream.resolve(first.model)
+        trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
         told = (first.include_usage, self._config.images_in_text, time.time)
         head = Head(trace.id[4:], int(time.time()), first.model, *told)
         renderer = form(head, body)
@@ -5195,6 +5780,19 @@ class Gateway:
             trace.error = last[-1].error.code or last[-1].error.type
         await response.write_eof(render(last))
         return response
+
+
+def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
+    """The client's own name for a conversation, where it gives one."""
+    for name in SESSION_HEADERS:
+        if session := headers.get(name):
+            return session
+    given = body.get("prompt_cache_key")
+    return given if isinstance(given, str) else ""
+
+
+# As Codex, Claude Code and OpenCode send them.
+SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-session-affinity", "conversation_id")
 
 
 class ClientStream:
@@ -5299,7 +5897,10 @@ def bytes_response(body: bytes, trace: Trace, status: int = 200) -> web.Response
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
-    response = json_response(error_body(error), trace, error.status)
+    body = error_body(error)
+    if trace.steps and error.status in (429, 503):
+        body["error"]["decisions"] = decisions_of(trace)
+    response = json_response(body, trace, error.status)
     response.headers.update(error.headers)
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
@@ -5823,7 +6424,8 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     if fault not in (None, "cut", *DEMO_FAULTS):
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
     port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
-    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),))
+    demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
+    return replace(config, accounts=(demo,), max_wait_s=0)  # a fault that was asked for is seen at once
 
 
 async def run_command(config: Config, command: Sequence[str]) -> int:

@@ -21,7 +21,7 @@ from fake_gemini import FakeGemini, error, said
 def file(tmp_path: Path, gemini: FakeGemini) -> str:
     path = tmp_path / "two.yaml"
     accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
-    path.write_text("\n".join(["accounts:", *accounts, ""]))
+    path.write_text("\n".join(["proxy: {strategy: fill_first, max_wait_s: 0}", "accounts:", *accounts, ""]))
     return str(path)
 
 
