@@ -18,11 +18,12 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     10 To the client    Events become OpenAI's chunks and objects
     11 Monitoring       what is told of a request: headers and the log line
     12 Store            SQLite on a thread of its own: what outlives the process
-    13 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
-    14 Upstream         what Gemini is asked, linked media, and the one retry loop
-    15 Web              auth, routes, handlers
-    16 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    17 Command line     what a person types
+    13 Credentials      API keys and tokens: each fetched once for all who wait
+    14 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
+    15 Upstream         what Gemini is asked, linked media, and the one retry loop
+    16 Web              auth, routes, handlers
+    17 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    18 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ import struct
 import sys
 import time
 import zlib
+from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
@@ -54,7 +56,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
 
@@ -122,6 +124,9 @@ JITTER_S_MAX = 30.0
 REST_S_MAX = RETRY_AFTER_S_MAX + JITTER_S_MAX
 DAY_S_MAX = 25 * 3600.0
 POLL_S = 0.25
+POOL_SAVE_S = 5.0
+RELOAD_CHECK_S = 1.0
+JOURNAL_MAX = 1000
 TWINS_MIN = 3
 STATES_MAX = 2000  # of accounts times models
 SAID_CHARS = 4000  # of a conversation's beginning, by which it is known
@@ -150,6 +155,17 @@ UNSENT_BYTES_MAX = 256 << 10
 UNSENT_CHECK_S = 0.02
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
+# A region's Vertex has a host of its own. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
+VERTEX_URL = "https://{}aiplatform.googleapis.com"
+CLOUDCODE_URL = "https://cloudcode-pa.googleapis.com"
+TOKEN_URL = "https://oauth2.googleapis.com/token"
+LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
+TOKEN_S_MAX = 10.0  # for a token, or a project
+TOKEN_AHEAD_S = 240.0
+TOKEN_RETRY_S = 5.0
+ONBOARD_POLLS_MAX = 12
+ONBOARD_POLL_S = 5.0
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
@@ -436,6 +452,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 #     │   └── QuotaGone     the same, for the day
 #     ├── CredentialRefused this account, until a try succeeds
 #     │   └── AccountBarred this account, until its owner acts
+#     ├── TokenTrouble      no token for this account, for some seconds
 #     ├── Overloaded        not the account's fault
 #     │   └── Paused        its owner wants it not to be asked
 #     ├── UpstreamTimeout   no answer in time
@@ -591,6 +608,14 @@ class AccountBarred(CredentialRefused):
     advice = "Do what it says, change the account's credentials, or run `agproxy pool reset NAME`."
 
 
+class TokenTrouble(UpstreamError):
+    remedy = "next_account"
+    rests = "account"
+    rest_s = TOKEN_RETRY_S
+    quota = "token"
+    advice = "Check the network and token_url."
+
+
 class Overloaded(UpstreamError):
     status = 503
     remedy = "same_account"
@@ -671,6 +696,16 @@ class Account:
     limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     """By model or pattern, and by quota, what its project may be asked."""
     proxy: str | None = field(default=None, repr=False)
+    credentials: str = ""
+    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
+    client_id: str = ""
+    client_secret: str = field(default="", repr=False)
+    refresh_token: str = field(default="", repr=False)
+    service_account: str = field(default="", repr=False)
+    """The JSON of a service account's file."""
+    token_url: str = TOKEN_URL
+    project: str = ""
+    location: str = "global"
 
 
 @dataclass(frozen=True, slots=True)
@@ -742,9 +777,10 @@ class Config:
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
-    def __init__(self, source: str, env: Mapping[str, str]) -> None:
+    def __init__(self, source: str, env: Mapping[str, str], read: Callable[[Path], str | None]) -> None:
         self.source = source
         self.env = env
+        self.read = read
         self.problems: list[str] = []
         self.unused: list[str] = []
 
@@ -820,6 +856,12 @@ def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
     if value not in ("true", "yes", "on", "false", "no", "off"):
         raise ValueError("must be true or false.")
     return value in ("true", "yes", "on")
+
+
+def read_path(file: ConfigFile, node: Any, where: str) -> str:
+    """A file, from where the accounts file stands; ~ is the user's home."""
+    value = re.sub(r"^~(?=/)", file.env.get("HOME", "~"), read_secret(file, node, where))
+    return str(Path(file.source).parent / value)
 
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
@@ -917,10 +959,60 @@ def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
     given = file.section(node, where, ACCOUNT_KEYS) if len(file.problems) == known else {}
     given.pop("enabled", None)
     given.setdefault("name", given.get("email"))
-    for key, remedy in (("name", "a `name` or an `email`"), ("api_key", "an `api_key`")):
-        if not given.get(key) and len(file.problems) == known:
-            file.problems.append(file.at(node, f"'{where}' needs {remedy}."))
+    if not given.get("name") and len(file.problems) == known:
+        file.problems.append(file.at(node, f"'{where}' needs a `name` or an `email`."))
+    if len(file.problems) == known:
+        problems = with_credentials(file, given)
+        file.problems += [file.at(node, f"'{where}' {problem}") for problem in problems]
     return Account(**given) if len(file.problems) == known else None
+
+
+def with_credentials(file: ConfigFile, given: dict[str, Any]) -> list[str]:
+    """Fills in what the kind of the account implies and what its credentials file holds; what is wrong with them."""
+    kind = given.setdefault("kind", "gemini")
+    strange = [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]
+    if strange:
+        return [f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."]
+    if kind == "gemini":
+        return [] if given.get("api_key") else ["needs an `api_key`."]
+    if kind == "vertex" and not given.get("project"):
+        return ["needs a `project`."]
+    region = given.get("location", "global")
+    if not re.fullmatch(r"[a-z0-9-]+", region):
+        return [f"has the location '{region}'. Use a region's name such as europe-west1, or global."]
+    vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
+    given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
+    named = "credentials" in given
+    if not named and not (given.get("client_id") and given.get("client_secret")):
+        return ["needs `credentials: FILE`, or the `client_id` and `client_secret` of an OAuth client of yours."]
+    if not named and not given.get("refresh_token"):
+        word = re.sub(r"[^\w.@-]", "_", given["name"])
+        given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
+    text = file.read(Path(given["credentials"])) if "credentials" in given else None
+    if text is None:
+        missing = f"names {given.get('credentials')}, which cannot be read. Check `credentials`."
+        return [missing] if named else []
+    return read_credentials(text, given)
+
+
+def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
+    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it."""
+    found: Any = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+    texts = {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    if texts.get("type") == "service_account" and texts.keys() >= {"client_email", "private_key"}:
+        given["service_account"] = text
+        given.setdefault("token_url", texts.get("token_uri", TOKEN_URL))
+    elif texts.keys() >= set(USER_KEYS):
+        given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
+    else:
+        return [f"has {given['credentials']}, which is no authorized_user and no service_account file. Make it anew."]
+    return []
+
+
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
 
 
 CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
@@ -964,10 +1056,20 @@ MODELS_KEYS: Mapping[str, Kind] = {
 ACCOUNT_KEYS: Mapping[str, Kind] = {
     "name": read_text,
     "email": read_text,
-    "kind": read_word("gemini"),
+    "kind": read_word("gemini", "vertex", "cloudcode"),
     "enabled": read_flag,
-    "api_key": read_secret,
+    "weight": read_number(0.01, 1000),
+    "max_concurrency": read_number(1, 100000, int),
+    "quota_group": read_text,
+    "limits": read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))),
     "base_url": read_url,
+    "proxy": read_url,
+    "api_key": read_secret,
+    "credentials": read_path,
+    **dict.fromkeys(USER_KEYS, read_secret),
+    "token_url": read_url,
+    "project": read_secret,
+    "location": read_text,
 }
 SECTIONS: Mapping[str, Kind] = {
     "proxy": read_section(PROXY_KEYS),
@@ -977,14 +1079,22 @@ SECTIONS: Mapping[str, Kind] = {
 NOT_USED_YET = {"proxy.store"}
 
 
-def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: bool = True) -> Config:
+def load_config(
+    text: str,
+    source: str,
+    env: Mapping[str, str],
+    *,
+    accounts: bool = True,
+    read: Callable[[Path], str | None] = lambda _: None,
+) -> Config:
     """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
 
-    Without `accounts` that section is not read, so that its keys need not be there.
+    Without `accounts` that section is not read, so that its keys need not be there; `read` gives the text of a
+    credentials file, None where it cannot be read.
     """
     import yaml
 
-    file = ConfigFile(source, env)
+    file = ConfigFile(source, env, read)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -2556,19 +2666,23 @@ class AccountPool:
         """Takes back what `rows` gave, unless its time is over."""
         self._day = next_midnight(now)
         for name, text in rows.items():
-            (table, owner, model, *more), value = json.loads(name), json.loads(text)
-            if table == "rest":
-                kind, message, code, until, strikes = value
-                error = RESTING[kind](message, code=code)
-                error.quota = more[0]
-                self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
-            elif value[0] == self._day:
-                seat = next((seat for seat in self._seats if owner in seat.owners), None)
-                if seat:
-                    use = self._new_use(seat, owner, model)
-                    use.at(now, self._day)
-                    use.counts[2:], use.learned = value[1:]
-                    self._limited |= bool(use.learned)
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
+                self._restore_row(json.loads(name), json.loads(text), now)
+
+    def _restore_row(self, name: Any, value: Any, now: float) -> None:
+        table, owner, model, *more = name
+        if table == "rest":
+            kind, message, code, until, strikes = value
+            error = RESTING[kind](message, code=code)
+            error.quota = more[0]
+            self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
+        elif value[0] == self._day:
+            seat = next((seat for seat in self._seats if owner in seat.owners), None)
+            if seat:
+                use = self._new_use(seat, owner, model)
+                use.at(now, self._day)
+                use.counts[2:], use.learned = value[1:]
+                self._limited |= bool(use.learned)
 
 
 RESTING: Mapping[str, type[UpstreamError]] = {
@@ -3506,6 +3620,13 @@ class GeminiReader:
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         self._end_part(choice, candidate, tuple(ours))
         self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
+
+
+class CloudCodeReader(GeminiReader):
+    """The same of v1internal, which wraps each chunk as {"response": ...}."""
+
+    def _chunk(self, chunk: Any) -> None:
+        super()._chunk(chunk.get("response", chunk) if isinstance(chunk, dict) else chunk)
 
 
 def checked_text(value: Any) -> str:
@@ -4462,11 +4583,196 @@ def open_database(path: Path | None) -> sqlite3.Connection:
     return connection
 
 
-DATABASE_TABLES = ""
+POOL_TABLES = "CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;"
+DATABASE_TABLES = POOL_TABLES
+
+
+class PoolStore:
+    """What the account pool knows beyond the process: its rows, of which only those that changed are written."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._written: dict[str, str] = {}
+
+    async def load(self) -> dict[str, str]:
+        """Raises sqlite3.Error and OSError."""
+        found = await self._database.run(lambda database: database.execute("SELECT name, value FROM pool").fetchall())
+        self._written = dict(found)
+        return self._written
+
+    async def save(self, rows: dict[str, str]) -> None:
+        """Raises as `load`."""
+        changed = [(name, value) for name, value in rows.items() if self._written.get(name) != value]
+        gone = [(name,) for name in self._written.keys() - rows.keys()]
+
+        def write(database: sqlite3.Connection) -> None:
+            database.executemany("INSERT OR REPLACE INTO pool VALUES (?, ?)", changed)
+            database.executemany("DELETE FROM pool WHERE name = ?", gone)
+
+        if changed or gone:
+            await self._database.run(write)
+            self._written = rows
 
 
 # ==============================================================================
-# 13. Transport
+# 13. Credentials
+# ==============================================================================
+
+
+@dataclass(slots=True)
+class Token:
+    """What lets an account in, and until when; the refresh token where a newer one came than the config has."""
+
+    header: str = ""
+    until: float = 0.0
+    refresh_token: str = ""
+    tried: float = 0.0
+
+
+class Shared:
+    """Work that is done once for all who want its result at the same time; who leaves does not end it for the others."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Any, asyncio.Task[Any]] = {}
+
+    async def do(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await asyncio.shield(self.start(key, work))
+
+    def start(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        task = self._tasks.get(key)
+        if task is None or task.done():
+            task = self._tasks[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether it is asked for or not
+        return task
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+
+class Credentials:
+    """The header that lets each account in: its key, or a token that is renewed ahead of its end.
+
+    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._post = post
+        self._clock = clock
+        self._tokens: dict[tuple[str, ...], Token] = {}
+        self._renewals = Shared()
+
+    async def header(self, account: Account, refused: str = "") -> dict[str, str]:
+        """`refused` is a token that the upstream did not take. Raises CredentialRefused, AccountBarred and TokenTrouble."""
+        if account.kind == "gemini":
+            return {"x-goog-api-key": account.api_key}
+        key = (account.token_url, account.client_id, account.refresh_token, account.service_account)
+        token = self._tokens.setdefault(key, Token())
+        left_s = token.until - self._clock() if token.header != refused else 0.0
+        renew = functools.partial(self._renew, account, token)
+        if left_s <= 0:
+            await self._renewals.do(key, renew)
+        elif left_s < TOKEN_AHEAD_S and self._clock() > token.tried + TOKEN_RETRY_S:
+            self._renewals.start(key, renew)  # nobody waits for it
+        return {"Authorization": token.header}
+
+    async def _renew(self, account: Account, token: Token) -> None:
+        """Source: https://developers.google.com/identity/protocols/oauth2/web-server#offline"""
+        now = token.tried = self._clock()
+        form = {"grant_type": "refresh_token", "refresh_token": token.refresh_token or account.refresh_token}
+        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
+        if account.service_account:
+            form = {"grant_type": JWT_GRANT, "assertion": signed_assertion(account, now)}
+        elif not form["refresh_token"]:
+            raise AccountBarred(f"{account.name} has no login yet. Run `agproxy login {account.name}`.")
+        try:
+            async with asyncio.timeout(TOKEN_S_MAX):
+                status, answer = await self._post(account, form)
+        except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
+            text = "The token endpoint could not be reached in time. Check the network and token_url."
+            raise TokenTrouble(text, retry_after_s=TOKEN_RETRY_S) from None
+        told = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(told.get("access_token"), str):
+            raise token_error(account, status, told)
+        token.header, token.until = f"Bearer {told['access_token']}", now + (count_of(told.get("expires_in")) or 3600)
+        token.refresh_token = str(told.get("refresh_token") or "")
+
+    async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
+        """The refresh token that a login was granted. Raises UpstreamError."""
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": redirect, "code_verifier": verifier}
+        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
+        try:
+            async with asyncio.timeout(TOKEN_S_MAX):
+                status, answer = await self._post(account, form)
+        except (aiohttp.ClientError, OSError):
+            raise TokenTrouble("The token endpoint could not be reached in time. Try again.") from None
+        told = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(told.get("refresh_token"), str):
+            raise token_error(account, status, told)
+        return str(told["refresh_token"])
+
+    def close(self) -> None:
+        self._renewals.close()
+
+
+def login_url(account: Account, redirect: str, state: str, verifier: str) -> str:
+    """Where a user lets the account in. Source: https://www.rfc-editor.org/rfc/rfc7636#section-4"""
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    asked = {"client_id": account.client_id, "redirect_uri": redirect, "response_type": "code", "scope": SCOPE}
+    asked |= {"state": state, "code_challenge": challenge, "code_challenge_method": "S256"}
+    return f"{LOGIN_URL}?{urlencode(asked | {'access_type': 'offline', 'prompt': 'consent'})}"
+
+
+def login_code(address: str, state: str) -> str:
+    """The code in the address that a login ends at. Raises CredentialRefused."""
+    given = parse_qs(urlsplit(address.strip()).query)
+    if given.get("state") != [state] or "code" not in given:
+        why = "; ".join(given.get("error", ["it is not the address of this login"]))
+        raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
+    return given["code"][0]
+
+
+JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+
+def signed_assertion(account: Account, now: float) -> str:
+    """Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests"""
+    try:
+        crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
+    except ImportError:
+        raise CredentialRefused("A service account needs google-auth. Run `pip install google-auth`.") from None
+    about = json.loads(account.service_account)
+    claims = {"iss": about["client_email"], "scope": SCOPE, "aud": account.token_url}
+    try:
+        signer = crypt.RSASigner.from_service_account_info(about)
+        return bytes(jwt.encode(signer, claims | {"iat": int(now), "exp": int(now) + 3600})).decode()
+    except ValueError:
+        raise CredentialRefused(f"The private key in {account.credentials} is none. Make a new one.") from None
+
+
+def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
+    """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
+
+    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
+    """
+    code = str(told.get("error") or f"HTTP {status}")
+    why = f"{code}: {told['error_description']}" if told.get("error_description") else code
+    if code == "invalid_grant":
+        text = f"The login of {account.name} is no longer good ({why})."
+        return AccountBarred(f"{text} Run `agproxy login {account.name}`, or renew its credentials.")
+    if code in ("invalid_client", "unauthorized_client", "invalid_request", "unsupported_grant_type", "invalid_scope"):
+        return CredentialRefused(
+            f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
+        )
+    return TokenTrouble(f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S)
+
+
+# ==============================================================================
+# 14. Transport
 # ==============================================================================
 
 
@@ -4884,15 +5190,15 @@ def connection_problem(error: Exception, proxy: str | None) -> str:
     return f"{where} broke the connection before an answer began. Try again."
 
 
-def proxy_for(url: str, config: Config) -> str | None:
-    """The proxy to an upstream: the file's, else the environment's unless NO_PROXY excepts it; to loopback none."""
+def proxy_for(url: str, given: str | None) -> str | None:
+    """The proxy to an upstream: the given one, else the environment's unless NO_PROXY excepts it; to loopback none."""
     import urllib.request as environment
 
     parts = urlsplit(url)
     if is_loopback(parts.hostname or ""):
         return None
-    if config.upstream_proxy:
-        return config.upstream_proxy
+    if given:
+        return given
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
@@ -4901,7 +5207,7 @@ def proxy_for(url: str, config: Config) -> str | None:
 
 
 # ==============================================================================
-# 14. Upstream
+# 15. Upstream
 # ==============================================================================
 
 
@@ -5015,32 +5321,65 @@ def renumbered(event: Event, choice: int) -> Event:
     return event if isinstance(event, Started | Ended | Failed) else replace(event, choice=choice)
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The proxy to an upstream, and the transport that goes by it."""
+
+    proxy: str | None
+    transport: DirectTransport | ProxiedTransport
+
+    async def close(self) -> None:
+        await self.transport.close()
+
+
 class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self.pool = AccountPool(config.accounts, config.strategy, config.reserve)
         self.clock: Callable[[], float] = time.time
+        self.pool = AccountPool(())
+        self.credentials = Credentials(self._post_form, lambda: self.clock())
         self._session = open_session(config.timeouts)
-        self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
-        self._transports = {url: open_transport(url, proxy, config) for url, proxy in self._proxies.items()}
+        self._ways: dict[tuple[str, str | None], Way] = {}
+        self._retired: list[Way | MediaFetcher] = []
+        self._projects: dict[str, str] = {}
+        self._shared = Shared()
         self._models: tuple[str, ...] | None = None
-        self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
+        self.rested = asyncio.Event()
+        """Set when an account was sent to rest for long."""
+        self.signatures = SignatureMemory()
+        self.skew_s = 0.0
+        self.media = MediaFetcher(config)
+        self._config = config
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
+        self.pool.update(config.accounts, config.strategy, config.reserve)
+        self._retired += [*self._ways.values(), self.media]
+        self._ways, self.media = {}, MediaFetcher(config)
+        self._config = config
+        self._projects.clear()
+        self._models_until = 0.0
         self._map_model = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
         self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
-        self.signatures = SignatureMemory()
-        self.media = MediaFetcher(config)
-        self.skew_s = 0.0
+
+    def _way(self, account: Account) -> Way:
+        """How an account's upstream is reached."""
+        way = self._ways.get((account.base_url, account.proxy))
+        if way is None:
+            proxy = proxy_for(account.base_url, account.proxy or self._config.upstream_proxy)
+            transport = open_transport(account.base_url, proxy, self._config)
+            way = self._ways[account.base_url, account.proxy] = Way(proxy, transport)
+        return way
 
     async def close(self) -> None:
-        if self._listing:
-            self._listing.cancel()
-        await self.media.close()
-        for transport in self._transports.values():
-            await transport.close()
+        self._shared.close()
+        self.credentials.close()
+        for opened in (*self._retired, *self._ways.values(), self.media):
+            await opened.close()
         await self._session.close()
 
     # ---- models
@@ -5055,31 +5394,48 @@ class Upstream:
 
     async def models(self) -> tuple[str, ...] | None:
         """What the upstream lists, fetched at the first need and renewed beside the requests; None while unknown."""
-        if time.monotonic() >= self._models_until and (self._listing is None or self._listing.done()):
-            self._listing = asyncio.create_task(self._list_models())
+        if time.monotonic() >= self._models_until:
+            self._models_until = time.monotonic() + MODELS_RETRY_S
+            self._listing = self._shared.start("models", self._list_models)
         if self._models is None and self._listing:
             await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
         return self._models
 
     async def _list_models(self) -> None:
-        self._models_until = time.monotonic() + MODELS_RETRY_S
-        for account in self.pool.accounts:
-            try:
-                self._models = await self.models_of(account)
-            except UpstreamError as error:
-                log.debug("the models of %s cannot be listed: %s", account.name, error.message)
+        """What any account lists: they may differ in the models that they have."""
+        asked = [account for account in self.pool.accounts if account.kind == "gemini"]
+        listed: dict[str, None] = {}
+        for account, found in zip(
+            asked, await asyncio.gather(*map(self.models_of, asked), return_exceptions=True), strict=True
+        ):
+            if isinstance(found, tuple):
+                listed |= dict.fromkeys(found)
             else:
-                self._models_until = time.monotonic() + MODELS_FRESH_S
-                return
+                log.debug("the models of %s cannot be listed: %s", account.name, found)
+        if listed:
+            self._models = tuple(listed)
+            self._models_until = time.monotonic() + MODELS_FRESH_S
 
     async def models_of(self, account: Account) -> tuple[str, ...]:
-        """What one account's upstream lists. Raises UpstreamError."""
+        """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
         try:
-            with upstream_errors(self._proxies[account.base_url]):
+            with upstream_errors(self._way(account).proxy):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
-                    return await self._pages_of(account)
+                    return await (self._pages_of(account) if account.kind == "gemini" else self._known_of(account))
         except (ValueError, KeyError, TypeError):
             raise UpstreamBroken("What answers at base_url is not Gemini. Check base_url.") from None
+
+    async def _known_of(self, account: Account) -> tuple[str, ...]:
+        """Neither Vertex nor v1internal has a list; counting the tokens of a word proves the credentials for nothing."""
+        model = STATIC_MODELS[1]
+        body: dict[str, Any] = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
+        if account.kind == "cloudcode":
+            body = {"request": {"model": f"models/{model}", **body}}
+        incoming = await self._post(account, model, "countTokens", dump_bytes(body))
+        answer = parse_json(await incoming.read())
+        if incoming.status != 200:
+            raise classify_error(incoming.status, answer)
+        return STATIC_MODELS[:3] if answer["totalTokens"] else ()
 
     async def _pages_of(self, account: Account) -> tuple[str, ...]:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
@@ -5088,7 +5444,7 @@ class Upstream:
         for _ in range(MODEL_PAGES_MAX):
             url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
             headers = {"x-goog-api-key": account.api_key}
-            proxy = self._proxies[account.base_url]
+            proxy = self._way(account).proxy
             async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
                 self.skew_s = clock_skew(response.headers.get("Date"), time.time())
                 if response.status != 200:
@@ -5128,7 +5484,7 @@ class Upstream:
         if trace.strict:
             refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
-        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation.mends)
+        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation.mends, {})
         if not total_s:
             return await asked
         try:
@@ -5145,23 +5501,28 @@ class Upstream:
         tokens = 0
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never)
+            barred = {
+                account.name: ModelGone("makes no embeddings, only accounts of kind gemini do")
+                for account in self.pool.accounts
+                if account.kind != "gemini"
+            }
+            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never, barred)
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
         return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
 
-    async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Callable[[UpstreamError], bool]) -> T:
+    async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred) -> T:
         """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
 
-        Raises PoolExhausted, or the error that every account would give.
+        Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given.
         """
         asked = trace.mapped_model
         chain = (asked, *self._config.fallback.get(asked, ()))
         for model in chain:
             trace.mapped_model = model if model == asked else self._map_model(model, self._models).model
             try:
-                answer = await self._ask(trace, attempt, mends, last=model == chain[-1])
+                answer = await self._ask(trace, attempt, mends, barred, last=model == chain[-1])
             except PoolExhausted as error:
                 if model == chain[-1] or error.status not in (404, 429, 503):
                     raise
@@ -5172,8 +5533,8 @@ class Upstream:
                 return answer
         raise AssertionError("a chain has a last model")
 
-    async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Callable[[UpstreamError], bool], *, last: bool) -> T:
-        turn = Turn(self.pool, trace, self._config.max_wait_s, last, self.clock)
+    async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred, *, last: bool) -> T:
+        turn = Turn(self.pool, trace, barred, self._config.max_wait_s, last, self.clock)
         for number in range(1, ATTEMPTS_MAX + 1):
             lease = await turn.lease()
             try:
@@ -5212,7 +5573,11 @@ class Upstream:
 
     def _failed(self, lease: Lease, error: BaseException) -> None:
         if isinstance(error, UpstreamError):
+            if isinstance(error, CredentialRefused | ModelGone):
+                self._projects.pop(lease.account.name, None)  # it may be another one by now
             self.pool.failed(lease, error, self.clock(), random.random())
+            if isinstance(error, QuotaGone):
+                self.rested.set()
         else:  # the client left, or what it sent cannot be used
             self.pool.release(lease, 0, self.clock())
 
@@ -5222,41 +5587,121 @@ class Upstream:
         trace.changes = form.changes
         if trace.strict:
             refuse_dropped(form.changes)
-        method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
-        with upstream_errors(self._proxies[account.base_url]):
+        sse = generation.sse or account.kind == "cloudcode"  # which refuses what is not streamed sooner
+        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
+        with upstream_errors(self._way(account).proxy):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                incoming = await self._post(account, f"{quote(lease.model)}:{method}", form.body)
+                incoming = await self._post(account, lease.model, method, form.body)
                 try:
-                    return await first_events(incoming, generation.reader(form), generation.sse)
+                    return await first_events(incoming, generation.reader(form, account.kind), sse)
                 except BaseException:
                     incoming.abort()
                     raise
 
     async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-        account = lease.account
         body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
-        with upstream_errors(self._proxies[account.base_url]):
+        with upstream_errors(self._way(lease.account).proxy):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
-                incoming = await self._post(account, f"{quote(lease.model)}:batchEmbedContents", body)
+                incoming = await self._post(lease.account, lease.model, "batchEmbedContents", body)
                 answer = parse_json(await incoming.read())
         if incoming.status != 200:
             raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
         return answer if isinstance(answer, dict) else {}
 
-    async def _post(self, account: Account, call: str, body: bytes) -> Incoming:
-        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json", "User-Agent": USER_AGENT}
-        return await self._transports[account.base_url].post(f"/v1beta/models/{call}", headers, body)
+    # ---- the wire
+
+    async def _post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
+        """The head of an answer; where a token is refused, that of a second try with a fresh one."""
+        transport, refused = self._way(account).transport, ""
+        while True:
+            header = await self.credentials.header(account, refused)
+            project = await self._project(account, header) if account.kind == "cloudcode" else account.project
+            path, sent = enveloped(account, project, model, method, body)
+            about = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
+            incoming = await transport.post(path, header | about, sent)
+            if incoming.status != 401 or account.kind == "gemini" or refused:
+                return incoming
+            incoming.abort()
+            refused = header["Authorization"]
+
+    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
+        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
+        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
+        async with sent as response:
+            return response.status, parse_json(await response.read())
+
+    async def _project(self, account: Account, header: Mapping[str, str]) -> str:
+        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
+        if known := account.project or self._projects.get(account.name):
+            return known
+        found = await self._shared.do(account.name, lambda: self._find_project(account, header))
+        self._projects[account.name] = found
+        return found
+
+    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
+        """Raises CredentialRefused with what keeps the account out."""
+        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
+        told = await self._ask_service(account, header, ":loadCodeAssist", about)
+        project = told.get("cloudaicompanionProject")
+        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
+        if not project and tiers and not told.get("currentTier"):
+            told = await self._ask_service(account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about})
+            for _ in range(ONBOARD_POLLS_MAX):
+                if told.get("done"):
+                    break
+                await asyncio.sleep(ONBOARD_POLL_S)
+                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
+            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
+        if not isinstance(project, str) or not project:
+            reasons = [str(tier.get("reasonMessage")) for tier in told.get("ineligibleTiers") or ()]
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            raise CredentialRefused(f"The service has no project for {account.name}{why}. Set its `project`.")
+        return project
+
+    async def _ask_service(self, account: Account, header: Mapping[str, str], path: str, body: Any) -> dict[str, Any]:
+        method = "GET" if body is None else "POST"
+        url, proxy = f"{account.base_url}/v1internal{path}", self._way(account).proxy
+        sent = self._session.request(method, url, json=body, headers=header, proxy=proxy, allow_redirects=False)
+        async with asyncio.timeout(TOKEN_S_MAX), sent as response:
+            answer = parse_json(await response.read())
+        if response.status != 200 or not isinstance(answer, dict):
+            raise classify_error(response.status, answer)
+        return answer
+
+
+def enveloped(account: Account, project: str, model: str, method: str, body: bytes) -> tuple[str, bytes]:
+    """The path and the body of a call, as the account's kind of upstream wants them.
+
+    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
+    """
+    if account.kind == "gemini":
+        return f"/v1beta/models/{quote(model)}:{method}", body
+    if account.kind == "vertex":
+        place = f"projects/{quote(project)}/locations/{account.location}/publishers/google"
+        return f"/v1/{place}/models/{quote(model)}:{method}", body
+    if method == "countTokens":
+        return f"/v1internal:{method}", body
+    about = dump_bytes({"model": model, "project": project})
+    return f"/v1internal:{method}", b'%b,"request":%b}' % (about[:-1], body)
 
 
 Attempt = Callable[[Lease], Awaitable[T]]
+Mends = Callable[[UpstreamError], bool]
+Barred = Mapping[str, UpstreamError]
 
 
 class Turn:
     """Whom one request asks for one model, one after another, and how long it waits for them."""
 
     def __init__(
-        self, pool: AccountPool, trace: Trace, patience_s: float, last: bool, clock: Callable[[], float]
+        self,
+        pool: AccountPool,
+        trace: Trace,
+        barred: Mapping[str, UpstreamError],
+        patience_s: float,
+        last: bool,
+        clock: Callable[[], float],
     ) -> None:
         self._pool = pool
         self._trace = trace
@@ -5264,8 +5709,9 @@ class Turn:
         self._patience_s = patience_s
         self._last = last
         self._clock = clock
-        self._refusals: dict[str, UpstreamError] = {}
-        self._tried: set[str] = set()
+        self._barred = barred
+        self._refusals: dict[str, UpstreamError] = dict(barred)
+        self._tried = set(barred)
         self._same: Seat | None = None
         self._mended = False
         self._spare = True
@@ -5291,7 +5737,8 @@ class Turn:
                 if lease := self._pool.again(same, self._model, self._clock()):
                     return lease
                 continue
-            self._tried = {name for name in self._tried if self._refusals[name].rests == "nobody"}
+            lasting = (name for name in self._tried if self._refusals[name].rests == "nobody")
+            self._tried = {*lasting, *self._barred}
             wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
             if wait_s > self._patience_s:
                 raise self.exhausted()
@@ -5358,10 +5805,9 @@ class Generation:
         self._forms.clear()
         return True
 
-    def reader(self, form: Form) -> GeminiReader:
-        return GeminiReader(
-            lambda: f"call_{secrets.token_hex(12)}", form.tools, parallel_calls=self._request.parallel_calls
-        )
+    def reader(self, form: Form, kind: str) -> GeminiReader:
+        made = CloudCodeReader if kind == "cloudcode" else GeminiReader
+        return made(lambda: f"call_{secrets.token_hex(12)}", form.tools, parallel_calls=self._request.parallel_calls)
 
 
 def dialect_of(account: Account) -> Dialect:
@@ -5558,7 +6004,7 @@ def clock_skew(date: str | None, now: float) -> float:
 
 
 # ==============================================================================
-# 15. Web
+# 16. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -5573,11 +6019,35 @@ ROUTE = re.compile(
 )
 
 
+ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]+))?")
+POOL_ACTIONS = ("reset", "pause", "resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
+
+    path: Path
+    load: Callable[[], Config]
+    asked: asyncio.Event
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        about = path.stat()
+        return about.st_mtime_ns, about.st_size
+    return None
+
+
 class Gateway:
     """The handlers."""
 
-    def __init__(self, config: Config, upstream: Upstream, tally: Tally, running_max: float) -> None:
+    def __init__(
+        self, config: Config, upstream: Upstream, tally: Tally, running_max: float, source: Source | None
+    ) -> None:
         self._config = config
+        self._source = source
+        self._journal: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
         self._upstream = upstream
         self._tally = tally
         self._running = 0
@@ -5608,6 +6078,8 @@ class Gateway:
             self._running -= 1
             status = response.status if response else 499
             self._tally.add(trace, status)
+            if trace.steps:
+                self._journal.append((trace, status, time.monotonic()))
             if log.isEnabledFor(logging.INFO):
                 fields = log_fields(trace, status, time.monotonic())
                 log.info("%s", log_text(fields), extra={"fields": fields})
@@ -5622,6 +6094,8 @@ class Gateway:
         if http.method == "OPTIONS":
             return web.Response(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
+        if admin := ADMIN.fullmatch(http.path):
+            return json_response(await self._administer(http, admin["what"], admin["id"] or ""), trace)
         if match is None:
             base = f"{http.scheme}://{http.host}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
@@ -5638,6 +6112,73 @@ class Gateway:
         if route == "embeddings":
             return await self._embed(parse_body(await read_body_of(http)), trace)
         return await self._answer(http, trace)
+
+    async def _administer(self, http: web.Request, what: str, id: str) -> Any:
+        """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
+        if self._config.auth == "off" and (not is_loopback(http.remote or "") or "Origin" in http.headers):
+            raise Forbidden(f"Only programs on this machine may do that. Call from it, or {ASK_FOR_A_KEY}.")
+        if http.method != (method := "POST" if what in ("pool", "reload") else "GET"):
+            raise MethodNotAllowed(f"{http.method} is not served here. Use {method}.", headers={"Allow": method})
+        now = self._upstream.clock()
+        if what == "status":
+            return {"version": __version__, "accounts": self._upstream.pool.status(now)}
+        if what == "why":
+            for trace, status, ended in self._journal:
+                if trace.id == id:
+                    return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
+            raise UnknownUrl(f"No request '{id}' is known, of the last {JOURNAL_MAX}. Name one by its X-Request-Id.")
+        if what == "reload":
+            try:
+                return {"accounts": await self.reload()}
+            except ConfigError as error:
+                raise BadRequest(f"{error}\nThe config stays as it was. Mend that.", code="config_invalid") from None
+        fields = Fields(parse_body(await read_body_of(http)))
+        action, name = fields.needed_text("action"), fields.needed_text("account")
+        if action not in POOL_ACTIONS:
+            raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
+        if not self._upstream.pool.steer(action, name, fields.text("model") or "", now):
+            raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
+        return {"accounts": self._upstream.pool.status(now)}
+
+    async def reload(self) -> int:
+        """Goes on with the config as it stands in its file now, and says how many accounts it has.
+
+        Raises ConfigError where it cannot be used: then nothing changes.
+        """
+        try:
+            if self._source is None:
+                raise ConfigError("This gateway has no accounts file that it could read again.")
+            config = await asyncio.to_thread(self._source.load)
+            if config.bind != self._config.bind:
+                raise ConfigError("Where it listens changed (host, allow_lan_access). Restart it for that.")
+        except ConfigError as error:
+            log.warning("the config stays as it was: %s", error)
+            raise
+        self._config = replace(config, host=self._config.host, port=self._config.port)
+        self._upstream.adopt(self._config)
+        log.warning("the config was read again: %d accounts", len(config.accounts))
+        return len(config.accounts)
+
+    async def watch(self, source: Source) -> None:
+        """Reloads when a file of the config's changes, and when that is asked for."""
+        seen = self._stamps(source)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELOAD_CHECK_S):
+                    await source.asked.wait()
+            if source.asked.is_set() or self._stamps(source) != seen:
+                source.asked.clear()
+                seen = self._stamps(source)
+                with contextlib.suppress(ConfigError):  # told by the log
+                    await self.reload()
+                seen = self._stamps(source) if len(seen) != len(self._files(source)) else seen
+
+    def _files(self, source: Source) -> list[Path]:
+        return [source.path, *(Path(a.credentials) for a in self._config.accounts if a.credentials)]
+
+    def _stamps(self, source: Source) -> list[tuple[int, int] | None]:
+        """When each file of the config's was changed, and how long it is."""
+        return [stamp_of(path) for path in self._files(source)]
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -5911,22 +6452,69 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def create_app(config: Config, tally: Tally | None = None, running_max: float = math.inf) -> web.Application:
+async def create_app(
+    config: Config, tally: Tally | None = None, running_max: float = math.inf, source: Source | None = None
+) -> web.Application:
     """The gateway as an aiohttp application; what it opened closes with it."""
     upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    gateway = Gateway(config, upstream, tally or Tally(), running_max)
+    gateway = Gateway(config, upstream, tally or Tally(), running_max, source)
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
+    database = Database(Path(config.store) if config.store not in (None, "memory", "off") else None)
+    tasks = [asyncio.create_task(gateway.watch(source))] if source else []
+    keeper = PoolKeeper(upstream, PoolStore(database)) if database.path else None
+    if keeper:
+        await keeper.restore()
+        tasks.append(asyncio.create_task(keeper.keep()))
 
     async def close(_: web.Application) -> None:
+        for task in tasks:
+            task.cancel()
+        if keeper:
+            await keeper.save()
+        await database.close()
         await upstream.close()
 
     app.on_cleanup.append(close)
     return app
 
 
+class PoolKeeper:
+    """Keeps what the pool knows in its store: every few seconds, and at once when an account is to rest for long."""
+
+    def __init__(self, upstream: Upstream, store: PoolStore) -> None:
+        self._upstream = upstream
+        self._store = store
+
+    async def restore(self) -> None:
+        with self._told():
+            self._upstream.pool.restore(await self._store.load(), self._upstream.clock())
+
+    async def keep(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POOL_SAVE_S):
+                    await self._upstream.rested.wait()
+            self._upstream.rested.clear()
+            await self.save()
+
+    async def save(self) -> None:
+        with self._told():
+            await self._store.save(self._upstream.pool.rows(self._upstream.clock()))
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Without its store the pool still serves."""
+        import sqlite3
+
+        try:
+            yield
+        except (OSError, sqlite3.Error) as error:
+            log.warning("the pool's state cannot be kept: %s", error)
+
+
 # ==============================================================================
-# 16. Demo
+# 17. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -6143,7 +6731,7 @@ def create_demo(fault: str | None) -> web.Application:
 
 
 # ==============================================================================
-# 17. Command line
+# 18. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -6265,7 +6853,13 @@ def find_config(accounts: str | None, env: Mapping[str, str], *, with_accounts: 
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), env, accounts=with_accounts)
+    return load_config(text, str(path), env, accounts=with_accounts, read=read_if_there)
+
+
+def read_if_there(path: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 class Unusable(click.ClickException):
@@ -6318,6 +6912,14 @@ def servable(config: Config) -> Config:
     return config
 
 
+def reloaded(accounts: str | None, host: str | None, port: int | None) -> Config:
+    """The config anew. Raises ConfigError."""
+    try:
+        return servable(configured(accounts, host, port))
+    except Unusable as error:
+        raise ConfigError(error.message) from None
+
+
 def fresh_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
@@ -6341,7 +6943,11 @@ def set_up_logging(level: str, form: str) -> None:
 
 def banner(config: Config, running_max: float) -> str:
     """What a person needs to know at the start."""
-    proxies = {without_credentials(p) for a in config.accounts if (p := proxy_for(a.base_url, config))}
+    proxies = {
+        without_credentials(p)
+        for a in config.accounts
+        if (p := proxy_for(a.base_url, a.proxy or config.upstream_proxy))
+    }
     names = ", ".join(account.name for account in config.accounts)
     open_to_all = config.auth == "off" and not is_loopback(config.bind)
     lines = [
@@ -6398,15 +7004,19 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-async def run_until_signal(config: Config) -> None:
+async def run_until_signal(config: Config, path: Path | None, load: Callable[[], Config]) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
+    source = Source(path, load, asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         running_max = raise_file_limit()
-        port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
+        app = await create_app(config, running_max=running_max, source=source)
+        port = await listen(app, config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port), running_max), err=True)
         on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
+        if source:
+            on_signals(("SIGHUP",), lambda _: source.asked.set())
         await stop.wait()
 
 
@@ -6504,7 +7114,8 @@ def serve(
     set_up_logging(log_level, log_format)
     keep_buffers()
     try:
-        run_loop(run_until_signal(config))
+        load = functools.partial(reloaded, accounts, host, port)
+        run_loop(run_until_signal(config, find_file(accounts, os.environ), load))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -6570,16 +7181,36 @@ def check(accounts: str | None, online: bool) -> None:
     config = servable(replace(configured(accounts), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
     found: Sequence[tuple[str, ...]]
-    found = asyncio.run(probe(config)) if online else [(masked_key(a.api_key), a.base_url) for a in config.accounts]
+    found = asyncio.run(probe(config)) if online else [(told_credentials(a), a.base_url) for a in config.accounts]
     rows: list[tuple[str, ...]] = [("account", "kind", *(ONLINE_COLUMNS if online else ("key", "upstream")))]
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    click.echo(render_table(rows))
+    if any(account.kind == "cloudcode" for account in config.accounts):
+        click.echo(TERMS)
     for line in config.unused:
         click.echo(line)
     if any(row[0] == "no" for row in found):
         sys.exit(1)
+
+
+TERMS = (
+    "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts have "
+    "been closed for it. API keys (kind gemini) are the recommended kind."
+)
+
+
+def told_credentials(account: Account) -> str:
+    if account.kind == "gemini":
+        return masked_key(account.api_key)
+    if account.service_account:
+        return "service account"
+    return "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
+
+
+def render_table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 ONLINE_COLUMNS = ("reachable", "models", "remedy")
@@ -6663,6 +7294,182 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
             ensure_ascii=False,
         )
     )
+
+
+# ---- the running gateway
+
+
+Where = tuple[str | None, str | None, int | None]
+
+
+def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
+    """What the running gateway answers under /agproxy/. Raises Unusable."""
+    import urllib.error
+    import urllib.request
+
+    accounts, host, port = where
+    config = configured(accounts, host, port, with_accounts=False)
+    url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
+    request = urllib.request.Request(url, None if body is None else dump_bytes(body))
+    if config.api_key:
+        request.add_header("Authorization", f"Bearer {config.api_key[0].key}")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+            return parse_json(response.read())
+    except urllib.error.HTTPError as refused:
+        told = (parse_json(refused.read()) or {}).get("error") or {}
+        code = str(told.get("code") or "server_error")
+        raise Unusable(str(told.get("message") or refused), code) from None
+    except OSError:
+        text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
+        raise Unusable(text, "no_gateway") from None
+
+
+def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that find the running gateway, as one argument `where`."""
+
+    @functools.wraps(command)
+    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
+        command(where=(accounts, host, port), **more)
+
+    return accounts_option(host_option(port_option(with_where)))
+
+
+@main.command("status")
+@gateway_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
+def print_status(where: Where, as_json: bool, watch: bool) -> None:
+    """Show what each account of the running gateway does, who rests until when and why, and what was used."""
+    while True:
+        told = ask_gateway(where, "status")
+        text = json.dumps(told, indent=2, ensure_ascii=False) if as_json else status_table(told["accounts"])
+        if watch:
+            click.clear()
+        click.echo(text)
+        if not watch:
+            return
+        time.sleep(2)
+
+
+def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
+    """A line an account, and one for each model that it was asked for."""
+    rows = [("account", "kind", "model", "in flight", "requests/min", "requests/day", "tokens/day", "state")]
+    for one in accounts:
+        shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
+        shared += [f"seems to share with {', '.join(one['seems_to_share_with'])}"] if one["seems_to_share_with"] else []
+        about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
+        rows.append((*about, "; ".join([one["state"], *shared])))
+        for model in one["models"]:
+            counts = (
+                f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in TABLE_QUOTAS
+            )
+            rows.append(("", "", model["model"], "", *counts, model["state"]))
+    return render_table(rows)
+
+
+TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
+
+
+@main.command("pool")
+@gateway_options
+@click.argument("action", type=click.Choice(POOL_ACTIONS))
+@click.argument("name", metavar="NAME[/MODEL]")
+def steer_pool(where: Where, action: str, name: str) -> None:
+    """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
+    account, _, model = name.partition("/")
+    click.echo(
+        status_table(ask_gateway(where, "pool", {"action": action, "account": account, "model": model})["accounts"])
+    )
+
+
+@main.command("why")
+@gateway_options
+@click.argument("id")
+def print_why(where: Where, id: str) -> None:
+    """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
+    told = ask_gateway(where, f"why/{id}")
+    decisions = told.pop("decisions")
+    click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
+    for number, step in enumerate(decisions, 1):
+        waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
+        click.echo(
+            f"{number}. {step['model']}{waited}: {step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
+        )
+        for account, state in step["considered"].items():
+            click.echo(f"   {account} {state}")
+
+
+@main.command("reload")
+@gateway_options
+def reload_gateway(where: Where) -> None:
+    """Have the running gateway read its accounts file again."""
+    click.echo(f"{ask_gateway(where, 'reload', {})['accounts']} accounts")
+
+
+# ---- login
+
+
+@main.command("login")
+@accounts_option
+@click.option(
+    "--paste", is_flag=True, help="For a machine without a browser: paste the address that the browser ends at."
+)
+@click.argument("name")
+def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
+    """Log in to Google for the account NAME, by its own OAuth client; the token is kept beside the accounts file."""
+    config = configured(accounts)
+    account = next((account for account in config.accounts if account.name == name), None)
+    if account is None or not account.client_id or not account.credentials.endswith(".token.json"):
+        text = "needs its client_id and client_secret in the accounts file, and neither credentials nor refresh_token"
+        raise Unusable(f"To log in, '{name}' {text}. Mend that.", "config_invalid")
+    try:
+        token = asyncio.run(log_in(account, config, paste))
+    except UpstreamError as error:
+        raise Unusable(error.message, "login_failed") from None
+    path = Path(account.credentials)
+    about = {"type": "authorized_user", **{key: getattr(account, key) for key in USER_KEYS}, "refresh_token": token}
+    write_private(path, json.dumps(about, indent=2))
+    click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all."""
+    made = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    made.replace(path)
+
+
+async def log_in(account: Account, config: Config, paste: bool) -> str:
+    """The refresh token that the user grants in a browser. Raises UpstreamError.
+
+    Source: https://developers.google.com/identity/protocols/oauth2/native-app
+    """
+    state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
+    async with contextlib.AsyncExitStack() as stack:
+        come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def hear(http: web.Request) -> web.Response:
+            if http.query.get("state") == state and not come.done():
+                come.set_result(str(http.rel_url))
+            return web.Response(text="agproxy has heard; this page may be closed.")
+
+        app = web.Application()
+        app.router.add_get("/", hear)
+        port = 1 if paste else await listen(app, "127.0.0.1", 0, stack)
+        redirect = f"http://127.0.0.1:{port}/"
+        click.echo(
+            f"Open this in a browser, and let {account.name} in:\n{login_url(account, redirect, state, verifier)}"
+        )
+        if paste:
+            answer = await asyncio.to_thread(click.prompt, "The address that the browser ends at (it shows no page)")
+        else:
+            answer = await come
+        code = login_code(answer, state)
+        upstream = Upstream(replace(config, accounts=()))
+        stack.push_async_callback(upstream.close)
+        return await upstream.credentials.redeem(account, code, redirect, verifier)
 
 
 @main.command("env")
