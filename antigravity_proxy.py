@@ -5593,7 +5593,7 @@ class Upstream:
             async with asyncio.timeout(self._config.timeouts.first_event_s):
                 incoming = await self._post(account, lease.model, method, form.body)
                 try:
-                    return await first_events(incoming, generation.reader(form, account.kind), sse)
+                    return await first_events(incoming, generation.reader(form, account.kind), sse, generation.sse)
                 except BaseException:
                     incoming.abort()
                     raise
@@ -5857,13 +5857,15 @@ def open_transport(url: str, proxy: str | None, config: Config) -> DirectTranspo
     return ProxiedTransport(url, proxy, config.timeouts)
 
 
-async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool) -> Answer:
-    """The answer with its first events. Raises what the status or the first event says, and the transport's errors."""
+async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool) -> Answer:
+    """The answer with its first events; with all of them where it is not `streamed` on. Raises what the status or the first event says, and the transport's errors."""
     if incoming.status != 200:
         wait = incoming.headers.get("retry-after", "")
         raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
-    if not sse:
-        return Answer(unless_failed(reader.whole(await incoming.read())), incoming, None)
+    if not streamed:
+        body = await incoming.read()
+        events = reader.feed(body) + reader.close() if sse else reader.whole(body)
+        return Answer(unless_failed(events), incoming, None)
     while data := await incoming.more():
         if events := reader.feed(data):
             return Answer(unless_failed(events), incoming, reader)

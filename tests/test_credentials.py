@@ -116,7 +116,7 @@ async def test_a_fault_of_the_token_endpoint_loses_no_request(
 ) -> None:
     monkeypatch.setattr(agproxy, "TOKEN_S_MAX", 0.3)
     client = await start("ab")
-    gemini.tokens = faults
+    gemini.tokens = list(faults)
     response = await client.post(CHAT, json=HELLO)
     assert (response.status, response.headers["X-Attempts"], response.headers["X-Account-Email"]) == (200, "2", "b")
     told = await (await client.get(f"/agproxy/why/{response.headers['X-Request-Id']}")).json()
