@@ -2312,14 +2312,11 @@ class Lease:
     """One request's use of an account, from the choice until the end of its answer."""
 
     seat: Seat
+    account: Account
     model: str
     begun: float
     probes: list[Rest] = field(default_factory=list)
     ended: bool = False
-
-    @property
-    def account(self) -> Account:
-        return self.seat.account
 
 
 @dataclass(eq=False, slots=True)
@@ -2388,8 +2385,9 @@ class AccountPool:
             owners = (account.name, f"@{account.quota_group}") if account.quota_group else (account.name,)
             seat = known.pop(account.name, None) or Seat(account, salt_of(account.name), owners)
             if seat.account != account:
-                seat.account, seat.owners = account, owners
+                seat.owners = owners
                 self._forget(account.name, "", spare=("paused",))
+                seat.account = account
             self._seats.append(seat)
         for name in known:
             self._forget(name, "")
@@ -2430,7 +2428,7 @@ class AccountPool:
 
     def _lease(self, seat: Seat, model: str, now: float) -> Lease:
         """A lease of this account; it probes each rest that is over."""
-        lease = Lease(seat, model, now)
+        lease = Lease(seat, seat.account, model, now)
         for rest in self._rests_of(seat, model):
             if not rest.holds(now):
                 rest.prober = lease
@@ -2474,10 +2472,10 @@ class AccountPool:
         """Seconds until the first account that is not in `tried` may be asked; infinite where none will be."""
         waits = [math.inf]
         for seat in self._seats:
-            if seat.account.name not in tried and self._state(seat, model, now):
+            if seat.account.name not in tried:
                 rests = [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
-                unknown = not rests or any(rest.prober for rest in rests)  # busy, or probed just now
-                waits.append(max([POLL_S * unknown, *(rest.until - now for rest in rests)]))
+                unknown = any(rest.prober for rest in rests) or (not rests and self._state(seat, model, now))
+                waits.append(max([POLL_S if unknown else 0.0, *(rest.until - now for rest in rests)]))
         return min(waits)
 
     # ---- what came of it
@@ -2503,7 +2501,7 @@ class AccountPool:
         """An attempt was refused; `chance`, from 0 to 1, spreads the ends of the rests. Releases the lease."""
         seat, probes = lease.seat, lease.probes
         self.release(lease, 0, now)
-        if error.rests == "nobody":
+        if error.rests == "nobody" or lease.account is not seat.account:  # whose file was changed meanwhile
             return
         owner = seat.owners[-1] if error.rests == "project" else seat.account.name
         rests = self._rests.setdefault((owner, "" if error.rests == "account" else lease.model), {})
@@ -4588,30 +4586,51 @@ DATABASE_TABLES = POOL_TABLES
 
 
 class PoolStore:
-    """What the account pool knows beyond the process: its rows, of which only those that changed are written."""
+    """What the account pool knows beyond the process: written every few seconds, and at once when an account is to rest
+    for long; of its rows only those that changed. Without its file the pool still serves."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, pool: AccountPool, clock: Callable[[], float]) -> None:
         self._database = database
+        self._pool = pool
+        self._clock = clock
         self._written: dict[str, str] = {}
 
-    async def load(self) -> dict[str, str]:
-        """Raises sqlite3.Error and OSError."""
-        found = await self._database.run(lambda database: database.execute("SELECT name, value FROM pool").fetchall())
-        self._written = dict(found)
-        return self._written
+    async def load(self) -> None:
+        def read(database: sqlite3.Connection) -> dict[str, str]:
+            return dict(database.execute("SELECT name, value FROM pool").fetchall())
 
-    async def save(self, rows: dict[str, str]) -> None:
-        """Raises as `load`."""
+        self._written = await self._run(read) or {}
+        self._pool.restore(self._written, self._clock())
+
+    async def keep(self, rested: asyncio.Event) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POOL_SAVE_S):
+                    await rested.wait()
+            rested.clear()
+            await self.save()
+
+    async def save(self) -> None:
+        rows = self._pool.rows(self._clock())
         changed = [(name, value) for name, value in rows.items() if self._written.get(name) != value]
         gone = [(name,) for name in self._written.keys() - rows.keys()]
 
-        def write(database: sqlite3.Connection) -> None:
+        def write(database: sqlite3.Connection) -> bool:
             database.executemany("INSERT OR REPLACE INTO pool VALUES (?, ?)", changed)
             database.executemany("DELETE FROM pool WHERE name = ?", gone)
+            return True
 
         if changed or gone:
-            await self._database.run(write)
-            self._written = rows
+            self._written = rows if await self._run(write) else self._written
+
+    async def _run(self, step: Callable[[sqlite3.Connection], T]) -> T | None:
+        import sqlite3
+
+        try:
+            return await self._database.run(step)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("the pool's state cannot be kept: %s", error)
+            return None
 
 
 # ==============================================================================
@@ -5062,6 +5081,8 @@ class StaleConnection(ConnectionError):
 class DirectTransport:
     """Requests to one upstream over connections of our own: no task and no queue between its socket and the client's."""
 
+    proxy: None = None
+
     def __init__(self, url: str, timeouts: Timeouts) -> None:
         parts = urlsplit(url)
         self._tls = parts.scheme == "https"
@@ -5113,14 +5134,14 @@ class ProxiedTransport:
 
     def __init__(self, url: str, proxy: str | None, timeouts: Timeouts) -> None:
         self._url = url
-        self._proxy = proxy
+        self.proxy = proxy
         self._idle_s = timeouts.idle_s
         self._session = open_session(timeouts)
 
     async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
         """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
         url = self._url + path
-        response = await self._session.post(url, data=body, headers=headers, proxy=self._proxy, allow_redirects=False)
+        response = await self._session.post(url, data=body, headers=headers, proxy=self.proxy, allow_redirects=False)
         known = {name.lower(): value for name, value in response.headers.items()}
         pour = Pour(response)
         pour.start(Incoming(response.status, known, pour, self._idle_s))
@@ -5321,17 +5342,6 @@ def renumbered(event: Event, choice: int) -> Event:
     return event if isinstance(event, Started | Ended | Failed) else replace(event, choice=choice)
 
 
-@dataclass(frozen=True, slots=True)
-class Way:
-    """The proxy to an upstream, and the transport that goes by it."""
-
-    proxy: str | None
-    transport: DirectTransport | ProxiedTransport
-
-    async def close(self) -> None:
-        await self.transport.close()
-
-
 class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
@@ -5340,8 +5350,8 @@ class Upstream:
         self.pool = AccountPool(())
         self.credentials = Credentials(self._post_form, lambda: self.clock())
         self._session = open_session(config.timeouts)
-        self._ways: dict[tuple[str, str | None], Way] = {}
-        self._retired: list[Way | MediaFetcher] = []
+        self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
+        self._retired: list[DirectTransport | ProxiedTransport | MediaFetcher] = []
         self._projects: dict[str, str] = {}
         self._shared = Shared()
         self._models: tuple[str, ...] | None = None
@@ -5358,27 +5368,27 @@ class Upstream:
     def adopt(self, config: Config) -> None:
         """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
         self.pool.update(config.accounts, config.strategy, config.reserve)
-        self._retired += [*self._ways.values(), self.media]
-        self._ways, self.media = {}, MediaFetcher(config)
+        self._retired += [*self._transports.values(), self.media]
+        self._transports, self.media = {}, MediaFetcher(config)
         self._config = config
         self._projects.clear()
         self._models_until = 0.0
         self._map_model = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
         self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
 
-    def _way(self, account: Account) -> Way:
-        """How an account's upstream is reached."""
-        way = self._ways.get((account.base_url, account.proxy))
-        if way is None:
+    def _to(self, account: Account) -> DirectTransport | ProxiedTransport:
+        """The transport to an account's upstream."""
+        transport = self._transports.get((account.base_url, account.proxy))
+        if transport is None:
             proxy = proxy_for(account.base_url, account.proxy or self._config.upstream_proxy)
             transport = open_transport(account.base_url, proxy, self._config)
-            way = self._ways[account.base_url, account.proxy] = Way(proxy, transport)
-        return way
+            self._transports[account.base_url, account.proxy] = transport
+        return transport
 
     async def close(self) -> None:
         self._shared.close()
         self.credentials.close()
-        for opened in (*self._retired, *self._ways.values(), self.media):
+        for opened in (*self._retired, *self._transports.values(), self.media):
             await opened.close()
         await self._session.close()
 
@@ -5419,7 +5429,7 @@ class Upstream:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
         try:
-            with upstream_errors(self._way(account).proxy):
+            with upstream_errors(self._to(account).proxy):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
                     return await (self._pages_of(account) if account.kind == "gemini" else self._known_of(account))
         except (ValueError, KeyError, TypeError):
@@ -5444,7 +5454,7 @@ class Upstream:
         for _ in range(MODEL_PAGES_MAX):
             url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
             headers = {"x-goog-api-key": account.api_key}
-            proxy = self._way(account).proxy
+            proxy = self._to(account).proxy
             async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
                 self.skew_s = clock_skew(response.headers.get("Date"), time.time())
                 if response.status != 200:
@@ -5518,7 +5528,8 @@ class Upstream:
         Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given.
         """
         asked = trace.mapped_model
-        chain = (asked, *self._config.fallback.get(asked, ()))
+        fallback = self._config.fallback
+        chain = (asked, *(fallback.get(asked) or fallback.get(trace.model, ())))
         for model in chain:
             trace.mapped_model = model if model == asked else self._map_model(model, self._models).model
             try:
@@ -5538,7 +5549,7 @@ class Upstream:
         for number in range(1, ATTEMPTS_MAX + 1):
             lease = await turn.lease()
             try:
-                return await self._try(lease, trace, attempt)
+                return await self._try(lease, trace, attempt, turn.step)
             except UpstreamError as error:
                 mended = number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
@@ -5546,11 +5557,10 @@ class Upstream:
                 turn.refused(lease, error, mended)
         raise turn.exhausted()
 
-    async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T]) -> T:
+    async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T], step: Step) -> T:
         """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
         trace.attempts += 1
-        trace.account, step = lease.account, trace.steps[-1]
-        step.account = lease.account.name
+        trace.account, step.account = lease.account, lease.account.name
         try:
             result = await attempt(lease)
         except BaseException as error:
@@ -5589,7 +5599,7 @@ class Upstream:
             refuse_dropped(form.changes)
         sse = generation.sse or account.kind == "cloudcode"  # which refuses what is not streamed sooner
         method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        with upstream_errors(self._way(account).proxy):
+        with upstream_errors(self._to(account).proxy):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
                 incoming = await self._post(account, lease.model, method, form.body)
                 try:
@@ -5601,7 +5611,7 @@ class Upstream:
     async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
         body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
-        with upstream_errors(self._way(lease.account).proxy):
+        with upstream_errors(self._to(lease.account).proxy):
             async with asyncio.timeout(self._config.timeouts.first_event_s):
                 incoming = await self._post(lease.account, lease.model, "batchEmbedContents", body)
                 answer = parse_json(await incoming.read())
@@ -5613,7 +5623,7 @@ class Upstream:
 
     async def _post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
         """The head of an answer; where a token is refused, that of a second try with a fresh one."""
-        transport, refused = self._way(account).transport, ""
+        transport, refused = self._to(account), ""
         while True:
             header = await self.credentials.header(account, refused)
             project = await self._project(account, header) if account.kind == "cloudcode" else account.project
@@ -5661,7 +5671,7 @@ class Upstream:
 
     async def _ask_service(self, account: Account, header: Mapping[str, str], path: str, body: Any) -> dict[str, Any]:
         method = "GET" if body is None else "POST"
-        url, proxy = f"{account.base_url}/v1internal{path}", self._way(account).proxy
+        url, proxy = f"{account.base_url}/v1internal{path}", self._to(account).proxy
         sent = self._session.request(method, url, json=body, headers=header, proxy=proxy, allow_redirects=False)
         async with asyncio.timeout(TOKEN_S_MAX), sent as response:
             answer = parse_json(await response.read())
@@ -5694,6 +5704,8 @@ Barred = Mapping[str, UpstreamError]
 class Turn:
     """Whom one request asks for one model, one after another, and how long it waits for them."""
 
+    step: Step
+
     def __init__(
         self,
         pool: AccountPool,
@@ -5722,7 +5734,8 @@ class Turn:
         The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
         same one, once; else the soonest of those that rest, if that is soon: then also one that was refused before.
         """
-        self._trace.steps.append(step := Step(self._model))
+        self.step = step = Step(self._model)
+        self._trace.steps.append(step)
         while True:
             step.seen.clear()
             if not self._mended:
@@ -6464,55 +6477,21 @@ async def create_app(
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
     database = Database(Path(config.store) if config.store not in (None, "memory", "off") else None)
     tasks = [asyncio.create_task(gateway.watch(source))] if source else []
-    keeper = PoolKeeper(upstream, PoolStore(database)) if database.path else None
-    if keeper:
-        await keeper.restore()
-        tasks.append(asyncio.create_task(keeper.keep()))
+    store = PoolStore(database, upstream.pool, upstream.clock)
+    if database.path:
+        await store.load()
+        tasks.append(asyncio.create_task(store.keep(upstream.rested)))
 
     async def close(_: web.Application) -> None:
         for task in tasks:
             task.cancel()
-        if keeper:
-            await keeper.save()
+        if database.path:
+            await store.save()
         await database.close()
         await upstream.close()
 
     app.on_cleanup.append(close)
     return app
-
-
-class PoolKeeper:
-    """Keeps what the pool knows in its store: every few seconds, and at once when an account is to rest for long."""
-
-    def __init__(self, upstream: Upstream, store: PoolStore) -> None:
-        self._upstream = upstream
-        self._store = store
-
-    async def restore(self) -> None:
-        with self._told():
-            self._upstream.pool.restore(await self._store.load(), self._upstream.clock())
-
-    async def keep(self) -> None:
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(POOL_SAVE_S):
-                    await self._upstream.rested.wait()
-            self._upstream.rested.clear()
-            await self.save()
-
-    async def save(self) -> None:
-        with self._told():
-            await self._store.save(self._upstream.pool.rows(self._upstream.clock()))
-
-    @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
-        """Without its store the pool still serves."""
-        import sqlite3
-
-        try:
-            yield
-        except (OSError, sqlite3.Error) as error:
-            log.warning("the pool's state cannot be kept: %s", error)
 
 
 # ==============================================================================

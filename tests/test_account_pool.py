@@ -218,6 +218,27 @@ def test_a_barred_account_is_out_until_it_changes_or_is_reset() -> None:
     assert not pool.steer("reset", "nobody", "", NOON)
 
 
+def test_a_refusal_of_credentials_that_were_changed_meanwhile_is_of_nobody() -> None:
+    pool = turns(A)
+    lease = pool.ask()
+    assert lease is not None
+    pool.update([replace(A, api_key="new")], "round_robin", 0)
+    pool.failed(lease, agproxy.CredentialRefused("No."), NOON, 0)
+    assert pool.name() == "a"
+    pool.update([], "round_robin", 0)
+    assert (pool.name(), pool.wait_s(M, (), NOON), pool.exhausted(M, {}, NOON).status) == (None, math.inf, 503)
+
+
+def test_who_is_ready_is_not_waited_for() -> None:
+    pool = turns(A)
+    pool.refuse("a")
+    assert (pool.wait_s(M, (), NOON), pool.wait_s(M, (), NOON + 30), pool.wait_s(M, ("a",), NOON + 30)) == (
+        30,
+        0,
+        math.inf,
+    )
+
+
 def test_accounts_of_a_group_rest_together_but_not_for_what_is_their_own() -> None:
     pool = turns(*(replace(account, quota_group="p") for account in (A, B)), C)
     pool.refuse("a", agproxy.CredentialRefused("No."))
