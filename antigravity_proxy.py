@@ -2590,7 +2590,7 @@ class AccountPool:
         error = min(errors, key=lambda error: isinstance(error, ModelGone))
         gone = {name for _, name, why in reasons if isinstance(why, ModelGone)} if error.status != 404 else ()
         soonest = self.wait_s(model, gone, now)
-        wait = error.retry_after_s if math.isinf(soonest) else soonest
+        wait = soonest if 0 < soonest < math.inf else error.retry_after_s
         again = f" Please try again in {wait:.1f}s." if wait and error.status in (429, 503) else ""
         return PoolExhausted(f"No account could answer ({told}). {error.advice}{again}", error, wait)
 
