@@ -2261,12 +2261,12 @@ def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
 
     No wait is believed beyond a day, and none is shorter than a second.
     """
+    if math.isinf(error.rest_s):
+        return math.inf
     if error.reset_at is not None or error.retry_after_s is not None:
         rest_s = error.retry_after_s if error.reset_at is None else error.reset_at - now
     elif isinstance(error, QuotaGone):
         rest_s = next_midnight(now) - now
-    elif math.isinf(error.rest_s):
-        return math.inf
     else:
         rest_s = 60.0 if error.quota.endswith("_minute") else min(error.rest_s * 2.0**strikes, COOLDOWN_S_MAX)
     return min(max(rest_s or 0.0, 1.0), RETRY_AFTER_S_MAX)
@@ -2343,14 +2343,9 @@ class Use:
 
     def reached(self, now: float, day: float, share: float = 1.0) -> list[str]:
         """The quotas of which more than this share is used up."""
-        if not (limits := self.limits):
-            return []
-        return [
-            quota
-            for quota, count in zip(QUOTAS, self.at(now, day), strict=True)
-            if quota in limits
-            if count >= limits[quota] * share
-        ]
+        limits = self.limits
+        used = zip(QUOTAS, self.at(now, day), strict=True) if limits else ()
+        return [quota for quota, count in used if quota in limits and count >= limits[quota] * share]
 
 
 def salt_of(name: str) -> int:
@@ -2495,7 +2490,7 @@ class AccountPool:
         if self._together:
             for other in self._seats:
                 if self._has_no_quota(other.account.name, lease.model, lease.begun):
-                    self._met(lease.seat, other, 0)
+                    self._met(lease.seat, other, refused=False)
 
     def failed(self, lease: Lease, error: UpstreamError, now: float, chance: float) -> None:
         """An attempt was refused; `chance`, from 0 to 1, spreads the ends of the rests. Releases the lease."""
@@ -2508,9 +2503,8 @@ class AccountPool:
         known = rests.get(error.quota)
         strikes = (known.strikes + (known in probes)) if known else 0
         rest_s = rest_of(error, strikes, now)
-        until = min(
-            now + rest_s + chance * min(rest_s / 10, JITTER_S_MAX), now + REST_S_MAX if rest_s < math.inf else rest_s
-        )
+        end = now + rest_s + chance * min(rest_s / 10, JITTER_S_MAX)
+        until = end if math.isinf(end) else min(end, now + REST_S_MAX)
         if known and known not in probes and known.holds(now):
             until = max(until, known.until)  # of several refusals at once
         rests[error.quota] = Rest(error, until, strikes, (now, now + rest_s * 0.9))
@@ -2519,9 +2513,8 @@ class AccountPool:
         if error.quota in QUOTAS:
             self._learn(lease, error, now)
         if len(self._rests) > STATES_MAX:
-            self._rests = {
-                key: rests for key, rests in self._rests.items() if any(r.holds(now) for r in rests.values())
-            }
+            held = {key for key, rests in self._rests.items() if any(rest.holds(now) for rest in rests.values())}
+            self._rests = {key: rests for key, rests in self._rests.items() if key in held}
 
     def _learn(self, lease: Lease, error: UpstreamError, now: float) -> None:
         """From a quota's refusal: how large it is and, where its own requests do not explain it, who seems to share it."""
@@ -2534,13 +2527,12 @@ class AccountPool:
         for other in self._seats:
             alone = other is not lease.seat and not other.account.quota_group and not lease.account.quota_group
             if alone and self._has_no_quota(other.account.name, lease.model, now):
-                pair = sorted((lease.account.name, other.account.name))
-                self._met(lease.seat, other, self._together.get((pair[0], pair[1]), 0) + 1)
+                self._met(lease.seat, other, refused=True)
 
-    def _met(self, one: Seat, other: Seat, times: int) -> None:
-        """One was asked while the other one's quota was used up: refused for the `times`th time in a row, or served."""
+    def _met(self, one: Seat, other: Seat, *, refused: bool) -> None:
+        """One was asked while the other one's quota was used up."""
         a, b = sorted((one.account.name, other.account.name))
-        self._together[a, b] = times
+        times = self._together[a, b] = self._together.get((a, b), 0) + 1 if refused else 0
         for seat, name in ((one, other.account.name), (other, one.account.name)):
             (seat.twins.add if times >= TWINS_MIN else seat.twins.discard)(name)
 
@@ -2583,10 +2575,7 @@ class AccountPool:
             error = refusals.get(name) or (last.error if last else Overloaded("has max_concurrency requests already"))
             reasons.append((last.until if last else math.inf, name, error))
         told = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
-        errors = [
-            *reversed(list(refusals.values())),
-            *(error for _, _, error in sorted(reasons, key=lambda one: one[0])),
-        ]
+        errors = list(refusals.values())[::-1] + [one[2] for one in sorted(reasons, key=lambda one: one[0])]
         error = min(errors, key=lambda error: isinstance(error, ModelGone))
         gone = {name for _, name, why in reasons if isinstance(why, ModelGone)} if error.status != 404 else ()
         soonest = self.wait_s(model, gone, now)
@@ -2621,28 +2610,19 @@ class AccountPool:
         """Of each account what it is, does and may do, and the same for each model that it was asked for."""
         told = []
         for seat in self._seats:
-            name, kind, group = seat.account.name, seat.account.kind, seat.account.quota_group
+            account = seat.account
             models = [model for owner, model in (*self._uses, *self._rests) if owner in seat.owners and model]
-            about: dict[str, Any] = {
-                "account": name,
-                "kind": kind,
-                "quota_group": group,
-                "seems_to_share_with": sorted(seat.twins),
-            }
-            about |= {"in_flight": seat.busy, "state": self._state(seat, "", now) or "is ready"}
+            about: dict[str, Any] = {"account": account.name, "kind": account.kind, "quota_group": account.quota_group}
+            about |= {"seems_to_share_with": sorted(seat.twins), "in_flight": seat.busy}
+            about["state"] = self._state(seat, "", now) or "is ready"
             told.append(about | {"models": [self._model_status(seat, model, now) for model in dict.fromkeys(models)]})
         return told
 
     def _model_status(self, seat: Seat, model: str, now: float) -> dict[str, Any]:
         use = self._uses.get((seat.account.name, model)) or Use({})
         limits = (self._uses.get((seat.owners[-1], model)) or use).limits
-        state = self._state(seat, model, now) or "is ready"
-        return {
-            "model": model,
-            "state": state,
-            **dict(zip(QUOTAS, use.at(now, self._day), strict=True)),
-            "limits": limits,
-        }
+        about = {"model": model, "state": self._state(seat, model, now) or "is ready", "limits": limits}
+        return about | dict(zip(QUOTAS, use.at(now, self._day), strict=True))
 
     # ---- what outlives the process
 
@@ -2651,10 +2631,9 @@ class AccountPool:
         rows = {}
         for (owner, model), rests in self._rests.items():
             for quota, rest in rests.items():
-                if rest.error.rests in ("project", "model") or quota == "paused":
-                    error = rest.error
-                    about = [type(error).__name__, error.message, error.code, rest.until, rest.strikes]
-                    rows[dumps(["rest", owner, model, quota])] = json.dumps(about)
+                if (kind := type(rest.error).__name__) in RESTING:
+                    about = [kind, rest.error.message, rest.error.code, rest.until, rest.strikes]
+                    rows[dumps(["rest", owner, model, quota])] = json.dumps(about)  # which may be infinite
         for (owner, model), use in self._uses.items():
             if use.day == self._day:
                 rows[dumps(["use", owner, model])] = dumps([use.day, use.counts[2:], use.learned])
