@@ -18,11 +18,12 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     10 To the client    Events become OpenAI's chunks and objects
     11 Monitoring       what is told of a request: headers and the log line
     12 Store            SQLite on a thread of its own: what outlives the process
-    13 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
-    14 Upstream         what Gemini is asked, linked media, and the one retry loop
-    15 Web              auth, routes, handlers
-    16 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    17 Command line     what a person types
+    13 Credentials      API keys and tokens: each fetched once for all who wait
+    14 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
+    15 Upstream         what Gemini is asked, linked media, and the one retry loop
+    16 Web              auth, routes, handlers
+    17 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    18 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -49,14 +50,25 @@ import struct
 import sys
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import (
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Collection,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never
-from urllib.parse import quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
 
@@ -81,6 +93,7 @@ if TYPE_CHECKING:
     import asyncio
     import sqlite3
     import ssl
+    from datetime import tzinfo
 
     import aiohttp
     from aiohttp import web
@@ -118,7 +131,19 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
-COOLDOWN_S_DEFAULT = 30.0
+COOLDOWN_S_MAX = 3600.0
+JITTER_S_MAX = 30.0
+REST_S_MAX = RETRY_AFTER_S_MAX + JITTER_S_MAX
+DAY_S_MAX = 25 * 3600.0
+POLL_S = 0.25
+POOL_SAVE_S = 5.0
+RELOAD_CHECK_S = 1.0
+JOURNAL_MAX = 1000
+TWINS_MIN = 3
+STATES_MAX = 2000  # of accounts times models
+SAID_CHARS = 4000  # of a conversation's beginning, by which it is known
+QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
+STRATEGIES = ("affinity", "round_robin", "fill_first")
 ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 LARGE_BYTES = 1 << 20
@@ -148,6 +173,17 @@ UNSENT_BYTES_MAX = 256 << 10
 UNSENT_CHECK_S = 0.02
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
+# A region's Vertex has a host of its own. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
+VERTEX_URL = "https://{}aiplatform.googleapis.com"
+CLOUDCODE_URL = "https://cloudcode-pa.googleapis.com"
+TOKEN_URL = "https://oauth2.googleapis.com/token"
+LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
+TOKEN_S_MAX = 10.0  # for a token, or a project
+TOKEN_AHEAD_S = 240.0
+TOKEN_RETRY_S = 5.0
+ONBOARD_POLLS_MAX = 12
+ONBOARD_POLL_S = 5.0
+SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
@@ -428,12 +464,16 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
-#     │   ├── ModelGone, TooLong, TooLarge
+#     │   ├── TooLong, TooLarge
+#     │   ├── ModelGone     this account does not have the model
 #     │   └── SignatureRefused  worth one more try without the thought signatures
-#     ├── RateLimited       this account, for now
-#     │   └── QuotaGone     this account, for long
-#     ├── CredentialRefused this account, until its credentials change
+#     ├── RateLimited       this account or its project, for now
+#     │   └── QuotaGone     the same, for the day
+#     ├── CredentialRefused this account, until a try succeeds
+#     │   └── AccountBarred this account, until its owner acts
+#     ├── TokenTrouble      no token for this account, for some seconds
 #     ├── Overloaded        not the account's fault
+#     │   └── Paused        its owner wants it not to be asked
 #     ├── UpstreamTimeout   no answer in time
 #     ├── Cancelled         the client did not want the rest
 #     └── UpstreamBroken    cut, empty or unreadable
@@ -516,8 +556,19 @@ class BodyTooLarge(GatewayError):
 
 
 class UpstreamError(GatewayError):
+    """One attempt failed. Who `rests` after it: the whole account, or for this model the account, or all of its project."""
+
     status = 502
     default_code: ClassVar[str | None] = "upstream_error"
+    rests: ClassVar[Literal["nobody", "account", "model", "project"]] = "nobody"
+    rest_s: ClassVar[float] = 0.0
+    """For how long, where the upstream does not say; twice as long after each probe that fails."""
+    reset_at: float | None = None
+    """When the upstream says that the quota is new, in seconds since 1970."""
+    quota: str = ""
+    """What kind of quota is used up."""
+    limit: int | None = None
+    """How large that quota is."""
 
 
 class Cancelled(UpstreamError):
@@ -532,6 +583,11 @@ class UpstreamRefused(UpstreamError):
 
 class ModelGone(UpstreamRefused):
     status = 404
+    remedy = "next_account"
+    rests = "model"
+    rest_s = 600.0
+    quota = "model"
+    advice = "Use a name of `agproxy models`, or map it in models.map."
     default_code = "model_not_found"
 
 
@@ -552,11 +608,17 @@ class RateLimited(UpstreamError):
     status = 429
     type = "rate_limit_error"
     remedy = "next_account"
+    rests = "project"
+    rest_s = 5.0
+    quota = "requests"
     default_code = "rate_limit_exceeded"
     advice = "Wait, or add an account of another project."
 
 
 class QuotaGone(RateLimited):
+    """Without a word of the upstream's, until the new day of its quotas begins."""
+
+    quota = "day"
     type = "insufficient_quota"
     default_code = "insufficient_quota"
     advice = "Wait for the new day, turn on billing, or add an account of another project."
@@ -564,7 +626,24 @@ class QuotaGone(RateLimited):
 
 class CredentialRefused(UpstreamError):
     remedy = "next_account"
+    rests = "account"
+    rest_s = 60.0
+    quota = "credentials"
     advice = "Check the keys with `agproxy check --online`."
+
+
+class AccountBarred(CredentialRefused):
+    rest_s = math.inf
+    quota = "barred"
+    advice = "Do what it says, change the account's credentials, or run `agproxy pool reset NAME`."
+
+
+class TokenTrouble(UpstreamError):
+    remedy = "next_account"
+    rests = "account"
+    rest_s = TOKEN_RETRY_S
+    quota = "token"
+    advice = "Check the network and token_url."
 
 
 class Overloaded(UpstreamError):
@@ -572,6 +651,13 @@ class Overloaded(UpstreamError):
     remedy = "same_account"
     default_code = "server_is_overloaded"
     advice = "Try again later, or ask another model."
+
+
+class Paused(Overloaded):
+    rests = "account"
+    rest_s = math.inf
+    quota = "paused"
+    advice = "Resume it by `agproxy pool resume NAME`."
 
 
 class UpstreamTimeout(UpstreamError):
@@ -589,7 +675,10 @@ class UpstreamBroken(UpstreamError):
 # overloaded where the status is no known one (529 comes from proxies).
 # Source: https://ai.google.dev/gemini-api/docs/troubleshooting; the texts as servers gave them
 REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] = (
-    ((429,), r"limit: 0\b|PerDay|Daily", QuotaGone, None),
+    ((429,), r"limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS", QuotaGone, None),
+    ((429, 503), r"MODEL_CAPACITY_EX|No capacity available", Overloaded, None),
+    ((403, 429), r"(?i)abus|unusual traffic|terms of service|TOS_VIOLATION|suspended|leaked", AccountBarred, None),
+    ((403,), r"VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED", AccountBarred, None),
     ((429,), "", RateLimited, None),
     ((401, 403), "", CredentialRefused, None),
     ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
@@ -625,10 +714,28 @@ class ConfigError(Exception):
 @dataclass(frozen=True, slots=True)
 class Account:
     name: str
-    api_key: str = field(repr=False)
+    api_key: str = field(default="", repr=False)
     base_url: str = GEMINI_URL
     kind: str = "gemini"
     email: str | None = None
+    weight: float = 1.0
+    """By how much more it is asked than one of weight 1."""
+    max_concurrency: int | None = None
+    quota_group: str | None = None
+    """Accounts of one Google project share its quota."""
+    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """By model or pattern, and by quota, what its project may be asked."""
+    proxy: str | None = field(default=None, repr=False)
+    credentials: str = ""
+    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
+    client_id: str = ""
+    client_secret: str = field(default="", repr=False)
+    refresh_token: str = field(default="", repr=False)
+    service_account: str = field(default="", repr=False)
+    """The JSON of a service account's file."""
+    token_url: str = TOKEN_URL
+    project: str = ""
+    location: str = "global"
 
 
 @dataclass(frozen=True, slots=True)
@@ -661,7 +768,10 @@ class Config:
     show_account: str = "masked"
     upstream_proxy: str | None = field(default=None, repr=False)
     strict: bool = False
+    strategy: str = "affinity"
     max_wait_s: float = 10.0
+    reserve: float = 0.0
+    """The share of each known limit that is left alone while another account can answer."""
     store: str | None = None
     fetch_media: bool = True
     media_hosts: tuple[str, ...] = ()
@@ -671,8 +781,6 @@ class Config:
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
-    """Keys that were read and checked, but have no effect yet."""
     demo: bool = False
 
     @property
@@ -697,11 +805,11 @@ class Config:
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
-    def __init__(self, source: str, env: Mapping[str, str]) -> None:
+    def __init__(self, source: str, env: Mapping[str, str], read: Callable[[Path], str | None]) -> None:
         self.source = source
         self.env = env
+        self.read = read
         self.problems: list[str] = []
-        self.unused: list[str] = []
 
     def at(self, node: Any, text: str) -> str:
         return f"{self.source}:{node.start_mark.line + 1}: {text}"
@@ -719,8 +827,6 @@ class ConfigFile:
             elif key.value in values:
                 self.problems.append(self.at(key, f"'{where}' stands here twice; remove one."))
             elif value.tag != YAML_NULL:
-                if where in NOT_USED_YET:
-                    self.unused.append(self.at(key, f"'{where}' is not used yet."))
                 try:
                     values[key.value] = kinds[key.value](self, value, where)
                 except ValueError as error:
@@ -775,6 +881,12 @@ def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
     if value not in ("true", "yes", "on", "false", "no", "off"):
         raise ValueError("must be true or false.")
     return value in ("true", "yes", "on")
+
+
+def read_path(file: ConfigFile, node: Any, where: str) -> str:
+    """A file, from where the accounts file stands; ~ is the user's home."""
+    value = re.sub(r"^~(?=/)", file.env.get("HOME", "~"), read_secret(file, node, where))
+    return str(Path(file.source).parent / value)
 
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
@@ -880,10 +992,60 @@ def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
     given = file.section(node, where, ACCOUNT_KEYS) if len(file.problems) == known else {}
     given.pop("enabled", None)
     given.setdefault("name", given.get("email"))
-    for key, remedy in (("name", "a `name` or an `email`"), ("api_key", "an `api_key`")):
-        if not given.get(key) and len(file.problems) == known:
-            file.problems.append(file.at(node, f"'{where}' needs {remedy}."))
+    if not given.get("name") and len(file.problems) == known:
+        file.problems.append(file.at(node, f"'{where}' needs a `name` or an `email`."))
+    if len(file.problems) == known:
+        problems = with_credentials(file, given)
+        file.problems += [file.at(node, f"'{where}' {problem}") for problem in problems]
     return Account(**given) if len(file.problems) == known else None
+
+
+def with_credentials(file: ConfigFile, given: dict[str, Any]) -> list[str]:
+    """Fills in what the kind of the account implies and what its credentials file holds; what is wrong with them."""
+    kind = given.setdefault("kind", "gemini")
+    strange = [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]
+    if strange:
+        return [f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."]
+    if kind == "gemini":
+        return [] if given.get("api_key") else ["needs an `api_key`."]
+    if kind == "vertex" and not given.get("project"):
+        return ["needs a `project`."]
+    region = given.get("location", "global")
+    if not re.fullmatch(r"[a-z0-9-]+", region):
+        return [f"has the location '{region}'. Use a region's name such as europe-west1, or global."]
+    vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
+    given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
+    named = "credentials" in given
+    if not named and not (given.get("client_id") and given.get("client_secret")):
+        return ["needs `credentials: FILE`, or the `client_id` and `client_secret` of an OAuth client of yours."]
+    if not named and not given.get("refresh_token"):
+        word = re.sub(r"[^\w.@-]", "_", given["name"])
+        given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
+    text = file.read(Path(given["credentials"])) if "credentials" in given else None
+    if text is None:
+        missing = f"names {given.get('credentials')}, which cannot be read. Check `credentials`."
+        return [missing] if named else []
+    return read_credentials(text, given)
+
+
+def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
+    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it."""
+    found: Any = None
+    with contextlib.suppress(ValueError):
+        found = json.loads(text)
+    texts = {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
+    if texts.get("type") == "service_account" and texts.keys() >= {"client_email", "private_key"}:
+        given["service_account"] = text
+        given.setdefault("token_url", texts.get("token_uri", TOKEN_URL))
+    elif texts.keys() >= set(USER_KEYS):
+        given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
+    else:
+        return [f"has {given['credentials']}, which is no authorized_user and no service_account file. Make it anew."]
+    return []
+
+
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
 
 
 CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
@@ -909,7 +1071,9 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "show_account": read_word("full", "masked", "off"),
     "upstream_proxy": read_url,
     "strict": read_flag,
+    "strategy": read_word(*STRATEGIES),
     "max_wait_s": read_number(0, 3600),
+    "reserve": read_number(0, 0.9),
     "store": read_store,
     "fetch_media": read_flag,
     "media_hosts": read_texts,
@@ -925,27 +1089,44 @@ MODELS_KEYS: Mapping[str, Kind] = {
 ACCOUNT_KEYS: Mapping[str, Kind] = {
     "name": read_text,
     "email": read_text,
-    "kind": read_word("gemini"),
+    "kind": read_word("gemini", "vertex", "cloudcode"),
     "enabled": read_flag,
-    "api_key": read_secret,
+    "weight": read_number(0.01, 1000),
+    "max_concurrency": read_number(1, 100000, int),
+    "quota_group": read_text,
+    "limits": read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))),
     "base_url": read_url,
+    "proxy": read_url,
+    "api_key": read_secret,
+    "credentials": read_path,
+    **dict.fromkeys(USER_KEYS, read_secret),
+    "token_url": read_url,
+    "project": read_secret,
+    "location": read_text,
 }
 SECTIONS: Mapping[str, Kind] = {
     "proxy": read_section(PROXY_KEYS),
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
-NOT_USED_YET = {"proxy.max_wait_s", "models.fallback"}
 
 
-def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: bool = True) -> Config:
+def load_config(
+    text: str,
+    source: str,
+    env: Mapping[str, str],
+    *,
+    accounts: bool = True,
+    read: Callable[[Path], str | None] = lambda _: None,
+) -> Config:
     """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
 
-    Without `accounts` that section is not read, so that its keys need not be there.
+    Without `accounts` that section is not read, so that its keys need not be there; `read` gives the text of a
+    credentials file, None where it cannot be read.
     """
     import yaml
 
-    file = ConfigFile(source, env)
+    file = ConfigFile(source, env, read)
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -959,7 +1140,7 @@ def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: boo
     timeouts = Timeouts(**proxy.pop("timeouts", {}))
     renamed = {"default": "default_model", "map": "aliases"}
     chosen = {renamed.get(key, key): value for key, value in models.items()}
-    config = Config(given.get("accounts", ()), **proxy, **chosen, timeouts=timeouts, unused=tuple(file.unused))
+    config = Config(given.get("accounts", ()), **proxy, **chosen, timeouts=timeouts)
     problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -2106,39 +2287,455 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # ==============================================================================
 
 
+def next_midnight(now: float) -> float:
+    """When a new day of Gemini's quotas begins: at midnight in Los Angeles.
+
+    Source: https://ai.google.dev/gemini-api/docs/rate-limits
+    """
+    local = now + pacific_offset_s(now)
+    midnight = (local // 86400 + 1) * 86400
+    return midnight - pacific_offset_s(midnight - pacific_offset_s(now))
+
+
+def pacific_offset_s(now: float) -> float:
+    """Seconds that clocks in Los Angeles are ahead of UTC; by the United States' rule where the system has no zones."""
+    from datetime import UTC, datetime, timedelta
+
+    moment = datetime.fromtimestamp(now, UTC)
+    if zone := pacific_zone():
+        return (moment.astimezone(zone).utcoffset() or timedelta()).total_seconds()
+    march, november = (datetime(moment.year, *of, tzinfo=UTC) for of in ((3, 8, 10), (11, 1, 9)))  # 2 a.m. there
+    begin, end = (day + timedelta(days=(6 - day.weekday()) % 7) for day in (march, november))  # Sundays
+    return -7 * 3600.0 if begin <= moment < end else -8 * 3600.0
+
+
+@functools.cache
+def pacific_zone() -> tzinfo | None:
+    with contextlib.suppress(ImportError, LookupError):  # no such module, no such zone
+        return importlib.import_module("zoneinfo").ZoneInfo("America/Los_Angeles")  # type: ignore[no-any-return]
+    return None
+
+
+def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
+    """Seconds of rest after a refusal: as the upstream says, else until the quota is new, else longer each time.
+
+    No wait is believed beyond a day, and none is shorter than a second.
+    """
+    if math.isinf(error.rest_s):
+        return math.inf
+    if error.reset_at is not None or error.retry_after_s is not None:
+        rest_s = error.retry_after_s if error.reset_at is None else error.reset_at - now
+    elif isinstance(error, QuotaGone):
+        rest_s = next_midnight(now) - now
+    else:
+        rest_s = 60.0 if error.quota.endswith("_minute") else min(error.rest_s * 2.0**strikes, COOLDOWN_S_MAX)
+    return min(max(rest_s or 0.0, 1.0), RETRY_AFTER_S_MAX)
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """An account's place in the pool."""
+
+    account: Account
+    salt: int
+    owners: tuple[str, ...]
+    """Whose rests hold it back: its own, and those of its quota_group."""
+    busy: int = 0
+    turn: float = 0.0
+    twins: set[str] = field(default_factory=set)
+    """Accounts that seem to share its project: they were refused whenever it was."""
+
+
+@dataclass(eq=False, slots=True)
+class Rest:
+    """Why an account or a project is not asked, and until when. Afterwards one probe finds out, which ends it or not."""
+
+    error: UpstreamError
+    until: float
+    strikes: int = 0
+    """How many probes in a row have failed."""
+    span: tuple[float, float] = (0.0, 0.0)
+    """From when until when the upstream surely refuses: the last tenth may be the way of the answer."""
+    prober: Lease | None = None
+
+    def holds(self, now: float) -> bool:
+        """A rest of more than a day is none: the clock was set back."""
+        return self.prober is not None or now < self.until <= now + REST_S_MAX or math.isinf(self.until)
+
+    def told(self, now: float) -> str:
+        until = "" if math.isinf(self.until) else f" for {max(self.until - now, 0):.0f} s"
+        return f"{'is probed' if self.prober else f'rests{until}'} ({self.error.quota}): {self.error.message}"
+
+
+@dataclass(eq=False, slots=True)
+class Lease:
+    """One request's use of an account, from the choice until the end of its answer."""
+
+    seat: Seat
+    account: Account
+    model: str
+    begun: float
+    probes: list[Rest] = field(default_factory=list)
+    ended: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Use:
+    """What an account or a project was asked for one model, this minute and this day, and how much it may be."""
+
+    given: Mapping[str, int]
+    learned: dict[str, int] = field(default_factory=dict)
+    minute: int = 0
+    day: float = 0.0
+    counts: list[int] = field(default_factory=lambda: [0] * len(QUOTAS))
+
+    def at(self, now: float, day: float) -> list[int]:
+        """The counts, in the order of QUOTAS, of this minute and of the day that ends at `day`."""
+        if (minute := int(now // 60)) != self.minute:
+            self.minute, self.counts[:2] = minute, (0, 0)
+        if day != self.day:
+            self.day, self.counts[2:] = day, (0, 0)
+        return self.counts
+
+    @property
+    def limits(self) -> dict[str, int]:
+        return {**self.learned, **self.given}
+
+    def reached(self, now: float, day: float, share: float = 1.0) -> list[str]:
+        """The quotas of which more than this share is used up."""
+        limits = self.limits
+        used = zip(QUOTAS, self.at(now, day), strict=True) if limits else ()
+        return [quota for quota, count in used if quota in limits and count >= limits[quota] * share]
+
+
+def salt_of(name: str) -> int:
+    """An odd number of 64 bits."""
+    return int.from_bytes(hashlib.sha256(encoded(name)).digest()[:8], "big") | 1
+
+
 class AccountPool:
-    """Who is asked next, and who rests until when. Told the time; never waits."""
+    """Who is asked next, and who rests until when. Told the time, in seconds since 1970, and the chance; never waits."""
 
-    def __init__(self, accounts: Sequence[Account]) -> None:
-        self.accounts = tuple(accounts)
-        self._next = 0
-        self._rests: dict[tuple[str, str], tuple[float, UpstreamError]] = {}
+    def __init__(self, accounts: Sequence[Account], strategy: str = "affinity", reserve: float = 0.0) -> None:
+        self._seats: list[Seat] = []
+        self._rests: dict[tuple[str, str], dict[str, Rest]] = {}
+        self._uses: dict[tuple[str, str], Use] = {}
+        self._together: dict[tuple[str, str], int] = {}
+        self._floor = 0.0
+        self._day = 0.0
+        self._limited = False
+        """Whether any limit was given or learned."""
+        self.update(accounts, strategy, reserve)
 
-    def acquire(self, model: str, tried: Sequence[Account], now: float) -> Account | None:
-        """The next account in turn that is neither tried nor resting for this model, or None."""
-        for i in range(len(self.accounts)):
-            account = self.accounts[(self._next + i) % len(self.accounts)]
-            if account not in tried and self._rests.get((account.name, model), (0.0,))[0] <= now:
-                self._next = (self._next + i + 1) % len(self.accounts)
-                return account
-        return None
+    @property
+    def accounts(self) -> tuple[Account, ...]:
+        return tuple(seat.account for seat in self._seats)
 
-    def failed(self, account: Account, model: str, error: UpstreamError, now: float) -> None:
-        if error.remedy == "next_account":
-            self._rests[account.name, model] = (now + (error.retry_after_s or COOLDOWN_S_DEFAULT), error)
+    def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
+        """Takes other accounts in; who is unchanged keeps its state, who changed keeps only what a person paused."""
+        self._strategy, self._reserve = strategy, reserve
+        known = {seat.account.name: seat for seat in self._seats}
+        self._seats = []
+        for account in accounts:
+            owners = (account.name, f"@{account.quota_group}") if account.quota_group else (account.name,)
+            seat = known.pop(account.name, None) or Seat(account, salt_of(account.name), owners)
+            if seat.account != account:
+                seat.owners = owners
+                self._forget(account.name, "", spare=("paused",))
+                seat.account = account
+            self._seats.append(seat)
+        for name in known:
+            self._forget(name, "")
+
+    # ---- the choice
+
+    def acquire(
+        self, model: str, tried: Collection[str], key: int, now: float, seen: list[tuple[str, str]]
+    ) -> Lease | None:
+        """The best account by the strategy that is not in `tried`, does not rest and is not busy; None where there is none.
+
+        By affinity each `key` has an order of its own, which other accounts do not change. What is known of each account
+        goes into `seen`. The lease must be released.
+        Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
+        """
+        self._day = self._day if now < self._day <= now + DAY_S_MAX else next_midnight(now)
+        best, best_avoided, best_rank = None, True, math.inf
+        strategy, limited, floor, log = self._strategy, self._limited, self._floor, math.log
+        for seat in self._seats:
+            account = seat.account
+            if account.name in tried:
+                state = "was tried"
+            elif not (state := self._state(seat, model, now) if self._rests or account.max_concurrency else ""):
+                rank, avoided = 0.0, bool(limited or seat.twins) and self._is_avoided(seat, model, now)
+                if strategy == "affinity":
+                    rank = -log(((seat.salt * key & 0xFFFFFFFFFFFFFFFF) + 1) / 0x10000000000000001) / account.weight
+                elif strategy == "round_robin":
+                    rank = max(seat.turn, floor)
+                state = "is near its limit" if avoided else "is ready"
+                if (avoided, rank) < (best_avoided, best_rank):
+                    best, best_avoided, best_rank = seat, avoided, rank
+            seen.append((account.name, state))
+        return self._lease(best, model, now) if best else None
+
+    def again(self, seat: Seat, model: str, now: float) -> Lease | None:
+        """The same account once more, unless it rests or is busy by now."""
+        return None if self._state(seat, model, now) else self._lease(seat, model, now)
+
+    def _lease(self, seat: Seat, model: str, now: float) -> Lease:
+        """A lease of this account; it probes each rest that is over."""
+        lease = Lease(seat, seat.account, model, now)
+        for rest in self._rests_of(seat, model):
+            if not rest.holds(now):
+                rest.prober = lease
+                lease.probes.append(rest)
+        seat.busy += 1
+        if self._strategy == "round_robin":
+            self._floor = max(seat.turn, self._floor)
+            seat.turn = self._floor + 1 / seat.account.weight
+        self._count(lease, 0, 1, now)
+        return lease
+
+    def _state(self, seat: Seat, model: str, now: float) -> str:
+        """Why an account cannot be asked; nothing where it can."""
+        if seat.account.max_concurrency and seat.busy >= seat.account.max_concurrency:
+            return "is busy"
+        for rest in self._rests_of(seat, model) if self._rests else ():
+            if rest.holds(now):
+                return rest.told(now)
+        return ""
+
+    def _rests_of(self, seat: Seat, model: str) -> list[Rest]:
+        found: list[Rest] = []
+        for owner in seat.owners:
+            for of in ("", model):
+                if rests := self._rests.get((owner, of)):
+                    found += rests.values()
+        return found
+
+    def _is_avoided(self, seat: Seat, model: str, now: float) -> bool:
+        """Whether it would probably refuse: it is at a limit that is known, or an account rests that seems its twin."""
+        use = self._uses.get((seat.owners[-1], model))
+        if use is not None and use.reached(now, self._day, 1 - self._reserve):
+            return True
+        return any(self._has_no_quota(twin, model, now) for twin in seat.twins)
+
+    def _has_no_quota(self, name: str, model: str, at: float) -> bool:
+        rests = self._rests.get((name, model), {})
+        return any(quota in QUOTAS and rest.span[0] <= at < rest.span[1] for quota, rest in rests.items())
+
+    def wait_s(self, model: str, tried: Collection[str], now: float) -> float:
+        """Seconds until the first account that is not in `tried` may be asked; infinite where none will be."""
+        waits = [math.inf]
+        for seat in self._seats:
+            if seat.account.name not in tried:
+                rests = [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
+                unknown = any(rest.prober for rest in rests) or (not rests and self._state(seat, model, now))
+                waits.append(max([POLL_S if unknown else 0.0, *(rest.until - now for rest in rests)]))
+        return min(waits)
+
+    # ---- what came of it
+
+    def succeeded(self, lease: Lease, now: float) -> None:
+        """An answer has begun: what was probed is over, and what was thought of limits and twins is not so."""
+        for rest in lease.probes:
+            for rests in self._rests.values():
+                if rests.get(rest.error.quota) is rest:
+                    del rests[rest.error.quota]
+        self._rests = {key: rests for key, rests in self._rests.items() if rests} if lease.probes else self._rests
+        lease.probes.clear()
+        use = self._uses.get((lease.seat.owners[-1], lease.model))
+        if use is not None and use.learned:
+            for quota in use.reached(now, self._day, 1.0001):  # more than there is was not refused
+                use.learned.pop(quota, None)
+        if self._together:
+            for other in self._seats:
+                if self._has_no_quota(other.account.name, lease.model, lease.begun):
+                    self._met(lease.seat, other, refused=False)
+
+    def failed(self, lease: Lease, error: UpstreamError, now: float, chance: float) -> None:
+        """An attempt was refused; `chance`, from 0 to 1, spreads the ends of the rests. Releases the lease."""
+        seat, probes = lease.seat, lease.probes
+        self.release(lease, 0, now)
+        if error.rests == "nobody" or lease.account is not seat.account:  # whose file was changed meanwhile
+            return
+        owner = seat.owners[-1] if error.rests == "project" else seat.account.name
+        rests = self._rests.setdefault((owner, "" if error.rests == "account" else lease.model), {})
+        known = rests.get(error.quota)
+        strikes = (known.strikes + (known in probes)) if known else 0
+        rest_s = rest_of(error, strikes, now)
+        end = now + rest_s + chance * min(rest_s / 10, JITTER_S_MAX)
+        until = end if math.isinf(end) else min(end, now + REST_S_MAX)
+        if known and known not in probes and known.holds(now):
+            until = max(until, known.until)  # of several refusals at once
+        rests[error.quota] = Rest(error, until, strikes, (now, now + rest_s * 0.9))
+        if error.rests == "project" and lease.begun // 60 == now // 60:
+            self._count(lease, 0, -1, now)
+        if error.quota in QUOTAS:
+            self._learn(lease, error, now)
+        if len(self._rests) > STATES_MAX:
+            held = {key for key, rests in self._rests.items() if any(rest.holds(now) for rest in rests.values())}
+            self._rests = {key: rests for key, rests in self._rests.items() if key in held}
+
+    def _learn(self, lease: Lease, error: UpstreamError, now: float) -> None:
+        """From a quota's refusal: how large it is and, where its own requests do not explain it, who seems to share it."""
+        if error.limit:
+            self._limited = True
+            use = self._uses[lease.seat.owners[-1], lease.model]
+            use.learned[error.quota] = error.limit
+            if error.quota in use.reached(now, self._day):
+                return
+        for other in self._seats:
+            alone = other is not lease.seat and not other.account.quota_group and not lease.account.quota_group
+            if alone and self._has_no_quota(other.account.name, lease.model, now):
+                self._met(lease.seat, other, refused=True)
+
+    def _met(self, one: Seat, other: Seat, *, refused: bool) -> None:
+        """One was asked while the other one's quota was used up."""
+        a, b = sorted((one.account.name, other.account.name))
+        times = self._together[a, b] = self._together.get((a, b), 0) + 1 if refused else 0
+        for seat, name in ((one, other.account.name), (other, one.account.name)):
+            (seat.twins.add if times >= TWINS_MIN else seat.twins.discard)(name)
+
+    def release(self, lease: Lease, tokens: int, now: float) -> None:
+        """The end of a request; a probe without a verdict is left to the next one."""
+        if not lease.ended:
+            lease.ended = True
+            lease.seat.busy -= 1
+            for rest in lease.probes:
+                rest.prober = None
+            self._count(lease, 1, tokens, now)
+
+    def _count(self, lease: Lease, quota: int, count: int, now: float) -> None:
+        """Counts requests (0) or tokens (1)."""
+        for owner in lease.seat.owners:
+            use = self._uses.get((owner, lease.model)) or self._new_use(lease.seat, owner, lease.model)
+            counts = use.at(now, self._day)
+            counts[quota] += count
+            counts[quota + 2] += count
+
+    def _new_use(self, seat: Seat, owner: str, model: str) -> Use:
+        limits = seat.account.limits
+        use = self._uses[owner, model] = Use(limits[pattern] if (pattern := look_up(model, limits)) else {})
+        self._limited |= bool(use.given)
+        if len(self._uses) > STATES_MAX:
+            del self._uses[next(iter(self._uses))]
+        return use
 
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
-        """The class of the last refusal, the wait until the soonest account, and the reason of each."""
-        rests = {a.name: r for a in self.accounts if (r := self._rests.get((a.name, model))) and r[0] > now}
-        reasons = {name: error for name, (_, error) in rests.items()} | dict(refusals)
-        if not reasons:
+        """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
+
+        That an account does not have the model is the class only where none has it.
+        """
+        if not self._seats:
             return PoolExhausted("No account is configured. Add one under accounts.", Overloaded("no account"), None)
-        wait = min((until - now for until, _ in rests.values()), default=None)
-        text = "; ".join(f"{name}: {error.message.rstrip('.')}" for name, error in reasons.items())
-        last = list((refusals or reasons).values())[-1]
-        wait = wait or last.retry_after_s
-        again = f" Please try again in {wait:.1f}s." if wait and last.status in (429, 503) else ""
-        return PoolExhausted(f"No account could answer ({text}). {last.advice}{again}", last, wait)
+        reasons: list[tuple[float, str, UpstreamError]] = []
+        for seat in self._seats:
+            name, rests = seat.account.name, [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
+            last = max(rests, key=lambda rest: rest.until, default=None)
+            error = refusals.get(name) or (last.error if last else Overloaded("has max_concurrency requests already"))
+            reasons.append((last.until if last else math.inf, name, error))
+        told = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
+        errors = list(refusals.values())[::-1] + [one[2] for one in sorted(reasons, key=lambda one: one[0])]
+        error = min(errors, key=lambda error: isinstance(error, ModelGone))
+        gone = {name for _, name, why in reasons if isinstance(why, ModelGone)} if error.status != 404 else ()
+        soonest = self.wait_s(model, gone, now)
+        wait = soonest if 0 < soonest < math.inf else error.retry_after_s
+        again = f" Please try again in {wait:.1f}s." if wait and error.status in (429, 503) else ""
+        return PoolExhausted(f"No account could answer ({told}). {error.advice}{again}", error, wait)
+
+    # ---- what a person sees, and steers
+
+    def steer(self, action: str, name: str, model: str, now: float) -> bool:
+        """Resets, pauses or resumes an account, or one model of it; False where there is no such account."""
+        seat = next((seat for seat in self._seats if seat.account.name == name), None)
+        if seat is None:
+            return False
+        if action == "pause":
+            self._rests.setdefault((name, model), {})["paused"] = Rest(Paused("A person paused it."), math.inf)
+        elif action == "resume":
+            self._rests.get((name, model), {}).pop("paused", None)
+        else:
+            for owner in seat.owners:
+                self._forget(owner, model)
+        return True
+
+    def _forget(self, owner: str, model: str, spare: Collection[str] = ()) -> None:
+        """Ends the rests of an account or a project, for one model or for all."""
+        for (whose, of), rests in self._rests.items():
+            if whose == owner and model in ("", of):
+                for quota in rests.keys() - set(spare):
+                    del rests[quota]
+
+    def status(self, now: float) -> list[dict[str, Any]]:
+        """Of each account what it is, does and may do, and the same for each model that it was asked for."""
+        told = []
+        for seat in self._seats:
+            account = seat.account
+            models = [model for owner, model in (*self._uses, *self._rests) if owner in seat.owners and model]
+            about: dict[str, Any] = {"account": account.name, "kind": account.kind, "quota_group": account.quota_group}
+            about |= {"seems_to_share_with": sorted(seat.twins), "in_flight": seat.busy}
+            about["state"] = self._state(seat, "", now) or "is ready"
+            told.append(about | {"models": [self._model_status(seat, model, now) for model in dict.fromkeys(models)]})
+        return told
+
+    def _model_status(self, seat: Seat, model: str, now: float) -> dict[str, Any]:
+        use = self._uses.get((seat.account.name, model)) or Use({})
+        limits = (self._uses.get((seat.owners[-1], model)) or use).limits
+        about = {"model": model, "state": self._state(seat, model, now) or "is ready", "limits": limits}
+        return about | dict(zip(QUOTAS, use.at(now, self._day), strict=True))
+
+    # ---- what outlives the process
+
+    def rows(self, now: float) -> dict[str, str]:
+        """The rests of quotas, models and paused accounts and what was used today, as texts by name for `restore`."""
+        rows = {}
+        for (owner, model), rests in self._rests.items():
+            for quota, rest in rests.items():
+                if (kind := type(rest.error).__name__) in RESTING:
+                    about = [kind, rest.error.message, rest.error.code, rest.until, rest.strikes]
+                    rows[dumps(["rest", owner, model, quota])] = json.dumps(about)  # which may be infinite
+        for (owner, model), use in self._uses.items():
+            if use.day == self._day:
+                rows[dumps(["use", owner, model])] = dumps([use.day, use.counts[2:], use.learned])
+        return rows
+
+    def restore(self, rows: Mapping[str, str], now: float) -> None:
+        """Takes back what `rows` gave, unless its time is over."""
+        self._day = next_midnight(now)
+        for name, text in rows.items():
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
+                self._restore_row(json.loads(name), json.loads(text), now)
+
+    def _restore_row(self, name: Any, value: Any, now: float) -> None:
+        table, owner, model, *more = name
+        if table == "rest":
+            kind, message, code, until, strikes = value
+            error = RESTING[kind](message, code=code)
+            error.quota = more[0]
+            self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
+        elif value[0] == self._day:
+            seat = next((seat for seat in self._seats if owner in seat.owners), None)
+            if seat:
+                use = self._new_use(seat, owner, model)
+                use.at(now, self._day)
+                use.counts[2:], use.learned = value[1:]
+                self._limited |= bool(use.learned)
+
+
+RESTING: Mapping[str, type[UpstreamError]] = {
+    kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)
+}
+
+
+def affinity_of(client: str, session: str, request: Request) -> int:
+    """A number that the requests of one conversation share: they meet the same account, whose prompt cache knows them.
+
+    Without the client's name for the session, by what was said first.
+    """
+    said = [session] if session else list(request.system)
+    for part in request.messages[0].parts if request.messages and not session else ():
+        said.append(part.text if isinstance(part, Text) else part.data if isinstance(part, Media) else "")
+    return zlib.crc32(encoded("\n".join([client, *said])[:SAID_CHARS]))
 
 
 class SignatureMemory:
@@ -2985,13 +3582,16 @@ class GeminiReader:
         return True
 
     def _other(self, raw: bytes) -> None:
-        try:
-            chunk = fast_loads(raw)
-        except (ValueError, RecursionError):
-            chunk = parse_json(raw)
+        chunk = self._parsed(raw)
         before = len(self._events)
         self._chunk(chunk)
         self._shape = shape_of(raw, chunk, self._events[before:], self._candidates)
+
+    def _parsed(self, raw: bytes) -> Any:
+        try:
+            return fast_loads(raw)
+        except (ValueError, RecursionError):
+            return parse_json(raw)
 
     def _try(self, step: Callable[..., None], *what: Any) -> None:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
@@ -3143,7 +3743,7 @@ class GeminiReader:
             if not self._failed:
                 self._try(self._finish_choice, choice, candidate)
         if not self._failed:
-            last = parse_json(self._uncounted) if self._uncounted else {}
+            last = self._parsed(self._uncounted) if self._uncounted else {}
             self._emit(Ended(usage_of(last.get("usageMetadata") or self._usage)))
         events, self._events = self._events, []
         return events
@@ -3167,6 +3767,14 @@ class GeminiReader:
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         self._end_part(choice, candidate, tuple(ours))
         self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
+
+
+class CloudCodeReader(GeminiReader):
+    """The same of v1internal, which wraps each chunk as {"response": ...}."""
+
+    def _parsed(self, raw: bytes) -> Any:
+        chunk = super()._parsed(raw)
+        return chunk.get("response", chunk) if isinstance(chunk, dict) else chunk
 
 
 def checked_text(value: Any) -> str:
@@ -3272,11 +3880,11 @@ def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
     ]
 
 
-RETRY_TEXT = re.compile(r"retry in (\d+(?:\.\d+)?)(ms|s)", re.IGNORECASE)
+def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamError:
+    """What an error answer of Gemini means for this account and this request.
 
-
-def classify_error(status: int, body: Any) -> UpstreamError:
-    """What an error answer of Gemini means for this account and this request. `body` is its JSON, or None."""
+    `body` is its JSON, or None; `retry_after` the header of that name. The class comes first, then the wait.
+    """
     error = error_of(body)
     told = error.get("code")
     status = told if isinstance(told, int) and 400 <= told < 600 else status
@@ -3287,9 +3895,9 @@ def classify_error(status: int, body: Any) -> UpstreamError:
         everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
-            param = "model" if kind is ModelGone else None
-            return kind(message, code=code, param=param, retry_after_s=retry_after(error))
-    return (Overloaded if status > 504 else UpstreamBroken)(message)
+            made = kind(message, code=code, param="model" if kind is ModelGone else None)
+            return with_wait(made, error, retry_after)
+    return with_wait((Overloaded if status > 504 else UpstreamBroken)(message), error, retry_after)
 
 
 # Google's errors name the key that they speak of.
@@ -3310,15 +3918,64 @@ def error_of(body: Any) -> Mapping[str, Any]:
     return error_of(inner) or error
 
 
-def retry_after(error: Mapping[str, Any]) -> float | None:
-    """Seconds that Gemini asks to wait, by RetryInfo or by its text; None where it says nothing."""
+def with_wait(made: UpstreamError, error: Mapping[str, Any], retry_after: str) -> UpstreamError:
+    """The error with the quota that it speaks of, the wait that is asked for and the page to visit, by its details."""
+    about: dict[str, Any] = {}
+    quotas: dict[str, int | None] = {}
     details = error.get("details")
     for detail in details if isinstance(details, list) else ():
-        delay = detail.get("retryDelay") if isinstance(detail, dict) else None
-        if isinstance(delay, str) and re.fullmatch(r"\d+(\.\d+)?s", delay):
-            return min(float(delay[:-1]), RETRY_AFTER_S_MAX)
-    if match := RETRY_TEXT.search(str(error.get("message") or "")):
-        return min(float(match[1]) / (1000 if match[2] == "ms" else 1), RETRY_AFTER_S_MAX)
+        if isinstance(detail, dict):
+            metadata, violations, links = (detail.get(key) for key in ("metadata", "violations", "links"))
+            about |= detail | (metadata if isinstance(metadata, dict) else {})
+            about |= links[0] if isinstance(links, list) and links and isinstance(links[0], dict) else {}
+            for one in violations if isinstance(violations, list) else ():
+                quotas |= quota_of(one, "quotaId", "quotaValue") if isinstance(one, dict) else {}
+    quotas |= quota_of(about, "quota_limit", "quota_limit_value")
+    if isinstance(made, RateLimited) and quotas:
+        made.quota = min(quotas, key=lambda quota: not quota.endswith("day"))
+        made.limit = quotas[made.quota]
+    if re.search(r"limit: 0\b", made.message) and isinstance(made, QuotaGone):
+        made.quota, made.limit = "tier", None
+    if isinstance(made, AccountBarred) and (page := about.get("validation_link") or about.get("url")):
+        made.message = f"{made.message.rstrip('.')}. Visit {page}"
+    waits = [duration_s(about.get("quotaResetDelay"))]
+    if not waits[0] and isinstance(reset := about.get("quotaResetTimeStamp"), str):
+        made.reset_at = timestamp_of(reset)
+    if not made.quota.endswith("_day") and made.quota != "tier":  # these are known better than RetryInfo tells
+        text = WAIT_TEXT.search(made.message)
+        waits += [duration_s(about.get("retryDelay")), duration_s(f"{retry_after}s"), duration_s(text and text[1])]
+    made.retry_after_s = next((wait for wait in waits if wait is not None), None)
+    return made
+
+
+def quota_of(about: Mapping[str, Any], id: str, value: str) -> dict[str, int | None]:
+    """The quota that an id such as GenerateRequestsPerDayPerProjectPerModel-FreeTier names, and its size."""
+    name = about.get(id)
+    if not isinstance(name, str):
+        return {}
+    per = "day" if re.search("PerDay|Daily", name) else "minute"
+    return {f"{'tokens' if 'Token' in name else 'requests'}_per_{per}": count_of(about.get(value)) or None}
+
+
+# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
+WAIT_TEXT = re.compile(r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE)
+
+
+def duration_s(text: Any) -> float | None:
+    """Seconds of a duration such as 34.07s, 900ms or 3h2m1.2s; at most a day's; None for anything else."""
+    if not isinstance(text, str) or not re.fullmatch(r"(\d{1,9}(\.\d+)?(ms|[hms]))+", text):
+        return None
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+    total = sum(float(count) * units[unit] for count, unit in re.findall(r"([\d.]+)(ms|[hms])", text))
+    return min(total, RETRY_AFTER_S_MAX)
+
+
+def timestamp_of(text: str) -> float | None:
+    """Seconds since 1970 of a time such as 2025-11-30T14:57:24Z; None for anything else."""
+    from datetime import datetime
+
+    with contextlib.suppress(ValueError):
+        return datetime.fromisoformat(text).timestamp()
     return None
 
 
@@ -4011,8 +4668,21 @@ Renderer = ChatRenderer | CompletionRenderer | ResponseRenderer
 
 
 @dataclass(slots=True)
+class Step:
+    """One step of the retry loop: what was known of each account, who was asked, and what came of it."""
+
+    model: str
+    seen: list[tuple[str, str]] = field(default_factory=list)
+    account: str = ""
+    """Nobody, where none could be asked."""
+    answer: str = ""
+    wait_s: float = 0.0
+    """How long was waited after it."""
+
+
+@dataclass(slots=True)
 class Trace:
-    """What happened to one request, for its headers and its log line."""
+    """What happened to one request, for its headers, its log line and `agproxy why`."""
 
     config: Config
     id: str
@@ -4026,6 +4696,8 @@ class Trace:
     mapped_model: str = ""
     account: Account | None = None
     attempts: int = 0
+    affinity: int = 0
+    steps: list[Step] = field(default_factory=list)
     first_byte: float | None = None
     usage: Usage | None = None
     changes: tuple[Change, ...] = ()
@@ -4043,6 +4715,15 @@ class Trace:
         if self.changes:
             headers["X-Agproxy-Changes"] = str(len(self.changes))
         return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
+
+
+def decisions_of(trace: Trace) -> list[dict[str, Any]]:
+    """The steps of a request's retry loop as JSON."""
+    return [
+        {"model": step.model, "considered": dict(step.seen)}
+        | {"chosen": step.account or None, "answer": step.answer or None, "waited_s": round(step.wait_s, 2)}
+        for step in trace.steps
+    ]
 
 
 @dataclass(slots=True)
@@ -4177,6 +4858,7 @@ CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB, events BLOB,
     keeper TEXT, used REAL);
 CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
+CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 """
 
 
@@ -4330,8 +5012,213 @@ class ResponseStore:
         await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
 
 
+class PoolStore:
+    """What the account pool knows beyond the process: written every few seconds, and at once when an account is to rest
+    for long; of its rows only those that changed. Without its file the pool still serves."""
+
+    def __init__(self, database: Database, pool: AccountPool, clock: Callable[[], float]) -> None:
+        self._database = database
+        self._pool = pool
+        self._clock = clock
+        self._written: dict[str, str] = {}
+
+    async def load(self) -> None:
+        def read(database: sqlite3.Connection) -> dict[str, str]:
+            return dict(database.execute("SELECT name, value FROM pool").fetchall())
+
+        self._written = await self._run(read) or {}
+        self._pool.restore(self._written, self._clock())
+
+    async def keep(self, rested: asyncio.Event) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POOL_SAVE_S):
+                    await rested.wait()
+            rested.clear()
+            await self.save()
+
+    async def save(self) -> None:
+        rows = self._pool.rows(self._clock())
+        changed = [(name, value) for name, value in rows.items() if self._written.get(name) != value]
+        gone = [(name,) for name in self._written.keys() - rows.keys()]
+
+        def write(database: sqlite3.Connection) -> bool:
+            database.executemany("INSERT OR REPLACE INTO pool VALUES (?, ?)", changed)
+            database.executemany("DELETE FROM pool WHERE name = ?", gone)
+            return True
+
+        if changed or gone:
+            self._written = rows if await self._run(write) else self._written
+
+    async def _run(self, step: Callable[[sqlite3.Connection], T]) -> T | None:
+        import sqlite3
+
+        try:
+            return await self._database.run(step)
+        except (OSError, sqlite3.Error) as error:
+            log.warning("the pool's state cannot be kept: %s", error)
+            return None
+
+
 # ==============================================================================
-# 13. Transport
+# 13. Credentials
+# ==============================================================================
+
+
+@dataclass(slots=True)
+class Token:
+    """What lets an account in, and until when; the refresh token where a newer one came than the config has."""
+
+    header: str = ""
+    until: float = 0.0
+    refresh_token: str = ""
+    tried: float = 0.0
+
+
+class Shared:
+    """Work that is done once for all who want its result at the same time; who leaves does not end it for the others."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[Any, asyncio.Task[Any]] = {}
+
+    async def do(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        return await asyncio.shield(self.start(key, work))
+
+    def start(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        task = self._tasks.get(key)
+        if task is None or task.done():
+            task = self._tasks[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether it is asked for or not
+        return task
+
+    def close(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+
+
+class Credentials:
+    """The header that lets each account in: its key, or a token that is renewed ahead of its end.
+
+    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
+    """
+
+    def __init__(
+        self,
+        post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._post = post
+        self._clock = clock
+        self._tokens: dict[tuple[str, ...], Token] = {}
+        self._renewals = Shared()
+
+    async def header(self, account: Account, refused: str = "") -> dict[str, str]:
+        """`refused` is a token that the upstream did not take. Raises CredentialRefused, AccountBarred and TokenTrouble."""
+        if account.kind == "gemini":
+            return {"x-goog-api-key": account.api_key}
+        key = (account.token_url, account.client_id, account.refresh_token, account.service_account)
+        token = self._tokens.setdefault(key, Token())
+        left_s = token.until - self._clock() if token.header != refused else 0.0
+        renew = functools.partial(self._renew, account, token)
+        if left_s <= 0:
+            await self._renewals.do(key, renew)
+        elif left_s < TOKEN_AHEAD_S and self._clock() > token.tried + TOKEN_RETRY_S:
+            self._renewals.start(key, renew)  # nobody waits for it
+        return {"Authorization": token.header}
+
+    async def _renew(self, account: Account, token: Token) -> None:
+        """Source: https://developers.google.com/identity/protocols/oauth2/web-server#offline"""
+        now = token.tried = self._clock()
+        form = {"grant_type": "refresh_token", "refresh_token": token.refresh_token or account.refresh_token}
+        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
+        if account.service_account:
+            form = {"grant_type": JWT_GRANT, "assertion": signed_assertion(account, now)}
+        elif not form["refresh_token"]:
+            raise AccountBarred(f"{account.name} has no login yet. Run `agproxy login {account.name}`.")
+        try:
+            async with asyncio.timeout(TOKEN_S_MAX):
+                status, answer = await self._post(account, form)
+        except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
+            text = "The token endpoint could not be reached in time. Check the network and token_url."
+            raise TokenTrouble(text, retry_after_s=TOKEN_RETRY_S) from None
+        told = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(told.get("access_token"), str):
+            raise token_error(account, status, told)
+        token.header, token.until = f"Bearer {told['access_token']}", now + (count_of(told.get("expires_in")) or 3600)
+        token.refresh_token = str(told.get("refresh_token") or "")
+
+    async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
+        """The refresh token that a login was granted. Raises UpstreamError."""
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": redirect, "code_verifier": verifier}
+        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
+        try:
+            async with asyncio.timeout(TOKEN_S_MAX):
+                status, answer = await self._post(account, form)
+        except (aiohttp.ClientError, OSError):
+            raise TokenTrouble("The token endpoint could not be reached in time. Try again.") from None
+        told = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(told.get("refresh_token"), str):
+            raise token_error(account, status, told)
+        return str(told["refresh_token"])
+
+    def close(self) -> None:
+        self._renewals.close()
+
+
+def login_url(account: Account, redirect: str, state: str, verifier: str) -> str:
+    """Where a user lets the account in. Source: https://www.rfc-editor.org/rfc/rfc7636#section-4"""
+    challenge = base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
+    asked = {"client_id": account.client_id, "redirect_uri": redirect, "response_type": "code", "scope": SCOPE}
+    asked |= {"state": state, "code_challenge": challenge, "code_challenge_method": "S256"}
+    return f"{LOGIN_URL}?{urlencode(asked | {'access_type': 'offline', 'prompt': 'consent'})}"
+
+
+def login_code(address: str, state: str) -> str:
+    """The code in the address that a login ends at. Raises CredentialRefused."""
+    given = parse_qs(urlsplit(address.strip()).query)
+    if given.get("state") != [state] or "code" not in given:
+        why = "; ".join(given.get("error", ["it is not the address of this login"]))
+        raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
+    return given["code"][0]
+
+
+JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+
+
+def signed_assertion(account: Account, now: float) -> str:
+    """Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests"""
+    try:
+        crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
+    except ImportError:
+        raise CredentialRefused("A service account needs google-auth. Run `pip install google-auth`.") from None
+    about = json.loads(account.service_account)
+    claims = {"iss": about["client_email"], "scope": SCOPE, "aud": account.token_url}
+    try:
+        signer = crypt.RSASigner.from_service_account_info(about)
+        return bytes(jwt.encode(signer, claims | {"iat": int(now), "exp": int(now) + 3600})).decode()
+    except ValueError:
+        raise CredentialRefused(f"The private key in {account.credentials} is none. Make a new one.") from None
+
+
+def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
+    """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
+
+    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
+    """
+    code = str(told.get("error") or f"HTTP {status}")
+    why = f"{code}: {told['error_description']}" if told.get("error_description") else code
+    if code == "invalid_grant":
+        text = f"The login of {account.name} is no longer good ({why})."
+        return AccountBarred(f"{text} Run `agproxy login {account.name}`, or renew its credentials.")
+    if code in ("invalid_client", "unauthorized_client", "invalid_request", "unsupported_grant_type", "invalid_scope"):
+        return CredentialRefused(
+            f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
+        )
+    return TokenTrouble(f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S)
+
+
+# ==============================================================================
+# 14. Transport
 # ==============================================================================
 
 
@@ -4654,6 +5541,8 @@ class StaleConnection(ConnectionError):
 class DirectTransport:
     """Requests to one upstream over connections of our own: no task and no queue between its socket and the client's."""
 
+    proxy: None = None
+
     def __init__(self, url: str, timeouts: Timeouts) -> None:
         parts = urlsplit(url)
         self._tls = parts.scheme == "https"
@@ -4705,13 +5594,13 @@ class ProxiedTransport:
 
     def __init__(self, url: str, proxy: str | None, timeouts: Timeouts) -> None:
         self._url = url
-        self._proxy = proxy
+        self.proxy = proxy
         self._timeouts = timeouts
         self._session = open_session(timeouts)
 
     async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
         """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
-        url, proxy = self._url + path, self._proxy
+        url, proxy = self._url + path, self.proxy
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
             response = await self._session.post(url, data=body, headers=headers, proxy=proxy, allow_redirects=False)
         left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
@@ -4784,15 +5673,15 @@ def connection_problem(error: Exception, proxy: str | None) -> str:
     return f"{where} broke the connection before an answer began. Try again."
 
 
-def proxy_for(url: str, config: Config) -> str | None:
-    """The proxy to an upstream: the file's, else the environment's unless NO_PROXY excepts it; to loopback none."""
+def proxy_for(url: str, given: str | None) -> str | None:
+    """The proxy to an upstream: the given one, else the environment's unless NO_PROXY excepts it; to loopback none."""
     import urllib.request as environment
 
     parts = urlsplit(url)
     if is_loopback(parts.hostname or ""):
         return None
-    if config.upstream_proxy:
-        return config.upstream_proxy
+    if given:
+        return given
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
@@ -4801,7 +5690,7 @@ def proxy_for(url: str, config: Config) -> str | None:
 
 
 # ==============================================================================
-# 14. Upstream
+# 15. Upstream
 # ==============================================================================
 
 
@@ -4810,6 +5699,9 @@ class Answer:
 
     def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
         self.first = first
+        self.last: Event | None = first[-1] if first and reader is None else None
+        self.on_close: Callable[[Event | None], None] | None = None
+        """Told at the end what the last event was, None where the client left before it."""
         self._incoming = incoming
         self._reader = reader
         self._late: UpstreamError | None = None
@@ -4846,7 +5738,9 @@ class Answer:
             )
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
-        return reader.close(self._late or error)
+        events = reader.close(self._late or error)
+        self.last = events[-1] if events else None
+        return events
 
     def pause(self) -> None:
         self._incoming.pause()
@@ -4858,6 +5752,9 @@ class Answer:
         if self._alarm:
             self._alarm.cancel()
         self._incoming.abort()
+        if self.on_close:
+            self.on_close(self.last)
+            self.on_close = None
 
 
 class Merged:
@@ -4915,27 +5812,50 @@ class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._pool = AccountPool(config.accounts)
+        self.clock: Callable[[], float] = time.time
+        self.pool = AccountPool(())
+        self.credentials = Credentials(self._post_form, lambda: self.clock())
         self._session = open_session(config.timeouts)
-        self._proxies = {account.base_url: proxy_for(account.base_url, config) for account in config.accounts}
-        self._transports = {url: open_transport(url, proxy, config) for url, proxy in self._proxies.items()}
+        self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
+        self._retired: list[DirectTransport | ProxiedTransport | MediaFetcher] = []
+        self._projects: dict[str, str] = {}
+        self._shared = Shared()
         self._models: tuple[str, ...] | None = None
-        self._models_until = 0.0
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
+        self.rested = asyncio.Event()
+        """Set when an account was sent to rest for long."""
+        self.signatures = SignatureMemory()
+        self.skew_s = 0.0
+        self.media = MediaFetcher(config)
+        self._config = config
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
+        self.pool.update(config.accounts, config.strategy, config.reserve)
+        self._retired += [*self._transports.values(), self.media]
+        self._transports, self.media = {}, MediaFetcher(config)
+        self._config = config
+        self._projects.clear()
+        self._models_until = 0.0
         self._map_model = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
         self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
-        self.signatures = SignatureMemory()
-        self.media = MediaFetcher(config)
-        self.skew_s = 0.0
+
+    def _to(self, account: Account) -> DirectTransport | ProxiedTransport:
+        """The transport to an account's upstream."""
+        transport = self._transports.get((account.base_url, account.proxy))
+        if transport is None:
+            proxy = proxy_for(account.base_url, account.proxy or self._config.upstream_proxy)
+            transport = open_transport(account.base_url, proxy, self._config)
+            self._transports[account.base_url, account.proxy] = transport
+        return transport
 
     async def close(self) -> None:
-        if self._listing:
-            self._listing.cancel()
-        await self.media.close()
-        for transport in self._transports.values():
-            await transport.close()
+        self._shared.close()
+        self.credentials.close()
+        for opened in (*self._retired, *self._transports.values(), self.media):
+            await opened.close()
         await self._session.close()
 
     # ---- models
@@ -4950,31 +5870,48 @@ class Upstream:
 
     async def models(self) -> tuple[str, ...] | None:
         """What the upstream lists, fetched at the first need and renewed beside the requests; None while unknown."""
-        if time.monotonic() >= self._models_until and (self._listing is None or self._listing.done()):
-            self._listing = asyncio.create_task(self._list_models())
+        if time.monotonic() >= self._models_until:
+            self._models_until = time.monotonic() + MODELS_RETRY_S
+            self._listing = self._shared.start("models", self._list_models)
         if self._models is None and self._listing:
             await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
         return self._models
 
     async def _list_models(self) -> None:
-        self._models_until = time.monotonic() + MODELS_RETRY_S
-        for account in self._pool.accounts:
-            try:
-                self._models = await self.models_of(account)
-            except UpstreamError as error:
-                log.debug("the models of %s cannot be listed: %s", account.name, error.message)
+        """What any account lists: they may differ in the models that they have."""
+        asked = [account for account in self.pool.accounts if account.kind == "gemini"]
+        listed: dict[str, None] = {}
+        for account, found in zip(
+            asked, await asyncio.gather(*map(self.models_of, asked), return_exceptions=True), strict=True
+        ):
+            if isinstance(found, tuple):
+                listed |= dict.fromkeys(found)
             else:
-                self._models_until = time.monotonic() + MODELS_FRESH_S
-                return
+                log.debug("the models of %s cannot be listed: %s", account.name, found)
+        if listed:
+            self._models = tuple(listed)
+            self._models_until = time.monotonic() + MODELS_FRESH_S
 
     async def models_of(self, account: Account) -> tuple[str, ...]:
-        """What one account's upstream lists. Raises UpstreamError."""
+        """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
         try:
-            with upstream_errors(self._proxies[account.base_url]):
+            with upstream_errors(self._to(account).proxy):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
-                    return await self._pages_of(account)
+                    return await (self._pages_of(account) if account.kind == "gemini" else self._known_of(account))
         except (ValueError, KeyError, TypeError):
             raise UpstreamBroken("What answers at base_url is not Gemini. Check base_url.") from None
+
+    async def _known_of(self, account: Account) -> tuple[str, ...]:
+        """Neither Vertex nor v1internal has a list; counting the tokens of a word proves the credentials for nothing."""
+        model = STATIC_MODELS[1]
+        body: dict[str, Any] = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
+        if account.kind == "cloudcode":
+            body = {"request": {"model": f"models/{model}", **body}}
+        incoming = await self._post(account, model, "countTokens", dump_bytes(body))
+        answer = parse_json(await incoming.read())
+        if incoming.status != 200:
+            raise classify_error(incoming.status, answer)
+        return STATIC_MODELS[:3] if answer["totalTokens"] else ()
 
     async def _pages_of(self, account: Account) -> tuple[str, ...]:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
@@ -4983,11 +5920,12 @@ class Upstream:
         for _ in range(MODEL_PAGES_MAX):
             url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
             headers = {"x-goog-api-key": account.api_key}
-            proxy = self._proxies[account.base_url]
+            proxy = self._to(account).proxy
             async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
                 self.skew_s = clock_skew(response.headers.get("Date"), time.time())
                 if response.status != 200:
-                    raise classify_error(response.status, parse_json(await response.read()))
+                    wait = response.headers.get("Retry-After", "")
+                    raise classify_error(response.status, parse_json(await response.read()), wait)
                 answer = await response.json(content_type=None)
             for model in answer["models"]:
                 if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
@@ -5016,13 +5954,13 @@ class Upstream:
 
     async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
-        signed = self.signatures.recall(request, trace.mapped_model)
-        generation = Generation(signed, self._traits_of(trace.mapped_model), sse)
-        trace.changes = generation.changes
+        generation = Generation(request, sse, self.signatures.recall, self._traits_of)
+        if self.pool.accounts:  # so that what is said of it is told even where nobody can be asked
+            trace.changes = generation.form(trace.mapped_model, dialect_of(self.pool.accounts[0])).changes
         if trace.strict:
             refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
-        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation)
+        asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation.mends, {})
         if not total_s:
             return await asked
         try:
@@ -5039,73 +5977,292 @@ class Upstream:
         tokens = 0
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            body = dump_bytes(build_embeddings(texts, trace.mapped_model, request.dimensions))
-            answer = await self._retry(trace, functools.partial(self._unary, "batchEmbedContents", body, trace))
+            barred = {
+                account.name: ModelGone("makes no embeddings, only accounts of kind gemini do")
+                for account in self.pool.accounts
+                if account.kind != "gemini"
+            }
+            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never, barred)
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
         return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
 
-    async def _retry(
-        self, trace: Trace, attempt: Callable[[Account], Awaitable[T]], generation: Generation | None = None
-    ) -> T:
-        """The one retry loop: an untried account first; once, after a pause, the same one for a fault not its own."""
-        refusals: dict[str, UpstreamError] = {}
-        tried: list[Account] = []
-        spare = True
-        same: Account | None = None
-        while len(tried) < ATTEMPTS_MAX:
-            account = same or self._pool.acquire(trace.mapped_model, tried, time.monotonic())
-            if account is None and tried and spare and refusals[tried[-1].name].remedy == "same_account":
-                spare = False
-                await asyncio.sleep(random.uniform(0.2, 1.0))
-                account = tried[-1]
-            if account is None:
-                break
-            tried.append(account)
-            trace.attempts += 1
-            trace.account = account
+    async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred) -> T:
+        """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
+
+        Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given.
+        """
+        asked = trace.mapped_model
+        fallback = self._config.fallback
+        chain = (asked, *(fallback.get(asked) or fallback.get(trace.model, ())))
+        for model in chain:
+            trace.mapped_model = model if model == asked else self._map_model(model, self._models).model
             try:
-                return await attempt(account)
+                answer = await self._ask(trace, attempt, mends, barred, last=model == chain[-1])
+            except PoolExhausted as error:
+                if model == chain[-1] or error.status not in (404, 429, 503):
+                    raise
+            else:
+                if model != asked:
+                    reason = f"no account could answer for {asked}; {trace.mapped_model} answered"
+                    trace.changes += (Change("/model", "renamed", reason),)
+                return answer
+        raise AssertionError("a chain has a last model")
+
+    async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred, *, last: bool) -> T:
+        turn = Turn(self.pool, trace, barred, self._config.max_wait_s, last, self.clock)
+        for number in range(1, ATTEMPTS_MAX + 1):
+            lease = await turn.lease()
+            try:
+                return await self._try(lease, trace, attempt, turn.step)
             except UpstreamError as error:
-                mended = generation is not None and len(tried) < ATTEMPTS_MAX and generation.mends(error)
+                mended = number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
-                same = account if mended else None
-                refusals[account.name] = error
-                self._pool.failed(account, trace.mapped_model, error, time.monotonic())
-        raise self._pool.exhausted(trace.mapped_model, refusals, time.monotonic())
+                turn.refused(lease, error, mended)
+        raise turn.exhausted()
 
-    async def _generate(self, generation: Generation, trace: Trace, account: Account) -> Answer:
-        method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
-        with upstream_errors(self._proxies[account.base_url]):
-            incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
+    async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T], step: Step) -> T:
+        """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
+        trace.attempts += 1
+        trace.account, step.account = lease.account, lease.account.name
+        try:
+            result = await attempt(lease)
+        except BaseException as error:
+            step.answer = f"{type(error).__name__}: {error}"
+            self._failed(lease, error)
+            raise
+        step.answer = "answered"
+        self.pool.succeeded(lease, self.clock())
+        if isinstance(result, Answer):
+            result.on_close = functools.partial(self._ended, lease)
+        else:
+            self.pool.release(lease, 0, self.clock())
+        return result
+
+    def _ended(self, lease: Lease, last: Event | None) -> None:
+        if isinstance(last, Failed):
+            self._failed(lease, last.error)
+        else:
+            self.pool.release(lease, last.usage.prompt if isinstance(last, Ended) else 0, self.clock())
+
+    def _failed(self, lease: Lease, error: BaseException) -> None:
+        if isinstance(error, UpstreamError):
+            if isinstance(error, CredentialRefused | ModelGone):
+                self._projects.pop(lease.account.name, None)  # it may be another one by now
+            self.pool.failed(lease, error, self.clock(), random.random())
+            if isinstance(error, QuotaGone):
+                self.rested.set()
+        else:  # the client left, or what it sent cannot be used
+            self.pool.release(lease, 0, self.clock())
+
+    async def _generate(self, generation: Generation, trace: Trace, lease: Lease) -> Answer:
+        account = lease.account
+        form = generation.form(lease.model, dialect_of(account))
+        trace.changes = form.changes
+        if trace.strict:
+            refuse_dropped(form.changes)
+        sse = generation.sse or account.kind == "cloudcode"  # which refuses what is not streamed sooner
+        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
+        with upstream_errors(self._to(account).proxy):
+            incoming = await self._post(account, lease.model, method, form.body)
             try:
-                return await first_events(incoming, generation)
+                return await first_events(incoming, generation.reader(form, account.kind), sse, generation.sse)
             except BaseException:
                 incoming.abort()
                 raise
 
     async def count(self, request: Request, trace: Trace) -> int:
         """How many tokens a request is. Raises as `ask`. Source: https://ai.google.dev/api/tokens"""
-        built = build_generate_content(request, self._traits_of(trace.mapped_model))
-        body = dump_bytes({"generateContentRequest": {"model": f"models/{trace.mapped_model}", **built.body}})
-        body = with_payloads(body, request.payloads)
-        answer = await self._retry(trace, functools.partial(self._unary, "countTokens", body, trace))
+        generation = Generation(request, False, self.signatures.recall, self._traits_of)
+        answer = await self._retry(trace, functools.partial(self._count, generation), never, {})
         return count_of(answer.get("totalTokens"))
 
-    async def _unary(self, method: str, body: bytes, trace: Trace, account: Account) -> dict[str, Any]:
+    async def _count(self, generation: Generation, lease: Lease) -> dict[str, Any]:
+        form = generation.form(lease.model, dialect_of(lease.account))
+        body = countable(lease.account.kind, lease.model, form.body)
+        return await self._unary(lease.account, lease.model, "countTokens", body)
+
+    async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-        with upstream_errors(self._proxies[account.base_url]):
-            incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", body)
+        body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
+        return await self._unary(lease.account, lease.model, "batchEmbedContents", body)
+
+    async def _unary(self, account: Account, model: str, method: str, body: bytes) -> dict[str, Any]:
+        with upstream_errors(self._to(account).proxy):
+            incoming = await self._post(account, model, method, body)
             answer = parse_json(await incoming.read())
         if incoming.status != 200:
-            raise classify_error(incoming.status, answer)
+            raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
         return answer if isinstance(answer, dict) else {}
 
-    async def _post(self, account: Account, call: str, body: bytes) -> Incoming:
-        headers = {"x-goog-api-key": account.api_key, "Content-Type": "application/json", "User-Agent": USER_AGENT}
-        return await self._transports[account.base_url].post(f"/v1beta/models/{call}", headers, body)
+    # ---- the wire
+
+    async def _post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
+        """The head of an answer; where a token is refused, that of a second try with a fresh one."""
+        transport, refused = self._to(account), ""
+        while True:
+            header = await self.credentials.header(account, refused)
+            project = await self._project(account, header) if account.kind == "cloudcode" else account.project
+            path, sent = enveloped(account, project, model, method, body)
+            about = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
+            incoming = await transport.post(path, header | about, sent)
+            if incoming.status != 401 or account.kind == "gemini" or refused:
+                return incoming
+            incoming.abort()
+            refused = header["Authorization"]
+
+    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
+        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
+        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
+        async with sent as response:
+            return response.status, parse_json(await response.read())
+
+    async def _project(self, account: Account, header: Mapping[str, str]) -> str:
+        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
+        if known := account.project or self._projects.get(account.name):
+            return known
+        found = await self._shared.do(account.name, lambda: self._find_project(account, header))
+        self._projects[account.name] = found
+        return found
+
+    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
+        """Raises CredentialRefused with what keeps the account out."""
+        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
+        told = await self._ask_service(account, header, ":loadCodeAssist", about)
+        project = told.get("cloudaicompanionProject")
+        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
+        if not project and tiers and not told.get("currentTier"):
+            told = await self._ask_service(account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about})
+            for _ in range(ONBOARD_POLLS_MAX):
+                if told.get("done"):
+                    break
+                await asyncio.sleep(ONBOARD_POLL_S)
+                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
+            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
+        if not isinstance(project, str) or not project:
+            reasons = [str(tier.get("reasonMessage")) for tier in told.get("ineligibleTiers") or ()]
+            why = f" ({'; '.join(reasons)})" if reasons else ""
+            raise CredentialRefused(f"The service has no project for {account.name}{why}. Set its `project`.")
+        return project
+
+    async def _ask_service(self, account: Account, header: Mapping[str, str], path: str, body: Any) -> dict[str, Any]:
+        method = "GET" if body is None else "POST"
+        url, proxy = f"{account.base_url}/v1internal{path}", self._to(account).proxy
+        sent = self._session.request(method, url, json=body, headers=header, proxy=proxy, allow_redirects=False)
+        async with asyncio.timeout(TOKEN_S_MAX), sent as response:
+            answer = parse_json(await response.read())
+        if response.status != 200 or not isinstance(answer, dict):
+            raise classify_error(response.status, answer)
+        return answer
+
+
+def enveloped(account: Account, project: str, model: str, method: str, body: bytes) -> tuple[str, bytes]:
+    """The path and the body of a call, as the account's kind of upstream wants them.
+
+    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
+    """
+    if account.kind == "gemini":
+        return f"/v1beta/models/{quote(model)}:{method}", body
+    if account.kind == "vertex":
+        place = f"projects/{quote(project)}/locations/{account.location}/publishers/google"
+        return f"/v1/{place}/models/{quote(model)}:{method}", body
+    if method == "countTokens":
+        return f"/v1internal:{method}", body
+    about = dump_bytes({"model": model, "project": project})
+    return f"/v1internal:{method}", b'%b,"request":%b}' % (about[:-1], body)
+
+
+Attempt = Callable[[Lease], Awaitable[T]]
+Mends = Callable[[UpstreamError], bool]
+Barred = Mapping[str, UpstreamError]
+
+
+class Turn:
+    """Whom one request asks for one model, one after another, and how long it waits for them."""
+
+    step: Step
+
+    def __init__(
+        self,
+        pool: AccountPool,
+        trace: Trace,
+        barred: Mapping[str, UpstreamError],
+        patience_s: float,
+        last: bool,
+        clock: Callable[[], float],
+    ) -> None:
+        self._pool = pool
+        self._trace = trace
+        self._model = trace.mapped_model
+        self._patience_s = patience_s
+        self._last = last
+        self._clock = clock
+        self._barred = barred
+        self._refusals: dict[str, UpstreamError] = dict(barred)
+        self._tried = set(barred)
+        self._same: Seat | None = None
+        self._mended = False
+        self._spare = True
+
+    async def lease(self) -> Lease:
+        """The next account, once it may be asked. Raises PoolExhausted.
+
+        The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
+        same one, once; else the soonest of those that rest, if that is soon: then also one that was refused before.
+        """
+        self.step = step = Step(self._model)
+        self._trace.steps.append(step)
+        while True:
+            step.seen.clear()
+            if not self._mended:
+                seen, key = step.seen, self._trace.affinity
+                if lease := self._pool.acquire(self._model, self._tried, key, self._clock(), seen):
+                    return lease
+            if same := self._same:
+                if not self._mended:
+                    self._spare = False
+                    await self._wait(step, self._pause_s(self._refusals[same.account.name]))
+                self._same, self._mended = None, False
+                if lease := self._pool.again(same, self._model, self._clock()):
+                    return lease
+                continue
+            lasting = (name for name in self._tried if self._refusals[name].rests == "nobody")
+            self._tried = {*lasting, *self._barred}
+            wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
+            if wait_s > self._patience_s:
+                raise self.exhausted()
+            await self._wait(step, wait_s)
+
+    async def _wait(self, step: Step, wait_s: float) -> None:
+        self._patience_s -= wait_s
+        step.wait_s += wait_s
+        await asyncio.sleep(wait_s)
+
+    def _pause_s(self, error: UpstreamError) -> float:
+        """Before the same account is asked again: as long as it says, where no other model could answer sooner."""
+        told_s = error.retry_after_s if self._last else None
+        return random.uniform(0.2, 1.0) if told_s is None or told_s > self._patience_s else told_s
+
+    def refused(self, lease: Lease, error: UpstreamError, mended: bool) -> None:
+        """The account is not asked again by this request, unless its body was `mended` or the fault was not its own."""
+        self._refusals[lease.account.name] = error
+        self._tried.add(lease.account.name)
+        self._mended = mended
+        self._same = lease.seat if mended or (error.remedy == "same_account" and self._spare) else None
+
+    def exhausted(self) -> PoolExhausted:
+        return self._pool.exhausted(self._model, self._refusals, self._clock())
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A request's body as one model and one dialect want it, and what could not be carried into it."""
+
+    body: bytes
+    changes: tuple[Change, ...]
+    tools: Mapping[str, Tool]
 
 
 def next_id() -> str:
@@ -5117,32 +6274,58 @@ NUMBERS = (secrets.token_hex(8), itertools.count(1))
 
 
 class Generation:
-    """One answer to be had: the body that is sent for it, whatever account is asked, and the reader of what comes."""
+    """One answer to be had: its forms, each made at the first need of it, and the readers of what comes."""
 
-    def __init__(self, request: Request, traits: Traits, sse: bool) -> None:
+    def __init__(
+        self, request: Request, sse: bool, recall: Callable[[Request, str], Request], traits: Callable[[str], Traits]
+    ) -> None:
         self.sse = sse
         self._request = request
-        self._traits = traits
+        self._recall = recall
+        self._traits_of = traits
         self._mended = False
-        self._build()
+        self._forms: dict[tuple[str, Dialect], Form] = {}
 
-    def _build(self) -> None:
-        built = build_generate_content(self._request, self._traits)
-        self._tools = built.tools
-        self.body = with_payloads(dump_bytes(built.body), self._request.payloads)
-        self.changes = self._request.changes + built.changes
+    def form(self, model: str, dialect: Dialect) -> Form:
+        form = self._forms.get((model, dialect))
+        if form is None:
+            signed = self._recall(self._request, model)
+            request = with_signatures(signed, unsigned) if self._mended else signed
+            built = build_generate_content(request, self._traits_of(model), dialect)
+            body = with_payloads(dump_bytes(built.body), request.payloads)
+            form = self._forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
+        return form
 
     def mends(self, error: UpstreamError) -> bool:
         """Whether the body was changed so that the same account may be asked again: once, without real signatures."""
         if self._mended or not isinstance(error, SignatureRefused):
             return False
         self._mended = True
-        self._request = with_signatures(self._request, unsigned)
-        self._build()
+        self._forms.clear()
         return True
 
-    def reader(self) -> GeminiReader:
-        return GeminiReader(lambda: f"call_{next_id()}", self._tools, parallel_calls=self._request.parallel_calls)
+    def reader(self, form: Form, kind: str) -> GeminiReader:
+        made = CloudCodeReader if kind == "cloudcode" else GeminiReader
+        return made(lambda: f"call_{next_id()}", form.tools, parallel_calls=self._request.parallel_calls)
+
+
+def countable(kind: str, model: str, body: bytes) -> bytes:
+    """What countTokens takes of a body: the Gemini API the whole, the others words and tools, v1internal turns alone."""
+    if kind == "gemini":
+        return b'{"generateContentRequest":{"model":"models/%b",%b}' % (encoded(model), body[1:])
+    whole = json.loads(body)
+    if kind == "vertex":
+        return dump_bytes({key: whole[key] for key in ("contents", "systemInstruction", "tools") if key in whole})
+    system = [{"role": "user", **whole["systemInstruction"]}] if "systemInstruction" in whole else []
+    return dump_bytes({"request": {"model": f"models/{model}", "contents": [*system, *whole["contents"]]}})
+
+
+def dialect_of(account: Account) -> Dialect:
+    return "gemini" if account.kind == "gemini" else "vertex"
+
+
+def never(_: UpstreamError) -> bool:
+    return False
 
 
 def unsigned(part: Part) -> Part:
@@ -5184,13 +6367,15 @@ def open_transport(url: str, proxy: str | None, config: Config) -> DirectTranspo
     return ProxiedTransport(url, proxy, config.timeouts)
 
 
-async def first_events(incoming: Incoming, generation: Generation) -> Answer:
-    """The answer with its first events. Raises what the status or the first event says, and the transport's errors."""
+async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool) -> Answer:
+    """The answer with its first events; with all of them where it is not `streamed` on. Raises what the status or the first event says, and the transport's errors."""
     if incoming.status != 200:
-        raise classify_error(incoming.status, parse_json(await incoming.read()))
-    reader = generation.reader()
-    if not generation.sse:
-        return Answer(unless_failed(reader.whole(await incoming.read())), incoming, None)
+        wait = incoming.headers.get("retry-after", "")
+        raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
+    if not streamed:
+        body = await incoming.read()
+        events = reader.feed(body) + reader.close() if sse else reader.whole(body)
+        return Answer(unless_failed(events), incoming, None)
     while data := await incoming.more():
         if events := reader.feed(data):
             return Answer(unless_failed(events), incoming, reader)
@@ -5331,7 +6516,7 @@ def clock_skew(date: str | None, now: float) -> float:
 
 
 # ==============================================================================
-# 15. Web
+# 16. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -5359,15 +6544,41 @@ ROUTE = re.compile(
 
 SLASHES = re.compile("/{2,}")
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]+))?")
+POOL_ACTIONS = ("reset", "pause", "resume")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
+
+    path: Path
+    load: Callable[[], Config]
+    asked: asyncio.Event
+
+
+def stamp_of(path: Path) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        about = path.stat()
+        return about.st_mtime_ns, about.st_size
+    return None
 
 
 class Gateway:
     """The handlers."""
 
     def __init__(
-        self, config: Config, upstream: Upstream, store: ResponseStore, tally: Tally, running_max: float
+        self,
+        config: Config,
+        upstream: Upstream,
+        store: ResponseStore,
+        tally: Tally,
+        running_max: float,
+        source: Source | None,
     ) -> None:
         self._config = config
+        self._source = source
+        self._journal: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
         self._upstream = upstream
         self._store = store
         self._jobs: dict[str, Job] = {}
@@ -5412,8 +6623,10 @@ class Gateway:
         return response
 
     def _tell(self, trace: Trace, status: int) -> None:
-        """What happened, for the log and the bill."""
+        """What happened, for the log, the bill and `agproxy why`."""
         self._tally.add(trace, status)
+        if trace.steps:
+            self._journal.append((trace, status, time.monotonic()))
         if log.isEnabledFor(logging.INFO):
             fields = log_fields(trace, status, time.monotonic())
             log.info("%s", log_text(fields), extra={"fields": fields})
@@ -5425,6 +6638,8 @@ class Gateway:
         if http.method == "OPTIONS":
             return web.Response(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
+        if admin := ADMIN.fullmatch(http.path):
+            return json_response(await self._administer(http, admin["what"], admin["id"] or ""), trace)
         if match is None:
             base = f"{http.scheme}://{http.host}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
@@ -5445,6 +6660,73 @@ class Gateway:
         if route.startswith(STORED):
             return await self._serve_stored(http, trace, match["stored"])
         return await self._answer(http, trace)
+
+    async def _administer(self, http: web.Request, what: str, id: str) -> Any:
+        """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
+        if self._config.auth == "off" and (not is_loopback(http.remote or "") or "Origin" in http.headers):
+            raise Forbidden(f"Only programs on this machine may do that. Call from it, or {ASK_FOR_A_KEY}.")
+        if http.method != (method := "POST" if what in ("pool", "reload") else "GET"):
+            raise MethodNotAllowed(f"{http.method} is not served here. Use {method}.", headers={"Allow": method})
+        now = self._upstream.clock()
+        if what == "status":
+            return {"version": __version__, "accounts": self._upstream.pool.status(now)}
+        if what == "why":
+            for trace, status, ended in self._journal:
+                if trace.id == id:
+                    return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
+            raise UnknownUrl(f"No request '{id}' is known, of the last {JOURNAL_MAX}. Name one by its X-Request-Id.")
+        if what == "reload":
+            try:
+                return {"accounts": await self.reload()}
+            except ConfigError as error:
+                raise BadRequest(f"{error}\nThe config stays as it was. Mend that.", code="config_invalid") from None
+        fields = Fields(parse_body(await read_body_of(http)))
+        action, name = fields.needed_text("action"), fields.needed_text("account")
+        if action not in POOL_ACTIONS:
+            raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
+        if not self._upstream.pool.steer(action, name, fields.text("model") or "", now):
+            raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
+        return {"accounts": self._upstream.pool.status(now)}
+
+    async def reload(self) -> int:
+        """Goes on with the config as it stands in its file now, and says how many accounts it has.
+
+        Raises ConfigError where it cannot be used: then nothing changes.
+        """
+        try:
+            if self._source is None:
+                raise ConfigError("This gateway has no accounts file that it could read again.")
+            config = await asyncio.to_thread(self._source.load)
+            if config.bind != self._config.bind:
+                raise ConfigError("Where it listens changed (host, allow_lan_access). Restart it for that.")
+        except ConfigError as error:
+            log.warning("the config stays as it was: %s", error)
+            raise
+        self._config = replace(config, host=self._config.host, port=self._config.port)
+        self._upstream.adopt(self._config)
+        log.warning("the config was read again: %d accounts", len(config.accounts))
+        return len(config.accounts)
+
+    async def watch(self, source: Source) -> None:
+        """Reloads when a file of the config's changes, and when that is asked for."""
+        seen = self._stamps(source)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(RELOAD_CHECK_S):
+                    await source.asked.wait()
+            if source.asked.is_set() or self._stamps(source) != seen:
+                source.asked.clear()
+                seen = self._stamps(source)
+                with contextlib.suppress(ConfigError):  # told by the log
+                    await self.reload()
+                seen = self._stamps(source) if len(seen) != len(self._files(source)) else seen
+
+    def _files(self, source: Source) -> list[Path]:
+        return [source.path, *(Path(a.credentials) for a in self._config.accounts if a.credentials)]
+
+    def _stamps(self, source: Source) -> list[tuple[int, int] | None]:
+        """When each file of the config's was changed, and how long it is."""
+        return [stamp_of(path) for path in self._files(source)]
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -5548,6 +6830,7 @@ class Gateway:
         trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
         trace.model = first.model
         trace.mapped_model = await self._upstream.resolve(first.model)
+        trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
         told = (first.include_usage, self._config.images_in_text, time.time)
         head = Head(trace.id[4:], int(time.time()), first.model, *told)
         if form is ResponseRenderer:
@@ -5910,6 +7193,19 @@ def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
     return {"object": "list", "data": data, "first_id": shown[0], "last_id": shown[-1], "has_more": more}
 
 
+def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
+    """The client's own name for a conversation, where it gives one."""
+    for name in SESSION_HEADERS:
+        if session := headers.get(name):
+            return session
+    given = body.get("prompt_cache_key")
+    return given if isinstance(given, str) else ""
+
+
+# As Codex, Claude Code and OpenCode send them.
+SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-session-affinity", "conversation_id")
+
+
 class ClientStream:
     """A client's side of a stream: one write a read, and no more reads while the client does not take what was written.
 
@@ -6030,7 +7326,10 @@ def bytes_response(body: bytes, trace: Trace, status: int = 200) -> web.Response
 
 
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
-    response = json_response(error_body(error), trace, error.status)
+    body = error_body(error)
+    if trace.steps and error.status in (429, 503):
+        body["error"]["decisions"] = decisions_of(trace)
+    response = json_response(body, trace, error.status)
     response.headers.update(error.headers)
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
@@ -6041,16 +7340,28 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def create_app(config: Config, tally: Tally | None = None, running_max: float = math.inf) -> web.Application:
+async def create_app(
+    config: Config, tally: Tally | None = None, running_max: float = math.inf, source: Source | None = None
+) -> web.Application:
     """The gateway as an aiohttp application; what it opened closes with it."""
     upstream = Upstream(config)
-    store = ResponseStore(Database(None if config.store in (None, "memory", "off") else Path(config.store)))
+    database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
+    store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
-    gateway = Gateway(config, upstream, store, tally or Tally(), running_max)
+    gateway = Gateway(config, upstream, store, tally or Tally(), running_max, source)
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
+    tasks = [asyncio.create_task(gateway.watch(source))] if source else []
+    if database.path:
+        if database.path.exists():
+            await rests.load()
+        tasks.append(asyncio.create_task(rests.keep(upstream.rested)))
 
     async def close(_: web.Application) -> None:
         await gateway.close()
+        for task in tasks:
+            task.cancel()
+        if database.path:
+            await rests.save()
         await upstream.close()
         await store.close()
 
@@ -6059,7 +7370,7 @@ async def create_app(config: Config, tally: Tally | None = None, running_max: fl
 
 
 # ==============================================================================
-# 16. Demo
+# 17. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -6276,7 +7587,7 @@ def create_demo(fault: str | None) -> web.Application:
 
 
 # ==============================================================================
-# 17. Command line
+# 18. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -6398,7 +7709,13 @@ def find_config(accounts: str | None, env: Mapping[str, str], *, with_accounts: 
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), env, accounts=with_accounts)
+    return load_config(text, str(path), env, accounts=with_accounts, read=read_if_there)
+
+
+def read_if_there(path: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return None
 
 
 class Unusable(click.ClickException):
@@ -6451,6 +7768,14 @@ def servable(config: Config) -> Config:
     return config
 
 
+def reloaded(accounts: str | None, host: str | None, port: int | None) -> Config:
+    """The config anew. Raises ConfigError."""
+    try:
+        return servable(configured(accounts, host, port))
+    except Unusable as error:
+        raise ConfigError(error.message) from None
+
+
 def fresh_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
@@ -6474,7 +7799,11 @@ def set_up_logging(level: str, form: str) -> None:
 
 def banner(config: Config, running_max: float) -> str:
     """What a person needs to know at the start."""
-    proxies = {without_credentials(p) for a in config.accounts if (p := proxy_for(a.base_url, config))}
+    proxies = {
+        without_credentials(p)
+        for a in config.accounts
+        if (p := proxy_for(a.base_url, a.proxy or config.upstream_proxy))
+    }
     names = ", ".join(account.name for account in config.accounts)
     open_to_all = config.auth == "off" and not is_loopback(config.bind)
     lines = [
@@ -6532,15 +7861,19 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-async def run_until_signal(config: Config) -> None:
+async def run_until_signal(config: Config, path: Path | None, load: Callable[[], Config]) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
     stop = asyncio.Event()
+    source = Source(path, load, asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
         running_max = raise_file_limit()
-        port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
+        app = await create_app(config, running_max=running_max, source=source)
+        port = await listen(app, config.bind, config.port, stack)
         click.echo(banner(replace(config, port=port), running_max), err=True)
         on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
+        if source:
+            on_signals(("SIGHUP",), lambda _: source.asked.set())
         spare_collector()
         await stop.wait()
 
@@ -6559,7 +7892,9 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     if fault not in (None, "cut", *DEMO_FAULTS):
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
     port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
-    return replace(config, accounts=(Account("demo", "demo", f"http://127.0.0.1:{port}"),), store="memory")
+    demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
+    # a fault that was asked for is seen at once
+    return replace(config, accounts=(demo,), store="memory", max_wait_s=0)
 
 
 async def run_command(config: Config, command: Sequence[str]) -> int:
@@ -6638,7 +7973,8 @@ def serve(
     warn_of_readers(find_file(accounts, os.environ))
     set_up_logging(log_level, log_format)
     try:
-        run_loop(run_until_signal(config))
+        load = functools.partial(reloaded, accounts, host, port)
+        run_loop(run_until_signal(config, find_file(accounts, os.environ), load))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -6704,16 +8040,34 @@ def check(accounts: str | None, online: bool) -> None:
     config = servable(replace(configured(accounts), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
     found: Sequence[tuple[str, ...]]
-    found = asyncio.run(probe(config)) if online else [(masked_key(a.api_key), a.base_url) for a in config.accounts]
+    found = asyncio.run(probe(config)) if online else [(told_credentials(a), a.base_url) for a in config.accounts]
     rows: list[tuple[str, ...]] = [("account", "kind", *(ONLINE_COLUMNS if online else ("key", "upstream")))]
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
-    for line in config.unused:
-        click.echo(line)
+    click.echo(render_table(rows))
+    if any(account.kind == "cloudcode" for account in config.accounts):
+        click.echo(TERMS)
     if any(row[0] == "no" for row in found):
         sys.exit(1)
+
+
+TERMS = (
+    "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts have "
+    "been closed for it. API keys (kind gemini) are the recommended kind."
+)
+
+
+def told_credentials(account: Account) -> str:
+    if account.kind == "gemini":
+        return masked_key(account.api_key)
+    if account.service_account:
+        return "service account"
+    return "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
+
+
+def render_table(rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(lines)
 
 
 ONLINE_COLUMNS = ("reachable", "models", "remedy")
@@ -6797,6 +8151,182 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
             ensure_ascii=False,
         )
     )
+
+
+# ---- the running gateway
+
+
+Where = tuple[str | None, str | None, int | None]
+
+
+def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
+    """What the running gateway answers under /agproxy/. Raises Unusable."""
+    import urllib.error
+    import urllib.request
+
+    accounts, host, port = where
+    config = configured(accounts, host, port, with_accounts=False)
+    url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
+    request = urllib.request.Request(url, None if body is None else dump_bytes(body))
+    if config.api_key:
+        request.add_header("Authorization", f"Bearer {config.api_key[0].key}")
+    try:
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+            return parse_json(response.read())
+    except urllib.error.HTTPError as refused:
+        told = (parse_json(refused.read()) or {}).get("error") or {}
+        code = str(told.get("code") or "server_error")
+        raise Unusable(str(told.get("message") or refused), code) from None
+    except OSError:
+        text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
+        raise Unusable(text, "no_gateway") from None
+
+
+def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that find the running gateway, as one argument `where`."""
+
+    @functools.wraps(command)
+    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
+        command(where=(accounts, host, port), **more)
+
+    return accounts_option(host_option(port_option(with_where)))
+
+
+@main.command("status")
+@gateway_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
+def print_status(where: Where, as_json: bool, watch: bool) -> None:
+    """Show what each account of the running gateway does, who rests until when and why, and what was used."""
+    while True:
+        told = ask_gateway(where, "status")
+        text = json.dumps(told, indent=2, ensure_ascii=False) if as_json else status_table(told["accounts"])
+        if watch:
+            click.clear()
+        click.echo(text)
+        if not watch:
+            return
+        time.sleep(2)
+
+
+def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
+    """A line an account, and one for each model that it was asked for."""
+    rows = [("account", "kind", "model", "in flight", "requests/min", "requests/day", "tokens/day", "state")]
+    for one in accounts:
+        shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
+        shared += [f"seems to share with {', '.join(one['seems_to_share_with'])}"] if one["seems_to_share_with"] else []
+        about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
+        rows.append((*about, "; ".join([one["state"], *shared])))
+        for model in one["models"]:
+            counts = (
+                f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in TABLE_QUOTAS
+            )
+            rows.append(("", "", model["model"], "", *counts, model["state"]))
+    return render_table(rows)
+
+
+TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
+
+
+@main.command("pool")
+@gateway_options
+@click.argument("action", type=click.Choice(POOL_ACTIONS))
+@click.argument("name", metavar="NAME[/MODEL]")
+def steer_pool(where: Where, action: str, name: str) -> None:
+    """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
+    account, _, model = name.partition("/")
+    click.echo(
+        status_table(ask_gateway(where, "pool", {"action": action, "account": account, "model": model})["accounts"])
+    )
+
+
+@main.command("why")
+@gateway_options
+@click.argument("id")
+def print_why(where: Where, id: str) -> None:
+    """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
+    told = ask_gateway(where, f"why/{id}")
+    decisions = told.pop("decisions")
+    click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
+    for number, step in enumerate(decisions, 1):
+        waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
+        click.echo(
+            f"{number}. {step['model']}{waited}: {step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
+        )
+        for account, state in step["considered"].items():
+            click.echo(f"   {account} {state}")
+
+
+@main.command("reload")
+@gateway_options
+def reload_gateway(where: Where) -> None:
+    """Have the running gateway read its accounts file again."""
+    click.echo(f"{ask_gateway(where, 'reload', {})['accounts']} accounts")
+
+
+# ---- login
+
+
+@main.command("login")
+@accounts_option
+@click.option(
+    "--paste", is_flag=True, help="For a machine without a browser: paste the address that the browser ends at."
+)
+@click.argument("name")
+def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
+    """Log in to Google for the account NAME, by its own OAuth client; the token is kept beside the accounts file."""
+    config = configured(accounts)
+    account = next((account for account in config.accounts if account.name == name), None)
+    if account is None or not account.client_id or not account.credentials.endswith(".token.json"):
+        text = "needs its client_id and client_secret in the accounts file, and neither credentials nor refresh_token"
+        raise Unusable(f"To log in, '{name}' {text}. Mend that.", "config_invalid")
+    try:
+        token = asyncio.run(log_in(account, config, paste))
+    except UpstreamError as error:
+        raise Unusable(error.message, "login_failed") from None
+    path = Path(account.credentials)
+    about = {"type": "authorized_user", **{key: getattr(account, key) for key in USER_KEYS}, "refresh_token": token}
+    write_private(path, json.dumps(about, indent=2))
+    click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all."""
+    made = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    with os.fdopen(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+        file.write(text)
+    made.replace(path)
+
+
+async def log_in(account: Account, config: Config, paste: bool) -> str:
+    """The refresh token that the user grants in a browser. Raises UpstreamError.
+
+    Source: https://developers.google.com/identity/protocols/oauth2/native-app
+    """
+    state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
+    async with contextlib.AsyncExitStack() as stack:
+        come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+        async def hear(http: web.Request) -> web.Response:
+            if http.query.get("state") == state and not come.done():
+                come.set_result(str(http.rel_url))
+            return web.Response(text="agproxy has heard; this page may be closed.")
+
+        app = web.Application()
+        app.router.add_get("/", hear)
+        port = 1 if paste else await listen(app, "127.0.0.1", 0, stack)
+        redirect = f"http://127.0.0.1:{port}/"
+        click.echo(
+            f"Open this in a browser, and let {account.name} in:\n{login_url(account, redirect, state, verifier)}"
+        )
+        if paste:
+            answer = await asyncio.to_thread(click.prompt, "The address that the browser ends at (it shows no page)")
+        else:
+            answer = await come
+        code = login_code(answer, state)
+        upstream = Upstream(replace(config, accounts=()))
+        stack.push_async_callback(upstream.close)
+        return await upstream.credentials.redeem(account, code, redirect, verifier)
 
 
 @main.command("env")

@@ -9,6 +9,8 @@ from typing import Any
 
 from aiohttp import web
 
+import antigravity_proxy as agproxy
+
 sys.path.insert(0, str(Path(__file__).parent / "gemini_schema"))
 from check_gemini import validate
 
@@ -17,13 +19,25 @@ OWN_OUTPUT = {"p_snake_case", "p_single_for_list", "empty_text", "roles_alternat
 Step = list[dict[str, Any]] | tuple[int, dict[str, Any]]
 
 
-def findings(body: Any, model: str, type_: str = "GenerateContentRequest") -> list[Any]:
+KINDS = ("gemini", "vertex", "cloudcode")
+
+
+def account_of(kind: str, name: str, url: str, **more: Any) -> agproxy.Account:
+    """An account at the fake, whose key, or refresh token, is `key-NAME`."""
+    if kind == "gemini":
+        return agproxy.Account(name, f"key-{name}", url, **more)
+    login = {"client_id": "id", "client_secret": "secret", "refresh_token": f"key-{name}", "token_url": f"{url}/token"}
+    project = {"project": "p"} if kind == "vertex" else {}
+    return agproxy.Account(name, "", url, kind, **(login | project | more))
+
+
+def findings(body: Any, model: str, type_: str = "GenerateContentRequest", api: str = "gemini") -> list[Any]:
     """What Google would refuse in a body, and what the gateway's own must not have either.
 
     Words of the user's may follow results as a content of their own: beside them they are refused by Gemini 3.6.
     A text may be empty where it carries a signature, which must go back where it came from.
     """
-    found = validate(body, type_, model=model, enable=OWN_OUTPUT)
+    found = validate(body, type_, model=model, enable=OWN_OUTPUT, api=api)
     return [one for one in found if not is_meant(body, one)]
 
 
@@ -69,6 +83,8 @@ class FakeGemini:
     """Plays `script`, one step a call; `keys` and `bodies` hold what was received.
 
     With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream, `silence_s` before an answer.
+    It is all three upstreams: the Gemini API, Vertex AI and v1internal, and a token endpoint, whose script is `tokens`
+    (a refusal, or seconds of silence, a call), and which takes back what is in `revoked`.
     """
 
     def __init__(self) -> None:
@@ -83,7 +99,18 @@ class FakeGemini:
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
         self.models: Any = ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3-flash-preview"]
+        self.tokens: list[tuple[int, Any] | float] = []
+        self.revoked: set[str] = set()
+        self.forms: list[dict[str, str]] = []
+        self.service: dict[str, Any] = {
+            "loadCodeAssist": {"currentTier": {"id": "free-tier"}, "cloudaicompanionProject": "p"}
+        }
+        self.asked: list[str] = []
         self.app = web.Application()
+        self.app.router.add_post("/token", self.token)
+        vertex = "/v1/projects/p/locations/global/publishers/google/models/{model_and_method:.+}"
+        self.app.router.add_post(vertex, self.handle)
+        self.app.router.add_route("*", "/v1internal{method:.+}", self.handle_internal)
         self.app.router.add_get("/v1beta/models", self.list_models)
         self.app.router.add_post("/v1beta/models/{model_and_method:.+}", self.handle)
 
@@ -102,10 +129,11 @@ class FakeGemini:
         texts = ["".join(part["text"] for part in one["content"]["parts"]) for one in body["requests"]]
         return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts], **self.beside})
 
-    def count(self, body: dict[str, Any], model: str) -> web.Response:
+    def count(self, body: dict[str, Any], model: str, api: str) -> web.Response:
         """As many tokens as there are words."""
-        assert body.pop("model") == f"models/{model}"
-        if found := findings(body, model):
+        body = body.get("generateContentRequest") or body.get("request") or body
+        assert body.pop("model", f"models/{model}") == f"models/{model}"
+        if found := findings(body, model, api=api):
             return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         texts = [
             part["text"]
@@ -114,16 +142,45 @@ class FakeGemini:
         ]
         return web.json_response({"totalTokens": sum(len(text.split()) for text in texts)})
 
+    async def token(self, request: web.Request) -> web.Response:
+        self.forms.append({key: str(value) for key, value in (await request.post()).items()})
+        step = self.tokens.pop(0) if self.tokens else 0.0
+        if isinstance(step, tuple):
+            return web.json_response(step[1], status=step[0])
+        await asyncio.sleep(step)
+        told = f"{self.forms[-1].get('refresh_token', 'key-service')}:{len(self.forms)}"
+        return web.json_response({"access_token": told, "expires_in": "3599", "token_type": "Bearer"})
+
+    async def handle_internal(self, request: web.Request) -> web.StreamResponse:
+        method = request.match_info["method"].strip(":/")
+        self.asked.append(method)
+        if method in self.service:
+            return web.json_response(self.service[method])
+        return await self.handle(request)
+
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
-        model, _, method = request.match_info["model_and_method"].partition(":")
-        self.keys.append(request.headers.get("x-goog-api-key", ""))
+        body, api = await request.json(), "gemini" if request.path.startswith("/v1beta/") else "v1internal"
+        wrapped = "method" in request.match_info
+        model, _, method = request.match_info.get("model_and_method", "").partition(":")
+        if wrapped:
+            method = request.match_info["method"].strip(":")
+            model = body.get("model", "")
+            if method != "countTokens" and (refused := validate(body, "CodeAssistGenerateContentRequest")):
+                return web.json_response(error(400, "INVALID_ARGUMENT", refused[0].server)[1], status=400)
+            assert body.get("project", "p") == "p"
+            body = body["request"]
+        bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        self.keys.append(request.headers.get("x-goog-api-key", "") or bearer.split(":")[0])
+        if bearer in self.revoked or (api != "gemini" and not bearer):
+            return web.json_response(
+                error(401, "UNAUTHENTICATED", "Invalid authentication credentials.")[1], status=401
+            )
         self.bodies.append(body)
         if method == "batchEmbedContents":
             return self.embed(body, model)
         if method == "countTokens":
-            return self.count(body["generateContentRequest"], model)
-        if found := findings(body, model):
+            return self.count(body, model, api)
+        if found := findings(body, model, api=api):
             return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
         if self.answer_first_tool:
@@ -134,6 +191,7 @@ class FakeGemini:
             return web.json_response(step[1], status=step[0])
         if method == "generateContent":
             return web.json_response(whole(step))
+        step = [{"response": chunk, "traceId": "1"} for chunk in step] if wrapped else step
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         for chunk in step:

@@ -85,10 +85,73 @@ def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:
     assert all(part in str(caught.value) for part in said), str(caught.value)
 
 
-def test_keys_without_effect_are_named() -> None:
-    assert loaded("proxy:\n  max_wait_s: 5\n").unused == ("f.yaml:2: 'proxy.max_wait_s' is not used yet.",)
-
-
 def test_keys_are_never_shown() -> None:
     config = loaded("proxy: {api_key: s3cret}\naccounts: [{name: a, api_key: s3cret}]\n")
     assert "s3cret" not in repr(config)
+
+
+# ---- kinds of accounts
+
+USER = '{"type": "authorized_user", "client_id": "i", "client_secret": "s", "refresh_token": "r"}'
+SERVICE = '{"type": "service_account", "client_email": "e", "private_key": "k", "token_uri": "https://t.example"}'
+
+
+def account(text: str, **files: str) -> agproxy.Account:
+    known = {f"/etc/{name}.json": content for name, content in files.items()}
+    rows = f"accounts: [{{name: me, {text}}}]\n"
+    env = {"HOME": "/etc"}
+    return agproxy.load_config(rows, "/etc/f.yaml", env, read=lambda path: known.get(str(path))).accounts[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("kind: vertex, project: p, credentials: user.json", {"refresh_token": "r", "location": "global"}),
+        ("kind: vertex, project: p, credentials: ~/user.json, refresh_token: own", {"refresh_token": "own"}),
+        ("kind: vertex, project: p, credentials: user.json", {"base_url": "https://aiplatform.googleapis.com"}),
+        (
+            "kind: vertex, project: p, location: europe-west1, credentials: user.json",
+            {"base_url": "https://europe-west1-aiplatform.googleapis.com"},
+        ),
+        ("kind: vertex, project: p, credentials: service.json", {"service_account": SERVICE, "client_id": ""}),
+        ("kind: vertex, project: p, credentials: service.json", {"token_url": "https://t.example"}),
+        ("kind: cloudcode, client_id: i, client_secret: s", {"credentials": "/etc/me.token.json", "project": ""}),
+        ("kind: cloudcode, credentials: user.json", {"base_url": agproxy.CLOUDCODE_URL}),
+        ("kind: cloudcode, client_id: i, client_secret: s, refresh_token: r", {"credentials": ""}),
+        ("api_key: k, weight: 2, max_concurrency: 3, quota_group: g", {"weight": 2.0, "max_concurrency": 3}),
+        ("api_key: k, limits: {'*': {requests_per_day: 5}}", {"limits": {"*": {"requests_per_day": 5}}}),
+    ],
+)
+def test_what_the_keys_of_an_account_mean(text: str, expected: dict[str, Any]) -> None:
+    made = account(text, user=USER, service=SERVICE)
+    assert {name: getattr(made, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("kind: gemini, api_key: k, project: p", "has no use for `project`"),
+        ("kind: vertex, api_key: k", "has no use for `api_key`"),
+        ("kind: vertex, credentials: user.json", "needs a `project`"),
+        ("kind: cloudcode", "needs `credentials: FILE`, or the `client_id` and `client_secret`"),
+        ("kind: cloudcode, client_id: i", "needs `credentials: FILE`"),
+        ("kind: cloudcode, credentials: gone.json", "names /etc/gone.json, which cannot be read"),
+        ("kind: cloudcode, credentials: bad.json", "has /etc/bad.json, which is no authorized_user"),
+        ("kind: vertex, project: p, location: a.b/c, credentials: user.json", "has the location 'a.b/c'"),
+        ("api_key: k, weight: 0", "must be a number from 0.01"),
+        ("api_key: k, limits: {'*': {requests_a_day: 5}}", "unknown key 'requests_a_day' (requests_per_day?)"),
+    ],
+)
+def test_an_account_that_cannot_be_says_why(text: str, said: str) -> None:
+    with pytest.raises(agproxy.ConfigError) as caught:
+        account(text, user=USER, service=SERVICE, bad='["x"]')
+    assert said in str(caught.value)
+    assert "/etc/f.yaml:1:" in str(caught.value)
+
+
+def test_credentials_are_never_shown() -> None:
+    for made in (
+        account("kind: cloudcode, credentials: user.json", user=USER.replace('"r"', '"s3cret"')),
+        account("kind: vertex, project: p, credentials: service.json", service=SERVICE.replace('"k"', '"s3cret"')),
+    ):
+        assert "s3cret" not in repr(made)

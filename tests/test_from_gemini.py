@@ -3,10 +3,12 @@
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_gemini import error, said
+import yaml
+from fake_gemini import error, said, validate
 
 import antigravity_proxy as agproxy
 
@@ -95,6 +97,35 @@ def test_what_an_error_body_means(
 ) -> None:
     made = agproxy.classify_error(status, body)
     assert (type(made), made.code, said in made.message) == (kind, code, True)
+
+
+# ---- each error body of the upstreams
+
+NOON = 1768507200.0  # 2026-01-15 in Los Angeles
+ERRORS = yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())
+
+
+@pytest.mark.parametrize("row", ERRORS, ids=[row["about"] for row in ERRORS])
+def test_the_class_of_an_error_and_its_wait(row: dict[str, Any]) -> None:
+    made = agproxy.classify_error(row["status"], row["body"], row.get("retry_after", ""))
+    assert (type(made).__name__, made.rests, made.limit) == (row["class"], row["rests"], row.get("limit"))
+    assert row.get("says", "") in made.message
+    if made.rests == "nobody":
+        assert made.retry_after_s == row.get("wait")
+    else:
+        assert made.quota == row.get("quota", "model")
+        assert agproxy.rest_of(made, 0, NOON) == pytest.approx(row["wait"])
+
+
+def test_the_error_bodies_are_such_as_google_sends() -> None:
+    bodies = [row["body"] for row in ERRORS if isinstance(row["body"], dict) and row["about"] != ERRORS[-1]["about"]]
+    assert len(bodies) > 25
+    assert [validate(body, "ErrorBody") for body in bodies] == [[] for _ in bodies]
+
+
+def test_without_a_word_the_rest_grows_from_probe_to_probe_up_to_an_hour() -> None:
+    slow = agproxy.RateLimited("Slow down.")
+    assert [agproxy.rest_of(slow, strikes, NOON) for strikes in (0, 1, 2, 10, 2000 // 2)] == [5, 10, 20, 3600, 3600]
 
 
 def test_a_key_in_an_error_is_masked() -> None:

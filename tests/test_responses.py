@@ -37,7 +37,7 @@ async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
 
 @pytest.fixture
 async def client(start: Start) -> TestClient:
-    return await start()
+    return await start(max_wait_s=0)
 
 
 @pytest.fixture

@@ -10,15 +10,16 @@ import openai
 import pytest
 from aiohttp.test_utils import TestServer
 from conftest import HELLO
-from fake_gemini import FakeGemini, error, said
+from fake_gemini import KINDS, FakeGemini, account_of, error, said
 from pydantic import BaseModel
 
 import antigravity_proxy as agproxy
 
 
-@pytest.fixture
-async def ai(gemini: FakeGemini) -> AsyncIterator[openai.AsyncOpenAI]:
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
+@pytest.fixture(params=KINDS)
+async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
+    """A client of a gateway with one account, of each kind."""
+    app = await agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
     async with TestServer(app) as server:
         base_url = str(server.make_url("/v1"))
         async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
@@ -59,7 +60,11 @@ async def test_a_pydantic_model_is_parsed(ai: openai.AsyncOpenAI, gemini: FakeGe
     assert made.choices[0].message.parsed == wanted
     config = gemini.bodies[0]["generationConfig"]
     assert config["responseMimeType"] == "application/json"
-    assert config["responseJsonSchema"]["$defs"]["Step"]["required"] == ["explanation", "output"]
+    if "responseJsonSchema" in config:  # Vertex takes Google's Schema, without references
+        assert config["responseJsonSchema"]["$defs"]["Step"]["required"] == ["explanation", "output"]
+    else:
+        steps = config["responseSchema"]["properties"]["steps"]
+        assert steps["items"]["required"] == ["explanation", "output"]
 
 
 async def test_a_pydantic_model_beside_tools_is_asked_for_as_a_call_where_json_cannot_be(
@@ -179,6 +184,7 @@ async def test_the_choices_of_a_stream_are_told_apart(ai: openai.AsyncOpenAI, ge
 
 
 @pytest.mark.parametrize("count", [1, 3, 230])
+@pytest.mark.parametrize("ai", ["gemini"], indirect=True)
 async def test_embeddings_come_in_order_and_at_length_one(
     count: int, ai: openai.AsyncOpenAI, gemini: FakeGemini
 ) -> None:
@@ -194,6 +200,7 @@ async def test_embeddings_come_in_order_and_at_length_one(
     assert [len(body["requests"]) for body in gemini.bodies] == [100] * (count // 100) + [count % 100]
 
 
+@pytest.mark.parametrize("ai", ["gemini"], indirect=True)
 async def test_embeddings_as_numbers_and_as_base64_are_the_same(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
     gemini.models = ["gemini-embedding-001"]
     asked: Any = {"model": "text-embedding-3-small", "input": "xx"}
@@ -320,6 +327,7 @@ async def test_each_error_body_has_its_openai_class(
     assert caught.value.response.headers.get("X-Should-Retry") == ("false" if kind == "insufficient_quota" else None)
 
 
+@pytest.mark.parametrize("ai", ["gemini"], indirect=True)
 async def test_usage_of_no_known_form_does_not_lose_the_vectors(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
     gemini.models, gemini.beside = ["gemini-embedding-001"], {"usageMetadata": [5]}
     made = await ai.embeddings.create(model="text-embedding-3-small", input="x")

@@ -22,7 +22,7 @@ from fake_gemini import FakeGemini, error, said
 def file(tmp_path: Path, gemini: FakeGemini) -> str:
     path = tmp_path / "two.yaml"
     accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
-    path.write_text("\n".join(["accounts:", *accounts, ""]))
+    path.write_text("\n".join(["proxy: {strategy: fill_first, max_wait_s: 0}", "accounts:", *accounts, ""]))
     return str(path)
 
 
@@ -83,7 +83,7 @@ async def test_completions_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini
     ("steps", "expected"),
     [
         ([error(400, "INVALID_ARGUMENT", "No.")], openai.BadRequestError),
-        ([error(404, "NOT_FOUND", "No such model.")], openai.NotFoundError),
+        ([error(404, "NOT_FOUND", "No such model.")] * 2, openai.NotFoundError),
         ([error(429, "RESOURCE_EXHAUSTED", "Slow down.")] * 2, openai.RateLimitError),
         ([error(401, "UNAUTHENTICATED", "Who?")] * 2, openai.InternalServerError),
         ([error(503, "UNAVAILABLE", "Overloaded.")] * 3, openai.InternalServerError),
@@ -223,7 +223,8 @@ async def test_what_is_to_leave_nothing_on_disk_leaves_nothing(
     store: str, serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
 ) -> None:
     config = tmp_path / "two.yaml"
-    config.write_text(config.read_text() + ("" if store == "--demo" else f"proxy: {{store: {store}}}\n"))
+    if store != "--demo":
+        config.write_text(config.read_text().replace("proxy: {", f"proxy: {{store: {store}, "))
     served = await serve(*(["--demo"] if store == "--demo" else ["--accounts", file]), "--port", "0")
     shown = {"--demo": "memory"}.get(store, store).replace("~", str(tmp_path))
     assert await served.wait_for(r"store +(\S+)") == shown

@@ -1,0 +1,294 @@
+"""The pool of a served process: what survives kill -9, what a reload keeps, and what a person sees and steers."""
+
+import asyncio
+import json
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+from conftest import HELLO, Serve
+from fake_gemini import KINDS, FakeGemini, error, said
+
+import antigravity_proxy as agproxy
+
+ERRORS = {row["about"]: row for row in yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())}
+DAY = ERRORS["a day's requests of the free tier, with a RetryInfo that tells nothing"]
+USED_UP = (429, DAY["body"])
+Write = Callable[..., None]
+
+
+@pytest.fixture
+def write(tmp_path: Path, gemini: FakeGemini) -> Write:
+    """Writes accounts.yaml with the named accounts."""
+
+    def write(*names: str, proxy: str = "", more: str = "") -> None:
+        rows = "".join(f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'{more}}}\n" for name in names)
+        text = f"proxy: {{strategy: fill_first, port: 0{proxy}}}\naccounts:\n{rows}"
+        (tmp_path / "new.yaml").write_text(text)
+        (tmp_path / "new.yaml").replace(tmp_path / "accounts.yaml")
+
+    return write
+
+
+async def ask(base_url: str) -> tuple[int, str, Any]:
+    async with aiohttp.ClientSession() as session, session.post(f"{base_url}/chat/completions", json=HELLO) as answer:
+        return answer.status, answer.headers.get("X-Account-Email", ""), await answer.json()
+
+
+def is_written(folder: Path, word: bytes) -> bool:
+    return any(word in path.read_bytes() for path in folder.glob("state.sqlite3*"))
+
+
+async def command(base_url: str, *words: str, **env: str) -> Result:
+    port = base_url.rsplit(":", 1)[1].removesuffix("/v1")
+    arguments = [words[0], "--port", port, *words[1:]]
+    return await asyncio.to_thread(CliRunner().invoke, agproxy.main, arguments, env=env)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "terminate"])
+async def test_a_day_that_is_used_up_is_remembered(
+    how: signal.Signals, serve: Serve, write: Write, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    write("a", "b", proxy=", store: ./state.sqlite3")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [USED_UP, said("b")]
+    assert (await ask(base_url))[:2] == (200, "b")
+    for _ in range(100):  # it is written at once, but beside the answer
+        if is_written(tmp_path, b"requests_per_day"):
+            break
+        await asyncio.sleep(0.05)
+    served.process.send_signal(how)
+    await served.process.wait()
+    assert (tmp_path / "state.sqlite3").stat().st_mode & 0o777 == 0o600
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.keys.clear()
+    gemini.script = [said("b")]
+    assert (await ask(base_url))[:2] == (200, "b")
+    assert gemini.keys == ["key-b"]
+    shown = await command(base_url, "status")
+    assert re.search(r"gemini-2.5-flash .*/50 .*rests for \d{3,5} s \(requests_per_day\): You exceeded", shown.output)
+
+
+async def test_a_store_that_cannot_be_opened_stops_nothing(serve: Serve, write: Write, gemini: FakeGemini) -> None:
+    write("a", proxy=", store: /proc/none/state.sqlite3")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said("a")]
+    assert (await ask(base_url))[0] == 200
+    assert await served.wait_for(r"state.sqlite3 (cannot be used)")
+
+
+async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, gemini: FakeGemini) -> None:
+    write("a", "b")
+    served = await serve("--log-level", "warning")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.echo, gemini.pause_s = True, 0.02
+    names = [["c", "a"], ["a"], ["b", "a", "c"], ["c"]]
+    ended: list[int] = []
+
+    async def load() -> None:
+        async with aiohttp.ClientSession() as session:
+            for stream in (True, False) * 20:
+                async with session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": stream}) as answer:
+                    text = await answer.text()
+                    ended.append(answer.status if ("[DONE]" in text) == stream and '"error"' not in text else 0)
+
+    async def edit() -> None:
+        for number, some in enumerate(names * 2):
+            write(*some)
+            if number % 2:
+                served.process.send_signal(signal.SIGHUP)
+            else:
+                assert (await command(base_url, "reload")).output == f"{len(some)} accounts\n"
+            await asyncio.sleep(0.15)
+
+    await asyncio.gather(edit(), *(load() for _ in range(8)))
+    assert ended == [200] * 320
+    assert {"key-a", "key-b", "key-c"} == set(gemini.keys)
+
+
+async def test_a_changed_file_is_read_by_itself_and_a_bad_one_changes_nothing(
+    serve: Serve, write: Write, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    write("a", "b")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow down."), said("b")]
+    assert (await ask(base_url))[1] == "b"
+    write("a", "c")
+    await served.wait_for(r"(the config was read again: 2 accounts)")
+    gemini.script = [said("c")]
+    assert (await ask(base_url))[1] == "c"  # a did not change, and rests still
+    (tmp_path / "accounts.yaml").write_text("accounts:\n  - {name: a, api_kee: x}\n")
+    await served.wait_for(r"(the config stays as it was: accounts.yaml:2: unknown key 'api_kee')")
+    told = await command(base_url, "reload")
+    assert (told.exit_code, "accounts.yaml:2: unknown key" in told.output) == (2, True)
+    gemini.script = [said("c")]
+    assert (await ask(base_url))[1] == "c"
+    write("a", proxy=", allow_lan_access: true, auth_mode: off")
+    told = await command(base_url, "reload")
+    assert "Where it listens changed" in told.output
+
+
+async def test_a_login_is_taken_by_a_running_gateway(serve: Serve, gemini: FakeGemini, tmp_path: Path) -> None:
+    account = f"base_url: '{gemini.url}', token_url: '{gemini.url}/token'"
+    rows = f"[{{name: me, kind: cloudcode, client_id: i, client_secret: s, {account}}}]"
+    (tmp_path / "accounts.yaml").write_text(f"accounts: {rows}\nproxy: {{port: 0, max_wait_s: 0}}\n")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    status, _, body = await ask(base_url)
+    assert (status, "Run `agproxy login me`" in body["error"]["message"]) == (502, True)
+    about = {"client_id": "i", "client_secret": "s", "refresh_token": "key-me"}
+    agproxy.write_private(tmp_path / "me.token.json", json.dumps(about))
+    await served.wait_for(r"(the config was read again)")
+    gemini.script = [said("me")]
+    assert (await ask(base_url))[:2] == (200, "me")
+
+
+async def test_what_a_person_sees_and_steers(serve: Serve, write: Write, gemini: FakeGemini) -> None:
+    write("a", "b", more=", quota_group: p")
+    served = await serve("--log-level", "info")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [error(503, "UNAVAILABLE", "Busy."), said("b")]
+    assert (await ask(base_url))[1] == "b"
+    id = await served.wait_for(r"(req_\w+)")
+    told = (await command(base_url, "why", id)).output
+    assert re.search(r"account=b attempts=2 status=200", told)
+    assert "1. gemini-2.5-flash: a -> Overloaded: Busy.\n   a is ready\n   b is ready\n" in told
+    assert "2. gemini-2.5-flash: b -> answered\n   a was tried\n   b is ready\n" in told
+    assert "[unknown_url]" in (await command(base_url, "why", "req_none")).output
+    assert "A person paused it" in (await command(base_url, "pool", "pause", "a")).output
+    gemini.script = [said("b")]
+    assert (await ask(base_url))[1] == "b"
+    assert "paused" not in (await command(base_url, "pool", "resume", "a")).output
+    assert "A person paused it" in (await command(base_url, "pool", "pause", "b/gemini-2.5-flash")).output
+    gemini.script = [said("a")]
+    assert (await ask(base_url))[1] == "a"
+    await command(base_url, "pool", "resume", "b/gemini-2.5-flash")
+    gemini.script = [USED_UP]
+    status, _, body = await ask(base_url)
+    assert (status, body["error"]["code"]) == (429, "insufficient_quota")
+    steps = body["error"]["decisions"]
+    assert [(step["chosen"], step["answer"] is not None) for step in steps] == [("a", True), (None, False)]
+    assert "rests for" in steps[1]["considered"]["b"]
+    rows = json.loads((await command(base_url, "status", "--json")).output)["accounts"]
+    assert [(row["account"], row["quota_group"], row["in_flight"]) for row in rows] == [("a", "p", 0), ("b", "p", 0)]
+    assert "rests" not in (await command(base_url, "pool", "reset", "b")).output  # of the whole group
+    assert "no account's name" in (await command(base_url, "pool", "reset", "x")).output
+
+
+async def test_the_commands_need_the_key_where_one_is_needed(
+    serve: Serve, write: Write, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    write("a", proxy=", auth_mode: strict, api_key: k")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    told = await command(base_url, "status")
+    assert (told.exit_code, "[invalid_api_key]" in told.output) == (2, True)
+    known = {"AGPROXY_ACCOUNTS": str(tmp_path / "accounts.yaml")}
+    assert "gemini" in (await command(base_url, "status", **known)).output
+
+
+async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    told = await command("http://127.0.0.1:9/v1", "status", XDG_CONFIG_HOME=str(tmp_path))
+    assert (told.exit_code, "[no_gateway]" in told.output) == (2, True)
+
+
+async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aiohttp_client: Any) -> None:
+    config = agproxy.Config((agproxy.Account("a", "secret-key", gemini.url),))
+    client = await aiohttp_client(await agproxy.create_app(config))
+    shown = await client.get("/agproxy/status")
+    assert (shown.status, "secret" in await shown.text()) == (200, False)
+    page = await client.get("/agproxy/status", headers={"Origin": "http://localhost:3000"})
+    told = (await page.json())["error"]
+    assert (page.status, "Only programs on this machine" in told["message"]) == (403, True)
+    wrong = await client.get("/agproxy/pool")
+    assert (wrong.status, wrong.headers["Allow"]) == (405, "POST")
+    for body, param in (({"action": "stop", "account": "a"}, "action"), ({"action": "reset"}, "account")):
+        assert (await (await client.post("/agproxy/pool", json=body)).json())["error"]["param"] == param
+    assert (await (await client.post("/agproxy/reload")).json())["error"]["code"] == "config_invalid"
+
+
+# ---- the retry loop
+
+PRO = HELLO | {"model": "gemini-2.5-pro"}
+SOON = error(429, "RESOURCE_EXHAUSTED", "Please retry in 1s.")
+
+
+@pytest.mark.parametrize(
+    ("script", "settings", "status", "mapped", "attempts"),
+    [
+        ([USED_UP, said("x")], {}, 200, "gemini-2.5-flash", "2"),
+        ([error(404, "NOT_FOUND", "Gone."), said("x")], {}, 200, "gemini-2.5-flash", "2"),
+        ([error(503, "UNAVAILABLE", "Full.")] * 2 + [said("x")], {}, 200, "gemini-2.5-flash", "3"),
+        ([error(401, "UNAUTHENTICATED", "No.")], {}, 502, "gemini-2.5-pro", "1"),
+        ([SOON, said("x")], {"max_wait_s": 3}, 200, "gemini-2.5-pro", "2"),
+        ([USED_UP, USED_UP], {}, 429, "gemini-2.5-flash", "2"),
+    ],
+    ids=["exhausted", "gone", "full", "refused", "soon", "both"],
+)
+async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
+    script: list[Any],
+    settings: dict[str, Any],
+    status: int,
+    mapped: str,
+    attempts: str,
+    gemini: FakeGemini,
+    aiohttp_client: Any,
+) -> None:
+    accounts = (agproxy.Account("a", "k", gemini.url),)
+    chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
+    config = agproxy.Config(accounts, fallback=chain, **{"max_wait_s": 0, **settings})
+    client = await aiohttp_client(await agproxy.create_app(config))
+    gemini.script = list(script)
+    response = await client.post("/v1/chat/completions", json=PRO)
+    headers = response.headers
+    assert (response.status, headers["X-Mapped-Model"], headers["X-Attempts"]) == (status, mapped, attempts)
+    assert ("X-Agproxy-Changes" in headers) == (status == 200 and mapped != "gemini-2.5-pro")
+
+
+async def test_a_wait_is_given_up_when_it_is_long_and_the_limit_is_kept(
+    gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=1),)
+    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, max_wait_s=2)))
+    gemini.script = [said("x")] * 3
+    gemini.silence_s = 0.3
+    answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(3)))
+    assert [answer.status for answer in answers] == [200] * 3
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 20s.")]
+    response = await client.post("/v1/chat/completions", json=HELLO)
+    assert (response.status, 20 <= int(response.headers["Retry-After"]) <= 22) == (429, True)
+
+
+async def test_a_mixed_pool_gets_a_body_of_each_form(gemini: FakeGemini, aiohttp_client: Any) -> None:
+    from fake_gemini import account_of
+
+    accounts = tuple(account_of(kind, kind, gemini.url) for kind in KINDS)
+    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow.")] * 2 + [said('{"a": 1}')]
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+    response = await client.post("/v1/chat/completions", json=HELLO | {"response_format": form})
+    assert (response.status, response.headers["X-Account-Email"]) == (200, "cloudcode")
+    kept = ["responseJsonSchema" in body["generationConfig"] for body in gemini.bodies]
+    assert kept == [True, False, False]
+
+
+async def test_a_stream_that_ends_by_a_refusal_sends_the_account_to_rest(
+    gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
+    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    gemini.script = [[*said("half", reason=None), USED_UP[1]], said("b")]
+    await (await client.post("/v1/chat/completions", json=HELLO | {"stream": True})).read()
+    assert (await client.post("/v1/chat/completions", json=HELLO)).headers["X-Account-Email"] == "b"
