@@ -121,6 +121,8 @@ ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 LARGE_BYTES = 1 << 20
 DRAIN_S = 30.0
+BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
+KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
 FILES_KEPT = 64  # for what is not a request: listeners, the log, idle connections
 MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
@@ -138,6 +140,7 @@ CHUNK_LINE_MAX = 4096
 JOINED_BYTES_MAX = 64 << 10
 UNSENT_BYTES_MAX = 256 << 10
 UNSENT_CHECK_S = 0.02
+HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
@@ -415,7 +418,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, Forbidden, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
+# ├── Unauthorized, Forbidden, ModelNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
@@ -497,6 +500,12 @@ class BodyTooLarge(GatewayError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class BodyTooSlow(GatewayError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
 
 
 class UpstreamError(GatewayError):
@@ -626,6 +635,7 @@ class Timeouts:
     idle_s: float = 300.0
     total_s: float | None = None
     """None: as long as it takes."""
+    stall_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -647,6 +657,8 @@ class Config:
     media_hosts: tuple[str, ...] = ()
     images_in_text: bool = False
     timeouts: Timeouts = Timeouts()
+    heartbeat_s: float = 15.0
+    """0: none."""
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -860,7 +872,7 @@ def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
 
 CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
 TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
-    ("connect_s", "first_event_s", "idle_s", "total_s"), read_number(0.001, 86400)
+    ("connect_s", "first_event_s", "idle_s", "total_s", "stall_s"), read_number(0.001, 86400)
 )
 TRAIT_KEYS: Mapping[str, Kind] = {
     **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
@@ -887,6 +899,7 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "media_hosts": read_texts,
     "images_in_text": read_flag,
     "timeouts": read_section(TIMEOUT_KEYS),
+    "heartbeat_s": read_number(0, 3600),
 }
 MODELS_KEYS: Mapping[str, Kind] = {
     "default": read_text,
@@ -4385,7 +4398,7 @@ class Answer:
         self.first = first
         self._incoming = incoming
         self._reader = reader
-        self._late: UpstreamTimeout | None = None
+        self._late: UpstreamError | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
     def end_by(self, seconds: float) -> None:
@@ -4393,7 +4406,13 @@ class Answer:
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self._late = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
+        self.break_off(
+            UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
+        )
+
+    def break_off(self, error: UpstreamError) -> None:
+        """Ends the answer; unless it was whole, its last event says why."""
+        self._late = error
         self._incoming.abort()
 
     async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
@@ -4460,6 +4479,10 @@ class Merged:
                 return events
             sink(events)
         return [Ended(self._usage)]
+
+    def break_off(self, error: UpstreamError) -> None:
+        for answer in self._answers:
+            answer.break_off(error)
 
     def pause(self) -> None:
         for answer in self._answers:
@@ -4918,8 +4941,24 @@ class Gateway:
         self._config = config
         self._upstream = upstream
         self._tally = tally
-        self._running = 0
+        self._running: dict[asyncio.Task[Any] | None, Answer | Merged | None] = {}
+        """Each request's task, with its answer once that has begun."""
         self._running_max = running_max
+        self._draining = self._stopped = False
+
+    async def drain(self, seconds: float) -> None:
+        """Lets running answers finish; those that take longer end with an error, told in their client's form."""
+        self._draining = True
+        if self._running:
+            await asyncio.wait(list(filter(None, self._running)), timeout=seconds)
+        self._stopped = True
+        for task, answer in self._running.items():
+            if answer:
+                answer.break_off(STOPPED)
+            elif task:
+                task.cancel()
+        if self._running:
+            await asyncio.wait(list(filter(None, self._running)), timeout=1)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -4927,7 +4966,8 @@ class Gateway:
         given = http.headers.get("X-Request-Id") or http.headers.get("X-Client-Request-Id") or ""
         trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
         response: web.StreamResponse | None = None
-        self._running += 1
+        task = asyncio.current_task()
+        self._running[task] = None
         try:
             response = await self._route(http, trace)
         except GatewayError as error:
@@ -4938,12 +4978,12 @@ class Gateway:
             response = error_response(BadRequest("The body is nested too deep. Send flatter JSON."), trace)
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-            response = error_response(BadRequest(text), trace)
+            response = error_response(BadRequest(text, headers=CLOSE), trace)
         except Exception:
             log.exception("%s failed", trace.id)
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
-            self._running -= 1
+            del self._running[task]
             status = response.status if response else 499
             self._tally.add(trace, status)
             if log.isEnabledFor(logging.INFO):
@@ -4966,7 +5006,9 @@ class Gateway:
         if http.method != METHODS[route] and (http.method, METHODS[route]) != ("HEAD", "GET"):
             text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
-        if self._running > self._running_max:
+        if self._draining:
+            raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
+        if len(self._running) > self._running_max:
             text = f"The gateway serves {self._running_max} requests at once, as its limit of open files allows."
             raise Overloaded(f"{text} Try again later, or raise it (ulimit -n).")
         if route == "healthz":
@@ -4974,7 +5016,8 @@ class Gateway:
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
         if route == "embeddings":
-            return await self._embed(parse_body(await read_body_of(http)), trace)
+            with self._unless_stopped():
+                return await self._embed(parse_body(await read_body_of(http)), trace)
         return await self._answer(http, trace)
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
@@ -5047,16 +5090,37 @@ class Gateway:
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
     async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
-        stream, answer, renderer, payloads = await self._begin(http, trace)
+        client = ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
         try:
-            if stream:
-                return await self._stream(http, trace, answer, renderer, payloads)
-            return await self._whole(trace, answer, renderer, payloads)
+            with self._unless_stopped():
+                stream, answer, renderer, payloads = await self._begin(http, trace, client)
+            self._running[asyncio.current_task()] = answer
+            try:
+                if stream:
+                    return await self._stream(client, trace, answer, renderer, payloads)
+                return await self._whole(trace, answer, renderer, payloads)
+            finally:
+                answer.close()
+        except GatewayError as error:
+            if not client.begun:
+                raise
+            trace.error = error.code or error.type
+            return await client.fail(error)
         finally:
-            answer.close()
+            client.close()
+
+    @contextlib.contextmanager
+    def _unless_stopped(self) -> Iterator[None]:
+        """Raises what a drain cut off as an error, so that the client is told."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            raise STOPPED from None
 
     async def _begin(
-        self, http: web.Request, trace: Trace
+        self, http: web.Request, trace: Trace, client: ClientStream
     ) -> tuple[bool, Answer | Merged, Renderer, Mapping[str, bytes]]:
         """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
         parse, form = DOORS[trace.route]
@@ -5064,16 +5128,17 @@ class Gateway:
         data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
         body = parse_body(data)
         parsed = parse(body)
+        first = parsed[0] if isinstance(parsed, list) else parsed
+        trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
+        trace.model = first.model
+        told = (first.include_usage, self._config.images_in_text, time.time)
+        renderer = form(Head(trace.id[4:], int(time.time()), first.model, *told), body)
+        if first.stream:
+            client.hold(renderer)
         prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
         if payloads:
             prompts = [replace(prompt, payloads=payloads) for prompt in prompts]
-        first = prompts[0]
-        trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
-        trace.model = first.model
         trace.mapped_model = await self._upstream.resolve(first.model)
-        told = (first.include_usage, self._config.images_in_text, time.time)
-        head = Head(trace.id[4:], int(time.time()), first.model, *told)
-        renderer = form(head, body)
         answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
         return first.stream, answer, renderer, payloads
 
@@ -5091,7 +5156,7 @@ class Gateway:
 
     async def _stream(
         self,
-        http: web.Request,
+        client: ClientStream,
         trace: Trace,
         answer: Answer | Merged,
         renderer: Renderer,
@@ -5103,12 +5168,8 @@ class Gateway:
             return with_payloads(frames, payloads) if payloads else frames
 
         begun = render(answer.first)
-        headers = trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
-        response = web.StreamResponse(headers=headers)
-        response.content_type = "text/event-stream"
-        await response.prepare(http)
+        response = await client.open(answer)
         trace.first_byte = time.monotonic()
-        client = ClientStream(http, answer)
         client.write(begun)
         last = await answer.flow(lambda events: client.write(render(events)))
         if last and isinstance(last[-1], Ended):
@@ -5122,33 +5183,104 @@ class Gateway:
 class ClientStream:
     """A client's side of a stream: one write a read, and no more reads while the client does not take what was written.
 
+    Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
     aiohttp's own `write` costs a task switch and a wait each; what it would send is written to the transport here.
     """
 
-    def __init__(self, http: web.Request, answer: Answer | Merged) -> None:
+    def __init__(self, http: web.Request, config: Config, headers: Callable[[], dict[str, str]]) -> None:
+        self.begun = False
+        """Whether the head went out, or is about to."""
+        self._http = http
         self._transport = http.transport
         self._framed = http.version >= (1, 1)
-        self._answer = answer
+        self._headers = headers
+        self._beat_s, self._stall_s = config.heartbeat_s, config.timeouts.stall_s
+        self._renderer: Renderer | None = None
+        self._answer: Answer | Merged | None = None
+        self._opening: asyncio.Task[web.StreamResponse] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
         self._stalled = False
+        self._silent = False
+        """Nothing was written since the last look."""
+
+    # ---- its head, and its end
+
+    def hold(self, renderer: Renderer) -> None:
+        """From now on a heartbeat may begin the stream, and then an error is told in it."""
+        self._renderer = renderer
+        if self._beat_s:
+            self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
+
+    async def open(self, answer: Answer | Merged | None) -> web.StreamResponse:
+        self._answer = answer
+        self.begun = True
+        return await (self._opening or self._prepare())
+
+    async def _prepare(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._headers() | {"Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+        await response.prepare(self._http)
+        return response
+
+    async def fail(self, error: GatewayError) -> web.StreamResponse:
+        """Ends a stream that only heartbeats have begun."""
+        response = await self.open(None)
+        assert self._renderer
+        await response.write_eof(encoded(self._renderer.render_all([Started(), Failed(error)])))
+        return response
+
+    def close(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        if self._opening:
+            self._opening.cancel()
+
+    def _beat(self) -> None:
+        """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
+        if not self.begun:
+            self.begun = True
+            self._opening = asyncio.create_task(self._prepare())
+            self._opening.add_done_callback(self._opened)
+        elif self._silent and not self._stalled:
+            self.write(HEARTBEAT)
+        else:
+            self._silent = True
+        self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
+
+    def _opened(self, opening: asyncio.Task[web.StreamResponse]) -> None:
+        if not opening.cancelled() and not opening.exception():
+            self.write(HEARTBEAT)
+
+    # ---- what goes through
 
     def write(self, data: bytes) -> None:
         transport = self._transport
         if not data or transport is None or transport.is_closing():
             return  # whoever is gone gets nothing; aiohttp cancels the handler
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
-        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+        self._silent = False
+        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX and self._answer:
             self._stalled = True
             self._answer.pause()
-            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
+            self._watch(transport, math.inf, 0.0)
 
-    def _resume(self, transport: asyncio.Transport) -> None:
-        if transport.get_write_buffer_size() > UNSENT_BYTES_MAX // 4 and not transport.is_closing():
-            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
-        else:
+    def _watch(self, transport: asyncio.Transport, unsent: float, since: float) -> None:
+        """Resumes the answer once most was taken; cuts a client off that has taken nothing for `stall_s`."""
+        loop = asyncio.get_running_loop()
+        left = transport.get_write_buffer_size()
+        if left <= UNSENT_BYTES_MAX // 4 or transport.is_closing():
             self._stalled = False
-            self._answer.resume()
+            if self._answer:
+                self._answer.resume()
+        elif left == unsent and loop.time() - since > self._stall_s:
+            transport.abort()
+        else:
+            since = since if left == unsent else loop.time()
+            loop.call_later(UNSENT_CHECK_S, self._watch, transport, left, since)
 
 
+CLOSE: Mapping[str, str] = {"Connection": "close"}
+STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 EXPOSED_HEADERS = (
     "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
@@ -5156,16 +5288,21 @@ EXPOSED_HEADERS = (
 
 
 async def read_body_of(http: web.Request) -> bytes:
-    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge."""
+    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge, BodyTooSlow."""
     pieces = []
     size = 0
-    while piece := await http.content.readany():
-        size += len(piece)
-        if size > BODY_BYTES_MAX:
-            raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
-        if size > LARGE_BYTES:
-            keep_buffers()
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while piece := await http.content.readany():
+                size += len(piece)
+                if size > BODY_BYTES_MAX:
+                    raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
+                if size > LARGE_BYTES:
+                    keep_buffers()
+                pieces.append(piece)
+    except TimeoutError:
+        text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
+        raise BodyTooSlow(text, headers=CLOSE) from None
     return b"".join(pieces)
 
 
@@ -5241,6 +5378,8 @@ def bytes_response(body: bytes, trace: Trace, status: int = 200) -> web.Response
 def error_response(error: GatewayError, trace: Trace) -> web.Response:
     response = json_response(error_body(error), trace, error.status)
     response.headers.update(error.headers)
+    if error.headers is CLOSE:
+        response.force_close()
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
         response.headers["Retry-After"] = str(math.ceil(wait_s))
@@ -5250,16 +5389,22 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def create_app(config: Config, tally: Tally | None = None, running_max: float = math.inf) -> web.Application:
-    """The gateway as an aiohttp application; what it opened closes with it."""
+async def create_app(
+    config: Config, tally: Tally | None = None, running_max: float = math.inf, drain_s: float = 0.0
+) -> web.Application:
+    """The gateway as an aiohttp application; when it is shut down, running answers have `drain_s` to finish."""
     upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     gateway = Gateway(config, upstream, tally or Tally(), running_max)
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
 
+    async def drain(_: web.Application) -> None:
+        await gateway.drain(drain_s)
+
     async def close(_: web.Application) -> None:
         await upstream.close()
 
+    app.on_shutdown.append(drain)
     app.on_cleanup.append(close)
     return app
 
@@ -5702,7 +5847,7 @@ def without_credentials(url: str) -> str:
 
 
 def raise_file_limit() -> float:
-    """Lets this process open as many files as it may; how many requests, of two sockets each, that is."""
+    """Lets this process open as many files as it may; how many requests, of two sockets and an idle one each, that is."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -5711,7 +5856,7 @@ def raise_file_limit() -> float:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 2)
+    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 3)
 
 
 def spare_collector() -> None:
@@ -5729,17 +5874,33 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-async def run_until_signal(config: Config) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
+async def run_until_signal(config: Config, drain_s: float) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills. Raises OSError."""
     stop = asyncio.Event()
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         running_max = raise_file_limit()
-        port = await listen(await create_app(config, running_max=running_max), config.bind, config.port, stack)
+        app = await create_app(config, running_max=running_max, drain_s=drain_s)
+        port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)
         click.echo(banner(replace(config, port=port), running_max), err=True)
         on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
         spare_collector()
+        tell_systemd("READY=1")
         await stop.wait()
+        tell_systemd("STOPPING=1")
+        click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+
+
+def tell_systemd(state: str) -> None:
+    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+            to.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
 def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
@@ -5783,15 +5944,79 @@ def client_environment(config: Config) -> dict[str, str]:
     return {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
 
 
-async def listen(app: web.Application, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
-    """Serves an application until the stack ends; the port that it listens on."""
+async def listen(
+    app: web.Application,
+    host: str,
+    port: int,
+    stack: contextlib.AsyncExitStack,
+    connections_max: float = math.inf,
+    stall_s: float = 120.0,
+) -> int:
+    """Serves an application until the stack ends, then first lets nobody in any more; the port that it listens on."""
     # aiohttp's default, no cancellation, would go on asking Gemini for a client that is gone
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_S)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, host, port).start()
-    address: tuple[str, int] = runner.addresses[0]
-    return address[1]
+    stack.push_async_callback(app.shutdown)
+    server: Any = runner.server
+    options = {"loop": asyncio.get_running_loop(), "access_log": None, "keepalive_timeout": KEEP_ALIVE_S}
+
+    def accept() -> Any:
+        full = len(server.connections) >= connections_max
+        return TurnedAway(connections_max) if full else connection_class()(server, **options)
+
+    listener = await asyncio.get_running_loop().create_server(accept, host, port, backlog=1024)
+    stack.callback(listener.close)
+    for socket in listener.sockets:
+        if sys.platform == "linux":  # what a client does not take for so long ends its connection, streams or not
+            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
+    return int(listener.sockets[0].getsockname()[1])
+
+
+class TurnedAway:
+    """What one connection too many meets: an answer without a question, and the end."""
+
+    def __init__(self, connections_max: float) -> None:
+        text = (
+            f"{connections_max:.0f} connections are open, as many as open files allow. Close some, or raise ulimit -n."
+        )
+        body = dump_bytes(error_body(Overloaded(text)))
+        head = (
+            f"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nRetry-After: 1\r\n"
+        )
+        self._answer = head.encode() + b"Connection: close\r\n\r\n" + body
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        transport.write(self._answer)
+        transport.close()
+
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+
+
+@functools.cache
+def connection_class() -> Any:
+    """aiohttp's connection, which tells also of broken HTTP as all errors are told, and does not log what it was."""
+
+    class ClientConnection(web.RequestHandler):  # made late, so that --help does without aiohttp
+        __slots__ = ()
+
+        def handle_error(
+            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
+        ) -> web.StreamResponse:
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            log.debug("what came is not HTTP: %s", type(exc).__name__)
+            text = (
+                f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it does not speak TLS."
+            )
+            response = web.Response(body=dump_bytes(error_body(BadRequest(text))), status=status)
+            response.content_type = "application/json"
+            response.force_close()
+            return response
+
+    return ClientConnection
 
 
 @click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
@@ -5826,15 +6051,28 @@ demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gem
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
 )
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
+@click.option(
+    "--drain-s",
+    default=DRAIN_S,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="Seconds that running answers have after a signal.",
+)
 def serve(
-    host: str | None, port: int | None, accounts: str | None, demo: bool, log_level: str, log_format: str
+    host: str | None,
+    port: int | None,
+    accounts: str | None,
+    demo: bool,
+    log_level: str,
+    log_format: str,
+    drain_s: float,
 ) -> None:
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
     set_up_logging(log_level, log_format)
     try:
-        run_loop(run_until_signal(config))
+        run_loop(run_until_signal(config, drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
