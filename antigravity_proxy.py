@@ -144,6 +144,12 @@ HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event stream
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 
+# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a query or before an @.
+SECRET_FORMS = re.compile(
+    r"AIza[\w-]{20,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}"
+    r"|(?<=[Bb]earer )[\w.~+/=-]{8,}|(?<=[?&]key=)[^&\s\"']+|(?<=://)[^/@\s]+(?=@)"
+)
+
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
 SIGNATURE_SENTINEL = "skip_thought_signature_validator"
@@ -435,7 +441,7 @@ Remedy = Literal["give_up", "next_account", "same_account"]
 
 
 class GatewayError(Exception):
-    """A failure that the client is told about; the class answers status, type, code and remedy."""
+    """A failure that the client is told about; the class answers status, type, code and remedy. It tells no secret."""
 
     status: int = 500
     type: str = "server_error"
@@ -452,8 +458,8 @@ class GatewayError(Exception):
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = SECRET_FORMS.sub("…", message)
+        super().__init__(self.message)
         self.code = code or self.default_code
         self.param = param
         self.retry_after_s = retry_after_s
@@ -572,6 +578,11 @@ class UpstreamTimeout(UpstreamError):
 
 class UpstreamBroken(UpstreamError):
     remedy = "same_account"
+
+
+def without_secret(text: str, secret: str) -> str:
+    """The text without a key that somebody repeats in it; one so short that it is a word would be no key."""
+    return text.replace(secret, "…") if len(secret) >= 8 else text
 
 
 # What an error body of Gemini means: the first row whose statuses and pattern fit it. What fits none is broken, or
@@ -2846,9 +2857,16 @@ class GeminiReader:
     """
 
     def __init__(
-        self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
+        self,
+        new_id: Callable[[], str],
+        tools: Mapping[str, Tool] | None = None,
+        *,
+        parallel_calls: bool = True,
+        secret: str = "",
     ) -> None:
         self._new_id = new_id
+        self._secret = secret
+        """The key that was sent: an error may repeat it."""
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
         self._ids: set[str] = set()
@@ -3052,6 +3070,7 @@ class GeminiReader:
 
     def _fail(self, error: GatewayError) -> None:
         self._failed = True
+        error.message = without_secret(error.message, self._secret)
         for choice, candidate in sorted(self._candidates.items()):
             self._end_part(choice, candidate)
         self._events.append(Failed(error))
@@ -4660,6 +4679,7 @@ class Upstream:
             try:
                 return await attempt(account)
             except UpstreamError as error:
+                error.message = without_secret(error.message, account.api_key)
                 mended = generation is not None and len(tried) < ATTEMPTS_MAX and generation.mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
@@ -4670,6 +4690,7 @@ class Upstream:
 
     async def _generate(self, generation: Generation, trace: Trace, account: Account) -> Answer:
         method = "streamGenerateContent?alt=sse" if generation.sse else "generateContent"
+        generation.secret = account.api_key
         with upstream_errors(self._proxies[account.base_url]):
             incoming = await self._post(account, f"{quote(trace.mapped_model)}:{method}", generation.body)
             try:
@@ -4705,6 +4726,7 @@ class Generation:
 
     def __init__(self, request: Request, traits: Traits, sse: bool) -> None:
         self.sse = sse
+        self.secret = ""
         self._request = request
         self._traits = traits
         self._mended = False
@@ -4726,7 +4748,8 @@ class Generation:
         return True
 
     def reader(self) -> GeminiReader:
-        return GeminiReader(lambda: f"call_{next_id()}", self._tools, parallel_calls=self._request.parallel_calls)
+        parallel = self._request.parallel_calls
+        return GeminiReader(lambda: f"call_{next_id()}", self._tools, parallel_calls=parallel, secret=self.secret)
 
 
 def unsigned(part: Part) -> Part:
@@ -4979,8 +5002,9 @@ class Gateway:
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
             response = error_response(BadRequest(text, headers=CLOSE), trace)
-        except Exception:
-            log.exception("%s failed", trace.id)
+        except Exception as error:
+            told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
+            log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
             del self._running[task]
@@ -5817,8 +5841,20 @@ class JsonFormatter(logging.Formatter):
         return dumps({"time": moment, "level": record.levelname.lower(), **told})
 
 
-def set_up_logging(level: str, form: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class MaskingHandler(logging.StreamHandler[Any]):
+    """Writes no secret, whoever logged it, in whatever form, tracebacks included."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(sys.stderr)
+        known = [a.api_key for a in config.accounts] + [one.key for one in config.api_key]
+        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]}]
+
+    def format(self, record: logging.LogRecord) -> str:
+        return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))
+
+
+def set_up_logging(level: str, form: str, config: Config) -> None:
+    handler = MaskingHandler(config)
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
@@ -6070,7 +6106,7 @@ def serve(
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging(log_level, log_format)
+    set_up_logging(log_level, log_format, config)
     try:
         run_loop(run_until_signal(config, drain_s))
     except OSError as error:
@@ -6093,7 +6129,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging("error", "text")
+    set_up_logging("error", "text", config)
     try:
         sys.exit(asyncio.run(run_command(config, command)))
     except OSError as error:
