@@ -946,10 +946,9 @@ def load_config(text: str, source: str, env: Mapping[str, str], *, accounts: boo
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)}). Mend this line."
-        ) from None
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+        raise ConfigError(f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line.") from None
     given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
     timeouts = Timeouts(**proxy.pop("timeouts", {}))
@@ -5413,6 +5412,13 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
+async def invite(http: web.Request) -> None:
+    """Lets a client go on that waits for it; aiohttp's own answers text to other expectations, and 500 to odd bytes."""
+    if http.headers["Expect"].lower() == "100-continue":
+        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        http.writer.output_size = 0
+
+
 async def create_app(
     config: Config, tally: Tally | None = None, running_max: float = math.inf, drain_s: float = 0.0
 ) -> web.Application:
@@ -5420,7 +5426,7 @@ async def create_app(
     upstream = Upstream(config)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     gateway = Gateway(config, upstream, tally or Tally(), running_max)
-    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
+    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle, expect_handler=invite)
 
     async def drain(_: web.Application) -> None:
         await gateway.drain(drain_s)
@@ -6051,6 +6057,10 @@ def connection_class() -> Any:
             response.content_type = "application/json"
             response.force_close()
             return response
+
+        def log_exception(self, *told: Any, **more: Any) -> None:
+            if not isinstance(more.get("exc_info"), web.RequestPayloadError):  # of a body that nobody wanted to read
+                super().log_exception(*told, **more)
 
     return ClientConnection
 

@@ -2,13 +2,18 @@
 
 import asyncio
 import contextlib
+import gzip
 import json
+import logging
+import resource
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
+import fuzz_wire
 import openai
 import pytest
 from conftest import HELLO
@@ -257,3 +262,98 @@ async def test_one_connection_too_many_is_told_so(start: Start, gemini: Any, ses
     await asyncio.sleep(0.1)
     async with session.get(f"{gateway}/healthz") as response:
         assert response.status == 200
+
+
+# ---- broken HTTP, and bodies that are not what they seem
+
+
+async def wire(url: str, *pieces: bytes) -> bytes:
+    """What comes back until the connection is closed; each piece is sent after a moment."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.transport.abort()
+
+
+def post(body: bytes, *headers: str, close: str = "Connection: close") -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", close, f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+GOOD = json.dumps(HELLO).encode()
+ENDLESS = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"X-A: " + b"a" * 9000 + b"\r\n" * 2]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ([post(gzip.compress(GOOD), "Content-Encoding: gzip")], 200),
+        ([post(zlib.compress(GOOD), "Content-Encoding: deflate")], 200),
+        ([post(GOOD, "Expect: 100-continue")], 100),
+        ([post(GOOD, "Expect: chunked")], 200),  # found by the fuzzer: text/plain
+        ([post(GOOD, "Expect: \xe4")], 200),  # found by the fuzzer: a 500
+        ([post(GOOD, "X-Request-Id: \xe4", "X-Agproxy-Strict: a\x01b")], 400),
+        ([post(gzip.compress(GOOD)[:-20], "Content-Encoding: gzip")], 400),
+        ([post(b"no gzip", "Content-Encoding: gzip", close="X-A: b")], 400),
+        ([post(GOOD, "Content-Encoding: zstd")], 400),
+        ([post(b"[" * 1_000_000)], 400),
+        ([post(b'{"a":' * 100_000)], 400),
+        ([post(GOOD.replace(b'"hi"', b"NaN"))], 400),
+        ([post(GOOD.replace(b'"hi"', b"1" * 5000))], 400),
+        ([post(GOOD.replace(b'"hi"', b"1e999"))], 400),
+        ([post(GOOD.replace(b"hi", b"\xff"))], 400),
+        ([post(GOOD.replace(b'"hi"', b'"hi", "content": 5'))], 400),  # of two keys the last counts
+        ([post(GOOD.replace(b"gpt-4o", b"gpt\\r\\nX-Made-Up: b"))], 404),
+        ([post(GOOD.replace(b"gpt-4o", b"a\\r\\nX-Made-Up: b"))], 404),
+        ([post(GOOD.replace(b"gpt-4o", "gemini-\u2028\u00e4\u540d".encode()))], 404),
+        ([b"GET /v1/models/a%0d%0aX-Made-Up:%20b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"], 404),
+        ([post(GOOD).replace(b"Host", b"Host\x01")], 400),
+        ([post(GOOD).replace(b"HTTP/1.1", b"HTTP/9")], 400),
+        ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], 400),
+        ([post(GOOD, "Content-Length: 3")], 400),
+        ([post(GOOD, "Transfer-Encoding: chunked")], 400),
+        ([post(GOOD).replace(b"Content-Length: ", b"Content-Length: -")], 400),
+        (ENDLESS, 400),
+    ],
+)
+async def test_whatever_comes_is_answered_and_closed(
+    sent: list[bytes], status: int, start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await start(gemini.url)
+    gemini.script = [said("x")] * 2
+    answer = await wire(url, *sent)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split(b" ")[1] == str(status).encode(), answer[:300]
+    assert b"Made-Up" not in head
+    if status >= 400:
+        told = json.loads(body)["error"]
+        assert (told["type"], set(told)) == ("invalid_request_error", {"message", "type", "param", "code"})
+        assert ". " in told["message"]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert b'"status":"ok"' in await wire(url, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+
+
+async def test_a_broken_body_that_nobody_reads_is_no_mistake_of_the_gateways(
+    start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await start(gemini.url)  # found by the fuzzer: a traceback in the log
+    sent = post(b"no gzip at all, and not read", "Content-Encoding: gzip").replace(CHAT.encode(), b"/healthz")
+    assert b" 405 " in await wire(url, sent[:-20], sent[-20:])
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> None:
+    url = await start(gemini.url)
+    bomb = post(gzip.compress(bytes(1 << 28), 1), "Content-Encoding: gzip")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert b" 413 " in (await wire(url, bomb))[:20]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
+
+
+def test_damaged_http_of_clients_and_of_gemini() -> None:
+    summary, failures = fuzz_wire.run(100)
+    assert failures == [], summary
