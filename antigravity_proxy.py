@@ -5929,11 +5929,11 @@ async def run_until_signal(config: Config, drain_s: float) -> None:
         spare_collector()
         tell_systemd("READY=1")
         await stop.wait()
-        tell_systemd("STOPPING=1")
-        click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
+        tell_systemd("STOPPING=1")
+        click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
 
 
 def tell_systemd(state: str) -> None:

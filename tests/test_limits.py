@@ -16,6 +16,7 @@ import aiohttp
 import fuzz_wire
 import openai
 import pytest
+import soak
 from conftest import HELLO
 from fake_gemini import FakeGemini, error, said
 
@@ -352,6 +353,10 @@ async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> Non
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert b" 413 " in (await wire(url, bomb))[:20]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
+
+
+async def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_nothing() -> None:
+    assert await soak.soak(100, 2) == []
 
 
 def test_damaged_http_of_clients_and_of_gemini() -> None:
