@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11", "click>=8.1", "pyyaml>=6.0"]
+# dependencies = ["aiohttp>=3.14.4", "click>=8.1", "pyyaml>=6.0"]
 # ///
 """agproxy: an OpenAI-compatible gateway in front of Gemini, in one file.
 
@@ -2856,16 +2856,11 @@ class GeminiReader:
     """
 
     def __init__(
-        self,
-        new_id: Callable[[], str],
-        tools: Mapping[str, Tool] | None = None,
-        *,
-        parallel_calls: bool = True,
-        secret: str = "",
+        self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
     ) -> None:
-        self._new_id = new_id
-        self._secret = secret
+        self.secret = ""
         """The key that was sent: an error may repeat it."""
+        self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
         self._ids: set[str] = set()
@@ -3069,7 +3064,7 @@ class GeminiReader:
 
     def _fail(self, error: GatewayError) -> None:
         self._failed = True
-        error.message = without_secret(error.message, self._secret)
+        error.message = without_secret(error.message, self.secret)
         for choice, candidate in sorted(self._candidates.items()):
             self._end_part(choice, candidate)
         self._events.append(Failed(error))
@@ -4424,9 +4419,8 @@ class Answer:
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self.break_off(
-            UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
-        )
+        text = "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
+        self.break_off(UpstreamTimeout(text))
 
     def break_off(self, error: UpstreamError) -> None:
         """Ends the answer; unless it was whole, its last event says why."""
@@ -4747,8 +4741,9 @@ class Generation:
         return True
 
     def reader(self) -> GeminiReader:
-        parallel = self._request.parallel_calls
-        return GeminiReader(lambda: f"call_{next_id()}", self._tools, parallel_calls=parallel, secret=self.secret)
+        made = GeminiReader(lambda: f"call_{next_id()}", self._tools, parallel_calls=self._request.parallel_calls)
+        made.secret = self.secret
+        return made
 
 
 def unsigned(part: Part) -> Part:
@@ -4963,7 +4958,7 @@ class Gateway:
         self._config = config
         self._upstream = upstream
         self._tally = tally
-        self._running: dict[asyncio.Task[Any] | None, Answer | Merged | None] = {}
+        self._running: dict[Any, Answer | Merged | None] = {}
         """Each request's task, with its answer once that has begun."""
         self._running_max = running_max
         self._draining = self._stopped = False
@@ -4972,15 +4967,15 @@ class Gateway:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
         if self._running:
-            await asyncio.wait(list(filter(None, self._running)), timeout=seconds)
+            await asyncio.wait(self._running, timeout=seconds)
         self._stopped = True
         for task, answer in self._running.items():
             if answer:
                 answer.break_off(STOPPED)
-            elif task:
+            else:
                 task.cancel()
         if self._running:
-            await asyncio.wait(list(filter(None, self._running)), timeout=1)
+            await asyncio.wait(self._running, timeout=1)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -5428,14 +5423,8 @@ async def create_app(
     gateway = Gateway(config, upstream, tally or Tally(), running_max)
     app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle, expect_handler=invite)
 
-    async def drain(_: web.Application) -> None:
-        await gateway.drain(drain_s)
-
-    async def close(_: web.Application) -> None:
-        await upstream.close()
-
-    app.on_shutdown.append(drain)
-    app.on_cleanup.append(close)
+    app.on_shutdown.append(lambda _: gateway.drain(drain_s))
+    app.on_cleanup.append(lambda _: upstream.close())
     return app
 
 
@@ -6005,7 +5994,7 @@ async def listen(
 
     def accept() -> Any:
         full = len(server.connections) >= connections_max
-        return TurnedAway(connections_max) if full else connection_class()(server, **options)
+        return TurnedAway() if full else connection_class()(server, **options)
 
     listener = await asyncio.get_running_loop().create_server(accept, host, port, backlog=1024)
     stack.callback(listener.close)
@@ -6018,18 +6007,10 @@ async def listen(
 class TurnedAway:
     """What one connection too many meets: an answer without a question, and the end."""
 
-    def __init__(self, connections_max: float) -> None:
-        text = (
-            f"{connections_max:.0f} connections are open, as many as open files allow. Close some, or raise ulimit -n."
-        )
-        body = dump_bytes(error_body(Overloaded(text)))
-        head = (
-            f"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\nRetry-After: 1\r\n"
-        )
-        self._answer = head.encode() + b"Connection: close\r\n\r\n" + body
-
     def connection_made(self, transport: asyncio.Transport) -> None:
-        transport.write(self._answer)
+        text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
+        body = dump_bytes(error_body(Overloaded(text)))
+        transport.write(b"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n" + body)
         transport.close()
 
     def data_received(self, data: bytes) -> None: ...
@@ -6049,10 +6030,7 @@ def connection_class() -> Any:
         ) -> web.StreamResponse:
             if status != 400:
                 return super().handle_error(request, status, exc, message)
-            log.debug("what came is not HTTP: %s", type(exc).__name__)
-            text = (
-                f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it does not speak TLS."
-            )
+            text = f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it uses no TLS here."
             response = web.Response(body=dump_bytes(error_body(BadRequest(text))), status=status)
             response.content_type = "application/json"
             response.force_close()
@@ -6097,13 +6075,7 @@ demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gem
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
 )
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
-@click.option(
-    "--drain-s",
-    default=DRAIN_S,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="Seconds that running answers have after a signal.",
-)
+@click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
 def serve(
     host: str | None,
     port: int | None,
