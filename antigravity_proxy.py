@@ -4996,6 +4996,8 @@ class Gateway:
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
             response = error_response(BadRequest(text, headers=CLOSE), trace)
+        except ConnectionError:  # the client's, that is gone; what goes wrong upstream has names of its own
+            response = web.Response(status=499)
         except Exception as error:
             told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
             log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
@@ -5186,7 +5188,7 @@ class Gateway:
             return with_payloads(frames, payloads) if payloads else frames
 
         begun = render(answer.first)
-        response = await client.open(answer)
+        await client.open(answer)
         trace.first_byte = time.monotonic()
         client.write(begun)
         last = await answer.flow(lambda events: client.write(render(events)))
@@ -5194,8 +5196,7 @@ class Gateway:
             trace.usage = last[-1].usage
         elif last and isinstance(last[-1], Failed):
             trace.error = last[-1].error.code or last[-1].error.type
-        await response.write_eof(render(last))
-        return response
+        return await client.end(render(last))
 
 
 class ClientStream:
@@ -5217,7 +5218,7 @@ class ClientStream:
         self._answer: Answer | Merged | None = None
         self._opening: asyncio.Task[web.StreamResponse] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._stalled = False
+        self._stalled = self._ended = False
         self._silent = False
         """Nothing was written since the last look."""
 
@@ -5229,10 +5230,10 @@ class ClientStream:
         if self._beat_s:
             self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
 
-    async def open(self, answer: Answer | Merged | None) -> web.StreamResponse:
+    async def open(self, answer: Answer | Merged | None) -> None:
         self._answer = answer
         self.begun = True
-        return await (self._opening or self._prepare())
+        self._response = await (self._opening or self._prepare())
 
     async def _prepare(self) -> web.StreamResponse:
         response = web.StreamResponse(headers=self._headers() | {"Cache-Control": "no-cache"})
@@ -5242,12 +5243,19 @@ class ClientStream:
 
     async def fail(self, error: GatewayError) -> web.StreamResponse:
         """Ends a stream that only heartbeats have begun."""
-        response = await self.open(None)
+        await self.open(None)
         assert self._renderer
-        await response.write_eof(encoded(self._renderer.render_all([Started(), Failed(error)])))
-        return response
+        return await self.end(encoded(self._renderer.render_all([Started(), Failed(error)])))
+
+    async def end(self, data: bytes) -> web.StreamResponse:
+        await self._response.write_eof(data)
+        self._ended = True
+        return self._response
 
     def close(self) -> None:
+        """Also cuts off what did not come to its end, so that nobody takes it for whole."""
+        if self.begun and not self._ended and self._transport:
+            self._transport.abort()
         if self._alarm:
             self._alarm.cancel()
         if self._opening:

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -163,10 +164,14 @@ async def serve(url: str) -> None:
     accounts = tuple(agproxy.Account(f"a{number}", "planted-key", url) for number in range(ACCOUNTS))
     config = agproxy.Config(accounts, timeouts=agproxy.Timeouts(idle_s=IDLE_S), heartbeat_s=0.5)
     agproxy.raise_file_limit()
+    complaints: list[logging.LogRecord] = []
+    handler = logging.StreamHandler()
+    handler.addFilter(lambda record: complaints.append(record) is None)
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
     async with contextlib.AsyncExitStack() as stack:
         port = await agproxy.listen(await agproxy.create_app(config), "127.0.0.1", 0, stack)
         while True:
-            tell({"port": port, "tasks": len(asyncio.all_tasks())})
+            tell({"port": port, "tasks": len(asyncio.all_tasks()), "complaints": len(complaints)})
             await asyncio.sleep(REPORT_S)
 
 
@@ -226,6 +231,7 @@ async def watch(lines: asyncio.StreamReader, streams: int, seconds: float, seed:
         "tasks": before["tasks"] + 2,
         "fds": before["fds"] + 16 + streams // 4,
         "rss_mib": before["rss_mib"] * 1.1 + 10,
+        "complaints": 0,
     }
     grown = [f"{name}: {before[name]} before, {after[name]} after" for name in bounds if after[name] > bounds[name]]
     sys.stdout.write(f"before {before}, after {after}\n")

@@ -63,8 +63,7 @@ async def test_a_silent_upstream_is_bridged_until_the_answer_comes(start: Start,
     gemini.silence_s, gemini.script = 0.35, [said("Hel", "lo")]
     async with session.post(url + CHAT, json=STREAM) as response:
         text = await response.text()
-    beats = len(text) - len(text.removeprefix(BEAT * 3))
-    assert (response.status, beats, text.count(BEAT)) == (200, 3 * len(BEAT), 3)
+    assert (response.status, text.startswith(BEAT * 2), 2 <= text.count(BEAT) <= 4) == (200, True, True)
     assert [line for line in text.split("\n\n") if line and not line.startswith(("data: ", ":"))] == []
     assert text.endswith("data: [DONE]\n\n")
 
@@ -73,7 +72,7 @@ async def test_silence_between_events_is_bridged_for_the_sdk(start: Start, gemin
     url = await start(gemini.url, heartbeat_s=0.1)
     gemini.pause_s, gemini.script = 0.25, [said("Hel", "lo"), said("Hel", "lo")]
     async with session.post(url + CHAT, json=STREAM) as response:
-        assert 3 <= (await response.text()).count(BEAT) <= 6
+        assert 2 <= (await response.text()).count(BEAT) <= 8
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as ai:
         stream = await ai.responses.create(model="gpt-4o", input="hi", stream=True)
         assert [event.type async for event in stream][-1] == "response.completed"
@@ -109,6 +108,31 @@ async def test_a_failure_has_its_status_before_a_heartbeat_and_is_told_in_the_st
         text = await response.text()
     assert (response.status, "No such thing." in text) == (status, True)
     assert text.startswith(BEAT) == (end in text) == (status == 200)
+
+
+@pytest.mark.parametrize("silence_s", [0.0, 0.3], ids=["at an event", "after a heartbeat"])
+async def test_a_stream_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
+    silence_s: float,
+    start: Start,
+    session: Any,
+    gemini: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = await start(gemini.url, heartbeat_s=0.1)
+    gemini.silence_s, gemini.pause_s, gemini.script = silence_s, 0.1, [said("a", "b")]
+    rendered = agproxy.ChatRenderer.render_all
+
+    def fails(renderer: Any, events: Any) -> str:
+        if silence_s or isinstance(events[-1], agproxy.Ended):
+            raise KeyError("a mistake")
+        return rendered(renderer, events)
+
+    monkeypatch.setattr(agproxy.ChatRenderer, "render_all", fails)
+    async with session.post(url + CHAT, json=STREAM) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.text()
+    assert "KeyError" in caplog.text
 
 
 # ---- a client that is slow, or gone
@@ -173,6 +197,26 @@ async def test_the_upstream_is_left_within_a_second_of_the_client(
         await asyncio.wait_for(upstream.left.wait(), 1)
 
 
+async def test_a_client_that_leaves_at_the_end_is_no_mistake_of_the_gateways(
+    start: Start, gemini: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)  # found by the soak test: a traceback in the log
+    ended = agproxy.ClientStream.end
+
+    async def end(client: Any, data: bytes) -> Any:
+        client._transport.abort()
+        return await ended(client, data)
+
+    monkeypatch.setattr(agproxy.ClientStream, "end", end)
+    url = await start(gemini.url)
+    gemini.script = [said("x")]
+    async with raw(url, STREAM) as (reader, _):
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+    await until(lambda: "status=499" in caplog.text)
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
 async def test_nobody_is_asked_again_for_a_client_that_left_while_waiting(
     start: Start, session: Any, gemini: Any
 ) -> None:
@@ -206,7 +250,7 @@ async def test_a_client_that_takes_nothing_is_cut_off(start: Start) -> None:
             await asyncio.wait_for(upstream.asked.wait(), 5)
             began = time.monotonic()
             await asyncio.wait_for(upstream.left.wait(), 5)
-            assert 0.4 < time.monotonic() - began < 2
+            assert 0.4 < time.monotonic() - began < 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds what stays in a socket's buffer")
