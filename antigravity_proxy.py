@@ -669,7 +669,6 @@ class Config:
     images_in_text: bool = False
     timeouts: Timeouts = Timeouts()
     heartbeat_s: float = 15.0
-    """0: none."""
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -5222,8 +5221,6 @@ class ClientStream:
         self._silent = False
         """Nothing was written since the last look."""
 
-    # ---- its head, and its end
-
     def hold(self, renderer: Renderer) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
         self._renderer = renderer
@@ -5276,8 +5273,6 @@ class ClientStream:
     def _opened(self, opening: asyncio.Task[web.StreamResponse]) -> None:
         if not opening.cancelled() and not opening.exception():
             self.write(HEARTBEAT)
-
-    # ---- what goes through
 
     def write(self, data: bytes) -> None:
         transport = self._transport
@@ -6033,9 +6028,7 @@ def connection_class() -> Any:
     class ClientConnection(web.RequestHandler):  # made late, so that --help does without aiohttp
         __slots__ = ()
 
-        def handle_error(
-            self, request: Any, status: int = 500, exc: BaseException | None = None, message: str | None = None
-        ) -> web.StreamResponse:
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
             if status != 400:
                 return super().handle_error(request, status, exc, message)
             text = f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it uses no TLS here."
