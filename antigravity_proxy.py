@@ -1,7 +1,7 @@
 #!/usr/bin/env -S uv run --script
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["aiohttp>=3.11", "click>=8.1", "pyyaml>=6.0"]
+# dependencies = ["aiohttp>=3.14.4", "click>=8.1", "pyyaml>=6.0"]
 # ///
 """agproxy: an OpenAI-compatible gateway in front of Gemini, in one file.
 
@@ -148,6 +148,8 @@ ATTEMPTS_MAX = 3
 BODY_BYTES_MAX = 64 << 20
 LARGE_BYTES = 1 << 20
 DRAIN_S = 30.0
+BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
+KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
 FILES_KEPT = 64  # for what is not a request: listeners, the log, idle connections
 MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
@@ -171,6 +173,7 @@ CHUNK_LINE_MAX = 4096
 JOINED_BYTES_MAX = 64 << 10
 UNSENT_BYTES_MAX = 256 << 10
 UNSENT_CHECK_S = 0.02
+HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
 # A region's Vertex has a host of its own. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
@@ -184,6 +187,12 @@ TOKEN_RETRY_S = 5.0
 ONBOARD_POLLS_MAX = 12
 ONBOARD_POLL_S = 5.0
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+
+# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
+SECRET_FORMS = re.compile(  # each way to begin is a literal, which makes it six times as fast
+    r"AIza[\w-]{20,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
+    r"|\?key=[^&\s\"']+|&key=[^&\s\"']+|://[^/@\s]+@"
+)
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
@@ -460,7 +469,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge
+# ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
@@ -482,7 +491,7 @@ Remedy = Literal["give_up", "next_account", "same_account"]
 
 
 class GatewayError(Exception):
-    """A failure that the client is told about; the class answers status, type, code and remedy."""
+    """A failure that the client is told about; the class answers status, type, code and remedy. It tells no secret."""
 
     status: int = 500
     type: str = "server_error"
@@ -499,8 +508,8 @@ class GatewayError(Exception):
         retry_after_s: float | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
+        self.message = SECRET_FORMS.sub("…", message)
+        super().__init__(self.message)
         self.code = code or self.default_code
         self.param = param
         self.retry_after_s = retry_after_s
@@ -553,6 +562,12 @@ class BodyTooLarge(GatewayError):
     status = 413
     type = "invalid_request_error"
     default_code = "request_too_large"
+
+
+class BodyTooSlow(GatewayError):
+    status = 408
+    type = "invalid_request_error"
+    default_code = "request_timeout"
 
 
 class UpstreamError(GatewayError):
@@ -671,6 +686,11 @@ class UpstreamBroken(UpstreamError):
     remedy = "same_account"
 
 
+def without_secret(text: str, secret: str) -> str:
+    """The text without a key that somebody repeats in it; one so short that it is a word would be no key."""
+    return text.replace(secret, "…") if len(secret) >= 8 else text
+
+
 # What an error body of Gemini means: the first row whose statuses and pattern fit it. What fits none is broken, or
 # overloaded where the status is no known one (529 comes from proxies).
 # Source: https://ai.google.dev/gemini-api/docs/troubleshooting; the texts as servers gave them
@@ -753,6 +773,7 @@ class Timeouts:
     idle_s: float = 300.0
     total_s: float | None = None
     """None: as long as it takes."""
+    stall_s: float = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -777,6 +798,7 @@ class Config:
     media_hosts: tuple[str, ...] = ()
     images_in_text: bool = False
     timeouts: Timeouts = Timeouts()
+    heartbeat_s: float = 15.0
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -1050,7 +1072,7 @@ OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
 
 CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
 TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
-    ("connect_s", "first_event_s", "idle_s", "total_s"), read_number(0.001, 86400)
+    ("connect_s", "first_event_s", "idle_s", "total_s", "stall_s"), read_number(0.001, 86400)
 )
 TRAIT_KEYS: Mapping[str, Kind] = {
     **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
@@ -1079,6 +1101,7 @@ PROXY_KEYS: Mapping[str, Kind] = {
     "media_hosts": read_texts,
     "images_in_text": read_flag,
     "timeouts": read_section(TIMEOUT_KEYS),
+    "heartbeat_s": read_number(0, 3600),
 }
 MODELS_KEYS: Mapping[str, Kind] = {
     "default": read_text,
@@ -1131,10 +1154,9 @@ def load_config(
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"{source}{line}: not valid YAML ({getattr(error, 'problem', error)}). Mend this line."
-        ) from None
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+        raise ConfigError(f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line.") from None
     given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
     timeouts = Timeouts(**proxy.pop("timeouts", {}))
@@ -3525,6 +3547,8 @@ class GeminiReader:
     def __init__(
         self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
     ) -> None:
+        self.secret = ""
+        """The key that was sent: an error may repeat it."""
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
@@ -3732,6 +3756,7 @@ class GeminiReader:
 
     def _fail(self, error: GatewayError) -> None:
         self._failed = True
+        error.message = without_secret(error.message, self.secret)
         for choice, candidate in sorted(self._candidates.items()):
             self._end_part(choice, candidate)
         self._events.append(Failed(error))
@@ -5712,10 +5737,11 @@ class Answer:
         self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
 
     def _expire(self) -> None:
-        self.cut(UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."))
+        text = "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
+        self.break_off(UpstreamTimeout(text))
 
-    def cut(self, error: UpstreamError) -> None:
-        """Breaks the answer off: its flow ends with this error."""
+    def break_off(self, error: UpstreamError) -> None:
+        """Ends the answer; unless it was whole, its last event says why."""
         self._late = error
         self._incoming.abort()
 
@@ -5788,6 +5814,10 @@ class Merged:
                 return events
             sink(events)
         return [Ended(self._usage)]
+
+    def break_off(self, error: UpstreamError) -> None:
+        for answer in self._answers:
+            answer.break_off(error)
 
     def pause(self) -> None:
         for answer in self._answers:
@@ -6017,6 +6047,7 @@ class Upstream:
             try:
                 return await self._try(lease, trace, attempt, turn.step)
             except UpstreamError as error:
+                error.message = without_secret(error.message, lease.account.api_key)
                 mended = number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
@@ -6068,7 +6099,7 @@ class Upstream:
         with upstream_errors(self._to(account).proxy):
             incoming = await self._post(account, lease.model, method, form.body)
             try:
-                return await first_events(incoming, generation.reader(form, account.kind), sse, generation.sse)
+                return await first_events(incoming, generation.reader(form, account), sse, generation.sse)
             except BaseException:
                 incoming.abort()
                 raise
@@ -6280,6 +6311,7 @@ class Generation:
         self, request: Request, sse: bool, recall: Callable[[Request, str], Request], traits: Callable[[str], Traits]
     ) -> None:
         self.sse = sse
+        self.secret = ""
         self._request = request
         self._recall = recall
         self._traits_of = traits
@@ -6304,9 +6336,11 @@ class Generation:
         self._forms.clear()
         return True
 
-    def reader(self, form: Form, kind: str) -> GeminiReader:
-        made = CloudCodeReader if kind == "cloudcode" else GeminiReader
-        return made(lambda: f"call_{next_id()}", form.tools, parallel_calls=self._request.parallel_calls)
+    def reader(self, form: Form, account: Account) -> GeminiReader:
+        kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
+        made = kind(lambda: f"call_{next_id()}", form.tools, parallel_calls=self._request.parallel_calls)
+        made.secret = account.api_key
+        return made
 
 
 def countable(kind: str, model: str, body: bytes) -> bytes:
@@ -6583,16 +6617,31 @@ class Gateway:
         self._store = store
         self._jobs: dict[str, Job] = {}
         self._tally = tally
-        self._running = 0
+        self._running: dict[Any, Answer | Merged | None] = {}
+        """Each request's task, with its answer once that has begun."""
         self._running_max = running_max
+        self._draining = self._stopped = False
+
+    async def drain(self, seconds: float) -> None:
+        """Lets running answers finish; those that take longer end with an error, told in their client's form."""
+        self._draining = True
+        if running := [*self._running, *(job.task for job in self._jobs.values())]:
+            await asyncio.wait(running, timeout=seconds)
+        self._stopped = True
+        for task, answer in self._running.items():
+            if answer:
+                answer.break_off(STOPPED)
+            else:
+                task.cancel()
+        if self._running:
+            await asyncio.wait(self._running, timeout=1)
 
     async def close(self) -> None:
-        """Lets what runs in the background finish, bounded by DRAIN_S."""
+        """Ends what still runs in the background."""
         tasks = [job.task for job in self._jobs.values()]
-        _, late = await asyncio.wait(tasks, timeout=DRAIN_S) if tasks else ((), ())
-        for task in late:
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def handle(self, http: web.Request) -> web.StreamResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -6600,7 +6649,8 @@ class Gateway:
         given = http.headers.get("X-Request-Id") or http.headers.get("X-Client-Request-Id") or ""
         trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
         response: web.StreamResponse | None = None
-        self._running += 1
+        task = asyncio.current_task()
+        self._running[task] = None
         try:
             response = await self._route(http, trace)
         except GatewayError as error:
@@ -6611,12 +6661,15 @@ class Gateway:
             response = error_response(BadRequest("The body is nested too deep. Send flatter JSON."), trace)
         except web.RequestPayloadError:
             text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-            response = error_response(BadRequest(text), trace)
-        except Exception:
-            log.exception("%s failed", trace.id)
+            response = error_response(BadRequest(text, headers=CLOSE), trace)
+        except ConnectionError:  # the client's, that is gone; what goes wrong upstream has names of its own
+            response = web.Response(status=499)
+        except Exception as error:
+            told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
+            log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
-            self._running -= 1
+            del self._running[task]
             self._tell(trace, response.status if response else 499)
         if not response.prepared:
             response.headers.update(self._cors(http))
@@ -6646,7 +6699,9 @@ class Gateway:
         if ("GET" if http.method == "HEAD" else http.method) not in METHODS[route].split(", "):
             text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
-        if self._running > self._running_max:
+        if self._draining:
+            raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
+        if len(self._running) > self._running_max:
             text = f"The gateway serves {self._running_max} requests at once, as its limit of open files allows."
             raise Overloaded(f"{text} Try again later, or raise it (ulimit -n).")
         if route == "healthz":
@@ -6654,9 +6709,11 @@ class Gateway:
         if route == "models":
             return json_response(await self._models(match["id"]), trace)
         if route == "embeddings":
-            return await self._embed(parse_body(await read_body_of(http)), trace)
+            with self._unless_stopped():
+                return await self._embed(parse_body(await read_body_of(http)), trace)
         if route == "responses/input_tokens":
-            return await self._count(parse_body(await read_body_of(http)), trace)
+            with self._unless_stopped():
+                return await self._count(parse_body(await read_body_of(http)), trace)
         if route.startswith(STORED):
             return await self._serve_stored(http, trace, match["stored"])
         return await self._answer(http, trace)
@@ -6798,24 +6855,63 @@ class Gateway:
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
     async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
-        stream, answer, renderer, payloads, kept = await self._begin(http, trace)
-        if isinstance(answer, Job):
-            if stream:
-                return await self._send(http, trace, answer.follow(0))
-            return bytes_response(answer.kept.object(), trace)
+        client = self._client(http, trace)
         try:
-            if stream:
-                return await self._stream(http, trace, answer, renderer, payloads, kept)
-            return await self._whole(trace, answer, renderer, payloads, kept)
+            with self._unless_stopped():
+                stream, answer, renderer, payloads, kept = await self._begin(http, trace, client)
+            if isinstance(answer, Job):
+                return await client.copy(answer.follow(0)) if stream else bytes_response(answer.kept.object(), trace)
+            self._running[asyncio.current_task()] = answer
+            try:
+                if stream:
+                    return await self._stream(client, trace, answer, renderer, payloads, kept)
+                return await self._whole(trace, answer, renderer, payloads, kept)
+            finally:
+                answer.close()
+                if kept:
+                    await kept.leave()
+        except GatewayError as error:
+            if not client.begun:
+                raise
+            trace.error = error.code or error.type
+            return await client.fail(error)
         finally:
-            answer.close()
-            if kept:
-                await kept.leave()
+            client.close()
+
+    def _client(self, http: web.Request, trace: Trace) -> ClientStream:
+        return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
+
+    @contextlib.contextmanager
+    def _unless_stopped(self) -> Iterator[None]:
+        """Raises what a drain cut off as an error, so that the client is told."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            raise STOPPED from None
 
     async def _begin(
-        self, http: web.Request, trace: Trace
+        self, http: web.Request, trace: Trace, client: ClientStream
     ) -> tuple[bool, Answer | Merged | Job, Renderer, Mapping[str, bytes], Kept | None]:
         """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
+        requests, renderer, body, payloads = await self._understand(http, trace)
+        first = requests[0]
+        if first.stream:
+            client.hold(renderer)
+        requests = [replace(await self._upstream.media.filled(one), payloads=payloads) for one in requests]
+        trace.mapped_model = await self._upstream.resolve(first.model)
+        trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
+        kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
+        if kept and body.get("background"):
+            return first.stream, await self._detach(requests[0], kept, trace), renderer, payloads, kept
+        answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
+        return first.stream, answer, renderer, payloads, kept
+
+    async def _understand(
+        self, http: web.Request, trace: Trace
+    ) -> tuple[list[Request], Renderer, Mapping[str, Any], Mapping[str, bytes]]:
+        """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
         parse, form = DOORS[trace.route]
         data = await read_body_of(http)
         data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
@@ -6823,24 +6919,14 @@ class Gateway:
         keeps = form is ResponseRenderer and self._config.store != "off"
         past = await self._recall(body, trace) if keeps else None
         parsed = parse(body) if past is None else parse_response(body, past)
-        prompts = parsed if isinstance(parsed, list) else [await self._upstream.media.filled(parsed)]
-        if payloads:
-            prompts = [replace(prompt, payloads=payloads) for prompt in prompts]
-        first = prompts[0]
+        requests = parsed if isinstance(parsed, list) else [parsed]
         trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
-        trace.model = first.model
-        trace.mapped_model = await self._upstream.resolve(first.model)
-        trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
-        told = (first.include_usage, self._config.images_in_text, time.time)
-        head = Head(trace.id[4:], int(time.time()), first.model, *told)
+        trace.model = requests[0].model
+        told = (requests[0].include_usage, self._config.images_in_text, time.time)
+        head = Head(trace.id[4:], int(time.time()), trace.model, *told)
         if form is ResponseRenderer:
-            head = replace(head, seal=await self._sealing(body, first, trace))
-        renderer = form(head, body)
-        kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
-        if kept and body.get("background"):
-            return first.stream, await self._detach(first, kept, trace), renderer, payloads, kept
-        answer = await self._upstream.ask_all([prompt for prompt in prompts for _ in range(first.n)], trace)
-        return first.stream, answer, renderer, payloads, kept
+            head = replace(head, seal=await self._sealing(body, requests[0], trace))
+        return requests, form(head, body), body, payloads
 
     async def _sealing(
         self, body: Mapping[str, Any], request: Request, trace: Trace
@@ -6937,7 +7023,7 @@ class Gateway:
 
     async def _stream(
         self,
-        http: web.Request,
+        client: ClientStream,
         trace: Trace,
         answer: Answer | Merged,
         renderer: Renderer,
@@ -6952,12 +7038,8 @@ class Gateway:
         begun = render(answer.first)
         if kept:
             await kept.save()
-        headers = trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
-        response = web.StreamResponse(headers=headers)
-        response.content_type = "text/event-stream"
-        await response.prepare(http)
+        await client.open(answer)
         trace.first_byte = time.monotonic()
-        client = ClientStream(http, answer)
         client.write(begun)
         last = await answer.flow(lambda events: client.write(render(events)))
         if last and isinstance(last[-1], Ended):
@@ -6967,8 +7049,7 @@ class Gateway:
         frames = render(last)
         if kept:
             await kept.save()  # before the client reads that it is over
-        await response.write_eof(frames)
-        return response
+        return await client.end(frames)
 
     # ---- kept responses
 
@@ -7013,7 +7094,12 @@ class Gateway:
         after = Fields(numbers_in(http.query)).count("starting_after", low=0)
         at = 0 if after is None else after + 1
         if job:
-            return await self._send(http, trace, job.follow(at))
+            client = self._client(http, trace)
+            client.hold(job.kept.renderer)
+            try:
+                return await client.copy(job.follow(at))
+            finally:
+                client.close()
         if one.state == "running":
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
         head = Head(one.id, one.response["created_at"], one.response["model"])
@@ -7021,17 +7107,6 @@ class Gateway:
         data = one.events or encoded(again(one.response))
         response = bytes_response(b"".join(split_frames(data)[at:]), trace)
         response.content_type = "text/event-stream"
-        return response
-
-    async def _send(self, http: web.Request, trace: Trace, frames: AsyncIterator[bytes]) -> web.StreamResponse:
-        response = web.StreamResponse(
-            headers=trace.headers(time.monotonic()) | self._cors(http) | {"Cache-Control": "no-cache"}
-        )
-        response.content_type = "text/event-stream"
-        await response.prepare(http)
-        async for data in frames:
-            await response.write(data)
-        await response.write_eof()
         return response
 
 
@@ -7134,7 +7209,7 @@ class Job:
         """Breaks the response off, and waits until that is kept."""
         self._cancelled = Cancelled("The response was cancelled. Ask again for another.")
         if self._answer:
-            self._answer.cut(self._cancelled)
+            self._answer.break_off(self._cancelled)
         else:
             self.task.cancel()
         await asyncio.wait([self.task])
@@ -7209,33 +7284,115 @@ SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-session-affini
 class ClientStream:
     """A client's side of a stream: one write a read, and no more reads while the client does not take what was written.
 
+    Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
     aiohttp's own `write` costs a task switch and a wait each; what it would send is written to the transport here.
     """
 
-    def __init__(self, http: web.Request, answer: Answer | Merged) -> None:
+    def __init__(self, http: web.Request, config: Config, headers: Callable[[], dict[str, str]]) -> None:
+        self.begun = False
+        """Whether the head went out, or is about to."""
+        self._http = http
         self._transport = http.transport
         self._framed = http.version >= (1, 1)
+        self._headers = headers
+        self._beat_s, self._stall_s = config.heartbeat_s, config.timeouts.stall_s
+        self._renderer: Renderer | None = None
+        self._answer: Answer | Merged | None = None
+        self._opening: asyncio.Task[web.StreamResponse] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._stalled = self._ended = False
+        self._silent = False
+        """Nothing was written since the last look."""
+
+    def hold(self, renderer: Renderer) -> None:
+        """From now on a heartbeat may begin the stream, and then an error is told in it."""
+        self._renderer = renderer
+        if self._beat_s:
+            self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
+
+    async def open(self, answer: Answer | Merged | None) -> None:
         self._answer = answer
-        self._stalled = False
+        self.begun = True
+        self._response = await (self._opening or self._prepare())
+
+    async def _prepare(self) -> web.StreamResponse:
+        response = web.StreamResponse(headers=self._headers() | {"Cache-Control": "no-cache"})
+        response.content_type = "text/event-stream"
+        await response.prepare(self._http)
+        return response
+
+    async def copy(self, frames: AsyncIterator[bytes]) -> web.StreamResponse:
+        """Sends frames as they come, as slowly as the client takes them."""
+        await self.open(None)
+        async for data in frames:
+            await self._response.write(data)
+            self._silent = False
+        return await self.end(b"")
+
+    async def fail(self, error: GatewayError) -> web.StreamResponse:
+        """Ends a stream that only heartbeats have begun."""
+        await self.open(None)
+        assert self._renderer
+        return await self.end(encoded(self._renderer.render_all([Started(), Failed(error)])))
+
+    async def end(self, data: bytes) -> web.StreamResponse:
+        await self._response.write_eof(data)
+        self._ended = True
+        return self._response
+
+    def close(self) -> None:
+        """Also cuts off what did not come to its end, so that nobody takes it for whole."""
+        if self.begun and not self._ended and self._transport:
+            self._transport.abort()
+        if self._alarm:
+            self._alarm.cancel()
+        if self._opening:
+            self._opening.cancel()
+
+    def _beat(self) -> None:
+        """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
+        if not self.begun:
+            self.begun = True
+            self._opening = asyncio.create_task(self._prepare())
+            self._opening.add_done_callback(self._opened)
+        elif self._silent and not self._stalled:
+            self.write(HEARTBEAT)
+        else:
+            self._silent = True
+        self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
+
+    def _opened(self, opening: asyncio.Task[web.StreamResponse]) -> None:
+        if not opening.cancelled() and not opening.exception():
+            self.write(HEARTBEAT)
 
     def write(self, data: bytes) -> None:
         transport = self._transport
         if not data or transport is None or transport.is_closing():
             return  # whoever is gone gets nothing; aiohttp cancels the handler
         transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
-        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX:
+        self._silent = False
+        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX and self._answer:
             self._stalled = True
             self._answer.pause()
-            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
+            self._watch(transport, math.inf, 0.0)
 
-    def _resume(self, transport: asyncio.Transport) -> None:
-        if transport.get_write_buffer_size() > UNSENT_BYTES_MAX // 4 and not transport.is_closing():
-            asyncio.get_running_loop().call_later(UNSENT_CHECK_S, self._resume, transport)
-        else:
+    def _watch(self, transport: asyncio.Transport, unsent: float, since: float) -> None:
+        """Resumes the answer once most was taken; cuts a client off that has taken nothing for `stall_s`."""
+        loop = asyncio.get_running_loop()
+        left = transport.get_write_buffer_size()
+        if left <= UNSENT_BYTES_MAX // 4 or transport.is_closing():
             self._stalled = False
-            self._answer.resume()
+            if self._answer:
+                self._answer.resume()
+        elif left == unsent and loop.time() - since > self._stall_s:
+            transport.abort()
+        else:
+            since = since if left == unsent else loop.time()
+            loop.call_later(UNSENT_CHECK_S, self._watch, transport, left, since)
 
 
+CLOSE: Mapping[str, str] = {"Connection": "close"}
+STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 EXPOSED_HEADERS = (
     "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
@@ -7243,16 +7400,21 @@ EXPOSED_HEADERS = (
 
 
 async def read_body_of(http: web.Request) -> bytes:
-    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge."""
+    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge, BodyTooSlow."""
     pieces = []
     size = 0
-    while piece := await http.content.readany():
-        size += len(piece)
-        if size > BODY_BYTES_MAX:
-            raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
-        if size > LARGE_BYTES:
-            keep_buffers()
-        pieces.append(piece)
+    try:
+        async with asyncio.timeout(None if http.content.is_eof() else BODY_S_MAX):
+            while piece := await http.content.readany():
+                size += len(piece)
+                if size > BODY_BYTES_MAX:
+                    raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
+                if size > LARGE_BYTES:
+                    keep_buffers()
+                pieces.append(piece)
+    except TimeoutError:
+        text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
+        raise BodyTooSlow(text, headers=CLOSE) from None
     return b"".join(pieces)
 
 
@@ -7331,6 +7493,8 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
         body["error"]["decisions"] = decisions_of(trace)
     response = json_response(body, trace, error.status)
     response.headers.update(error.headers)
+    if error.headers is CLOSE:
+        response.force_close()
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
         response.headers["Retry-After"] = str(math.ceil(wait_s))
@@ -7340,16 +7504,27 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
+async def invite(http: web.Request) -> None:
+    """Lets a client go on that waits for it; aiohttp's own answers text to other expectations, and 500 to odd bytes."""
+    if http.headers["Expect"].lower() == "100-continue":
+        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        http.writer.output_size = 0
+
+
 async def create_app(
-    config: Config, tally: Tally | None = None, running_max: float = math.inf, source: Source | None = None
+    config: Config,
+    tally: Tally | None = None,
+    running_max: float = math.inf,
+    source: Source | None = None,
+    drain_s: float = 0.0,
 ) -> web.Application:
-    """The gateway as an aiohttp application; what it opened closes with it."""
+    """The gateway as an aiohttp application; when it is shut down, running answers have `drain_s` to finish."""
     upstream = Upstream(config)
     database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
     store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
     app = web.Application(client_max_size=BODY_BYTES_MAX)
     gateway = Gateway(config, upstream, store, tally or Tally(), running_max, source)
-    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle)
+    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle, expect_handler=invite)
     tasks = [asyncio.create_task(gateway.watch(source))] if source else []
     if database.path:
         if database.path.exists():
@@ -7365,6 +7540,7 @@ async def create_app(
         await upstream.close()
         await store.close()
 
+    app.on_shutdown.append(lambda _: gateway.drain(drain_s))
     app.on_cleanup.append(close)
     return app
 
@@ -7791,8 +7967,20 @@ class JsonFormatter(logging.Formatter):
         return dumps({"time": moment, "level": record.levelname.lower(), **told})
 
 
-def set_up_logging(level: str, form: str) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+class MaskingHandler(logging.StreamHandler[Any]):
+    """Writes no secret, whoever logged it, in whatever form, tracebacks included."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(sys.stderr)
+        known = [a.api_key for a in config.accounts] + [one.key for one in config.api_key]
+        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]}]
+
+    def format(self, record: logging.LogRecord) -> str:
+        return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))
+
+
+def set_up_logging(level: str, form: str, config: Config) -> None:
+    handler = MaskingHandler(config)
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
@@ -7834,7 +8022,7 @@ def without_credentials(url: str) -> str:
 
 
 def raise_file_limit() -> float:
-    """Lets this process open as many files as it may; how many requests, of two sockets each, that is."""
+    """Lets this process open as many files as it may; how many requests, of two sockets and an idle one each, that is."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
@@ -7843,7 +8031,7 @@ def raise_file_limit() -> float:
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 2)
+    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 3)
 
 
 def spare_collector() -> None:
@@ -7861,21 +8049,36 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
         runner.run(main)
 
 
-async def run_until_signal(config: Config, path: Path | None, load: Callable[[], Config]) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running answers finish, bounded by DRAIN_S. Raises OSError."""
+async def run_until_signal(config: Config, path: Path | None, load: Callable[[], Config], drain_s: float) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills. Raises OSError."""
     stop = asyncio.Event()
     source = Source(path, load, asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
         running_max = raise_file_limit()
-        app = await create_app(config, running_max=running_max, source=source)
-        port = await listen(app, config.bind, config.port, stack)
+        app = await create_app(config, None, running_max, source, drain_s)
+        port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)
         click.echo(banner(replace(config, port=port), running_max), err=True)
         on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
         if source:
             on_signals(("SIGHUP",), lambda _: source.asked.set())
         spare_collector()
+        tell_systemd("READY=1")
         await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        tell_systemd("STOPPING=1")
+        click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
+
+
+def tell_systemd(state: str) -> None:
+    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+            to.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
 def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
@@ -7922,15 +8125,70 @@ def client_environment(config: Config) -> dict[str, str]:
     return {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
 
 
-async def listen(app: web.Application, host: str, port: int, stack: contextlib.AsyncExitStack) -> int:
-    """Serves an application until the stack ends; the port that it listens on."""
+async def listen(
+    app: web.Application,
+    host: str,
+    port: int,
+    stack: contextlib.AsyncExitStack,
+    connections_max: float = math.inf,
+    stall_s: float = 120.0,
+) -> int:
+    """Serves an application until the stack ends, then first lets nobody in any more; the port that it listens on."""
     # aiohttp's default, no cancellation, would go on asking Gemini for a client that is gone
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=DRAIN_S)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, host, port).start()
-    address: tuple[str, int] = runner.addresses[0]
-    return address[1]
+    stack.push_async_callback(app.shutdown)
+    server: Any = runner.server
+    options = {"loop": asyncio.get_running_loop(), "access_log": None, "keepalive_timeout": KEEP_ALIVE_S}
+
+    def accept() -> Any:
+        full = len(server.connections) >= connections_max
+        return TurnedAway() if full else connection_class()(server, **options)
+
+    listener = await asyncio.get_running_loop().create_server(accept, host, port, backlog=1024)
+    stack.callback(listener.close)
+    for socket in listener.sockets:
+        if sys.platform == "linux":  # what a client does not take for so long ends its connection, streams or not
+            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
+    return int(listener.sockets[0].getsockname()[1])
+
+
+class TurnedAway:
+    """What one connection too many meets: an answer without a question, and the end."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
+        body = dump_bytes(error_body(Overloaded(text)))
+        transport.write(b"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n" + body)
+        transport.close()
+
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+
+
+@functools.cache
+def connection_class() -> Any:
+    """aiohttp's connection, which tells also of broken HTTP as all errors are told, and does not log what it was."""
+
+    class ClientConnection(web.RequestHandler):  # made late, so that --help does without aiohttp
+        __slots__ = ()
+
+        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            text = f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it uses no TLS here."
+            response = web.Response(body=dump_bytes(error_body(BadRequest(text))), status=status)
+            response.content_type = "application/json"
+            response.force_close()
+            return response
+
+        def log_exception(self, *told: Any, **more: Any) -> None:
+            if not isinstance(more.get("exc_info"), web.RequestPayloadError):  # of a body that nobody wanted to read
+                super().log_exception(*told, **more)
+
+    return ClientConnection
 
 
 @click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
@@ -7965,16 +8223,23 @@ demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gem
     "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
 )
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
+@click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
 def serve(
-    host: str | None, port: int | None, accounts: str | None, demo: bool, log_level: str, log_format: str
+    host: str | None,
+    port: int | None,
+    accounts: str | None,
+    demo: bool,
+    log_level: str,
+    log_format: str,
+    drain_s: float,
 ) -> None:
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging(log_level, log_format)
+    set_up_logging(log_level, log_format, config)
     try:
         load = functools.partial(reloaded, accounts, host, port)
-        run_loop(run_until_signal(config, find_file(accounts, os.environ), load))
+        run_loop(run_until_signal(config, find_file(accounts, os.environ), load, drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -7995,7 +8260,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging("error", "text")
+    set_up_logging("error", "text", config)
     try:
         sys.exit(asyncio.run(run_command(config, command)))
     except OSError as error:

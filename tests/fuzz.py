@@ -1,6 +1,6 @@
 """Feeds the translations what nobody promised: damaged answers of Gemini, odd but valid bodies, and broken bodies.
 
-    python tests/fuzz.py [--bodies N] [--requests N] [--seed S] [--case KIND:NUMBER]
+    python tests/fuzz.py [--bodies N] [--requests N] [--wire N] [--seed S] [--case KIND:NUMBER]
 
 Nothing may be raised but the errors that the gateway tells, every byte sent must be strict JSON in UTF-8, and no body
 built from a valid request may have a finding of Google's schema check. A failing case is printed with its name, by
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 TESTS = Path(__file__).parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
+import fuzz_wire
 import generators as g
 import yaml
 from fake_gemini import OWN_OUTPUT, is_meant, validate
@@ -281,6 +282,25 @@ def check_embedding_answer(data: bytes, r: Random) -> None:
     strict_json(agproxy.dump_bytes(agproxy.render_embeddings(request, vectors, 1)))
 
 
+def make_file(r: Random) -> str:
+    """An accounts file, damaged, or with its values and keys mixed up."""
+    text = (TESTS.parent / "accounts.yaml.example").read_text()
+    if g.maybe(r, 50):
+        return yaml.safe_dump(g.mutated(r, yaml.safe_load(text)), allow_unicode=True)
+    data = text.encode()
+    for _ in range(r.randint(1, 5)):
+        data = g.damaged(r, data)
+    return data.decode(errors="replace")
+
+
+def check_file(text: str, _: Random) -> None:
+    try:
+        agproxy.load_config(text, "f.yaml", {"AGPROXY_API_KEY": "planted-key", "GEMINI_API_KEY": "planted-key"})
+    except agproxy.ConfigError as error:
+        assert all(line.startswith("f.yaml:") for line in str(error).split("\n")), error
+        assert "planted-key" not in str(error), error
+
+
 def check_chat(body: Any, r: Random) -> None:
     check_built([agproxy.parse_chat(received(body))], r.sample(g.MODELS, 3), body)
 
@@ -346,6 +366,7 @@ BROKEN: dict[str, Kind] = {
     "error": Kind(make_error, check_error),
     "vectors": Kind(make_embedding_answer, check_embedding_answer),
     "body": Kind(make_broken, check_broken),
+    "file": Kind(make_file, check_file),
 }
 KINDS = VALID | BROKEN
 
@@ -394,6 +415,7 @@ SHARES = {
     "error": 15,
     "vectors": 5,
     "body": 30,
+    "file": 2,
     "chat": 85,
     "response": 10,
     "completion": 3,
@@ -419,6 +441,7 @@ def main() -> int:
         "--bodies", type=int, default=100_000, help="damaged answers of Gemini; broken bodies are added"
     )
     parser.add_argument("--requests", type=int, default=10_000, help="valid bodies")
+    parser.add_argument("--wire", type=int, default=0, help="damaged HTTP, of clients and of Gemini, by real sockets")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--case", help="play one case again, as KIND:NUMBER")
     given = parser.parse_args()
@@ -426,6 +449,10 @@ def main() -> int:
     if given.case:
         played = Run(given.seed)
         played.play(given.case.split(":")[0], int(given.case.split(":")[1]))
+    elif given.wire:
+        told, failures = fuzz_wire.run(given.wire, given.seed)
+        sys.stdout.write("\n".join([*failures[:20], told, ""]))
+        return 1 if failures else 0
     else:
         played = run(given.bodies, given.requests, given.seed)
     sys.stdout.write(f"{played.told()}\n{time.monotonic() - started:.1f} s\n")

@@ -77,6 +77,7 @@ def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
         ("models:\n  traits: {x: {speed: 1}}\n", ["unknown key 'speed'"]),
         ("- a\n", ["f.yaml:1: the file must hold"]),
         ("proxy: {\n", ["f.yaml:2: not valid YAML"]),
+        ("proxy:\n  port: 1\x00\n", ["f.yaml:2: not valid YAML (special characters are not allowed)"]),
     ],
 )
 def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:

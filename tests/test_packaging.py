@@ -1,10 +1,16 @@
 """The lone file, its header, and the example file, held against each other."""
 
+import ast
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
+import zipfile
 from pathlib import Path
+
+import pytest
 
 import antigravity_proxy as agproxy
 
@@ -37,3 +43,46 @@ def test_the_example_file_loads_and_names_every_key() -> None:
     tables = (agproxy.PROXY_KEYS, agproxy.MODELS_KEYS, agproxy.ACCOUNT_KEYS, agproxy.TIMEOUT_KEYS, agproxy.TRAIT_KEYS)
     for key in (key for table in tables for key in table):
         assert re.search(rf"^[ -]*{key}:", text, re.MULTILINE), key
+
+
+@pytest.mark.parametrize("kind", ["wheel", "sdist"])
+def test_two_builds_are_equal_and_hold_what_they_should(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buildapi = pytest.importorskip("flit_core.buildapi")
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1750000000")
+    built = []
+    for copy in (tmp_path / "a", tmp_path / "b" / "longer"):
+        copy.mkdir(parents=True)
+        for name in ("antigravity_proxy.py", "pyproject.toml", "README.md", "LICENSE"):
+            shutil.copyfile(ROOT / name, copy / name)  # with another time and place
+        monkeypatch.chdir(copy)
+        built.append(copy / getattr(buildapi, f"build_{kind}")(str(copy)))
+    assert built[0].read_bytes() == built[1].read_bytes()
+    assert files_in(built[0]) == (WHEEL if kind == "wheel" else SDIST)
+
+
+def files_in(package: Path) -> set[str]:
+    """The names of a package's files, without its version."""
+    with zipfile.ZipFile(package) if package.suffix == ".whl" else tarfile.open(package) as opened:
+        names = opened.namelist() if isinstance(opened, zipfile.ZipFile) else opened.getnames()
+    return {re.sub(r"^agproxy-[\d.]+(\.dist-info)?/", r"about\1/", name) for name in names}
+
+
+WHEEL = {"antigravity_proxy.py"} | {
+    f"about.dist-info/{name}" for name in ("entry_points.txt", "licenses/LICENSE", "WHEEL", "METADATA", "RECORD")
+}
+SDIST = {f"about/{name}" for name in ("antigravity_proxy.py", "pyproject.toml", "README.md", "LICENSE", "PKG-INFO")}
+
+
+def test_nothing_is_imported_that_is_not_declared() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["fast"]]
+    allowed = {re.split(r"[>=;<]", name)[0].replace("pyyaml", "yaml") for name in declared} | sys.stdlib_module_names
+    source = (ROOT / "antigravity_proxy.py").read_text()
+    imported = re.findall(r"(?:import_module|_Lazy)\(\"(\w+)", source)
+    for node in ast.walk(ast.parse(source)):
+        imported += [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+    assert len(imported) > 30
+    assert {name.partition(".")[0] for name in imported} <= allowed

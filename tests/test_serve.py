@@ -132,6 +132,90 @@ async def test_a_signal_lets_running_answers_finish(serve: Serve, file: str, gem
             await session.get(f"{base_url}/models")
 
 
+ASKED: dict[str, Any] = {
+    "chat/completions": HELLO,
+    "responses": {"model": "gpt-4o", "input": "hi"},
+    "completions": {"model": "gpt-4o", "prompt": "hi"},
+}
+
+
+@pytest.mark.parametrize(("route", "body"), ASKED.items(), ids=ASKED)
+@pytest.mark.parametrize(
+    ("stream", "begun"), [(True, True), (True, False), (False, False)], ids=["begun", "silent", "whole"]
+)
+async def test_what_takes_longer_than_the_drain_is_told_so(
+    begun: bool, route: str, body: Any, stream: bool, serve: Serve, file: str, gemini: FakeGemini
+) -> None:
+    served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.3")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said(*"abcdefghijklmnop")]
+    gemini.pause_s, gemini.silence_s = 0.4, 0.0 if begun else 20.0
+    async with aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
+        await asyncio.sleep(0.6)
+        served.process.send_signal(signal.SIGTERM)
+        async with await asking as response:
+            text = await response.text()
+        assert response.status == (200 if stream and begun else 503)
+        assert "The gateway was stopped before the answer was whole." in text
+        assert "[DONE]" not in text or route == "responses"
+        assert ("event: response.failed" in text) == (route == "responses" and stream and begun)
+    assert await served.ended() == 0
+
+
+async def test_while_it_drains_it_says_so_and_takes_nothing_new(serve: Serve, file: str, gemini: FakeGemini) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    port = int(base_url.split(":")[2].removesuffix("/v1"))
+    health = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 0.3
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(health)
+    assert b" 200 " in await reader.readuntil(b"}")
+    async with aiohttp.ClientSession() as session:
+        response = await session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True})
+        async with response:
+            served.process.send_signal(signal.SIGTERM)
+            await served.wait_for("(agproxy stops)")
+            writer.write(health)
+            assert b" 503 " in await reader.readuntil(b"}}")
+            assert await reader.read() == b""
+            with pytest.raises(aiohttp.ClientConnectorError):
+                await session.get(f"{base_url}/models")
+            assert (await response.text()).endswith("data: [DONE]\n\n")
+    writer.close()
+    assert await served.ended() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_second_signal_ends_at_once(
+    number: signal.Signals, serve: Serve, file: str, gemini: FakeGemini
+) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script, gemini.silence_s = [said("a")], 20
+    async with aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(session.post(f"{base_url}/chat/completions", json=HELLO))
+        await asyncio.sleep(0.3)
+        served.process.send_signal(number)
+        await served.wait_for("(agproxy stops)")
+        served.process.send_signal(number)
+        assert await asyncio.wait_for(served.ended(), 1) == -number
+        with pytest.raises(aiohttp.ClientError):
+            await asking
+
+
+async def test_systemd_is_told(serve: Serve, file: str, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        served = await serve("--accounts", file, "--port", "0", NOTIFY_SOCKET=str(tmp_path / "notify"))
+        await served.wait_for(r"base URL +(\S+)")
+        assert await asyncio.to_thread(systemd.recv, 99) == b"READY=1"
+        served.process.terminate()
+        assert await asyncio.to_thread(systemd.recv, 99) == b"STOPPING=1"
+        assert await served.ended() == 0
+
+
 async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> None:
     served = await serve("--accounts", file, "--port", "0", "--log-format", "json")
     base_url = await served.wait_for(r"base URL +(\S+)")

@@ -1,0 +1,409 @@
+"""How long anything may last: silence towards a client, a client that is slow or gone, a body or head that trickles."""
+
+import asyncio
+import contextlib
+import gzip
+import json
+import logging
+import resource
+import sys
+import time
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import aiohttp
+import fuzz_wire
+import openai
+import pytest
+import soak
+from conftest import HELLO
+from fake_gemini import FakeGemini, error, said
+
+import antigravity_proxy as agproxy
+
+BEAT = ": keep-alive\n\n"
+STREAM = HELLO | {"stream": True}
+CHAT = "/v1/chat/completions"
+FIRST = b"data: " + json.dumps(said("x")[0]).encode() + b"\r\n\r\n"
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
+Start = Callable[..., Awaitable[str]]
+
+
+@pytest.fixture
+async def start() -> AsyncIterator[Start]:
+    """Serves a gateway as `agproxy serve` does; its URL."""
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def start(url: str, *, connections_max: float = 1000, drain_s: float = 0, **settings: Any) -> str:
+            config = agproxy.Config((agproxy.Account("a", "k", url),), **settings)
+            app = await agproxy.create_app(config, drain_s=drain_s)
+            stall_s = config.timeouts.stall_s
+            return f"http://127.0.0.1:{await agproxy.listen(app, '127.0.0.1', 0, stack, connections_max, stall_s)}"
+
+        yield start
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as session:
+        yield session
+
+
+@pytest.fixture(params=["direct", "aiohttp"])
+def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agproxy, "DIRECT", request.param == "direct")
+
+
+# ---- heartbeat
+
+
+async def test_a_silent_upstream_is_bridged_until_the_answer_comes(start: Start, session: Any, gemini: Any) -> None:
+    url = await start(gemini.url, heartbeat_s=0.1)
+    gemini.silence_s, gemini.script = 0.35, [said("Hel", "lo")]
+    async with session.post(url + CHAT, json=STREAM) as response:
+        text = await response.text()
+    assert (response.status, text.startswith(BEAT * 2), 2 <= text.count(BEAT) <= 4) == (200, True, True)
+    assert [line for line in text.split("\n\n") if line and not line.startswith(("data: ", ":"))] == []
+    assert text.endswith("data: [DONE]\n\n")
+
+
+async def test_silence_between_events_is_bridged_for_the_sdk(start: Start, gemini: Any, session: Any) -> None:
+    url = await start(gemini.url, heartbeat_s=0.1)
+    gemini.pause_s, gemini.script = 0.25, [said("Hel", "lo"), said("Hel", "lo")]
+    async with session.post(url + CHAT, json=STREAM) as response:
+        assert 2 <= (await response.text()).count(BEAT) <= 8
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as ai:
+        stream = await ai.responses.create(model="gpt-4o", input="hi", stream=True)
+        assert [event.type async for event in stream][-1] == "response.completed"
+
+
+@pytest.mark.parametrize(
+    ("settings", "body"), [({"heartbeat_s": 0}, STREAM), ({"heartbeat_s": 0.1}, HELLO), ({}, STREAM)]
+)
+async def test_no_heartbeat_where_none_is_due(
+    settings: Any, body: Any, start: Start, session: Any, gemini: Any
+) -> None:
+    url = await start(gemini.url, **settings)
+    gemini.silence_s, gemini.pause_s, gemini.script = 0.25, 0.1, [said("Hel", "lo")]
+    async with session.post(url + CHAT, json=body) as response:
+        assert ":\x20keep" not in await response.text()
+
+
+@pytest.mark.parametrize(("silence_s", "status"), [(0.0, 400), (0.3, 200)])
+@pytest.mark.parametrize(
+    ("route", "asked", "end"),
+    [
+        ("chat/completions", STREAM, '"code":null}}\n\n'),
+        ("completions", {"model": "gpt-4o", "prompt": "x", "stream": True}, '"code":null}}\n\n'),
+        ("responses", {"model": "gpt-4o", "input": "x", "stream": True}, "event: response.failed"),
+    ],
+)
+async def test_a_failure_has_its_status_before_a_heartbeat_and_is_told_in_the_stream_after_one(
+    silence_s: float, status: int, route: str, asked: Any, end: str, start: Start, session: Any, gemini: Any
+) -> None:
+    url = await start(gemini.url, heartbeat_s=0.1)
+    gemini.silence_s, gemini.script = silence_s, [error(400, "INVALID_ARGUMENT", "No such thing.")]
+    async with session.post(f"{url}/v1/{route}", json=asked) as response:
+        text = await response.text()
+    assert (response.status, "No such thing." in text) == (status, True)
+    assert text.startswith(BEAT) == (end in text) == (status == 200)
+
+
+@pytest.mark.parametrize("silence_s", [0.0, 0.3], ids=["at an event", "after a heartbeat"])
+async def test_a_stream_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
+    silence_s: float,
+    start: Start,
+    session: Any,
+    gemini: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    url = await start(gemini.url, heartbeat_s=0.1)
+    gemini.silence_s, gemini.pause_s, gemini.script = silence_s, 0.1, [said("a", "b")]
+    rendered = agproxy.ChatRenderer.render_all
+
+    def fails(renderer: Any, events: Any) -> str:
+        if silence_s or isinstance(events[-1], agproxy.Ended):
+            raise KeyError("a mistake")
+        return rendered(renderer, events)
+
+    monkeypatch.setattr(agproxy.ChatRenderer, "render_all", fails)
+    async with session.post(url + CHAT, json=STREAM) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.text()
+    assert "KeyError" in caplog.text
+
+
+# ---- a client that is slow, or gone
+
+
+class Holding:
+    """An upstream that says something after each request, or nothing, and then waits for the other side to leave."""
+
+    def __init__(self, says: bytes) -> None:
+        self.says = says
+        self.tls_seen = 0
+        self.asked = asyncio.Event()
+        self.left = asyncio.Event()
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        listing = False
+        with contextlib.suppress(ConnectionError):
+            first = await reader.read(20)
+            self.tls_seen += first.startswith(b"\x16")
+            listing = first.startswith(b"GET /v1beta/models?") or self.tls_seen == 1  # the list is asked first
+            if not listing:
+                writer.write(self.says)
+                self.asked.set()
+                while await reader.read(1 << 16):
+                    pass
+            else:
+                writer.write(b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        writer.close()
+        if not listing:
+            self.left.set()
+
+
+@contextlib.asynccontextmanager
+async def holding(says: bytes = b"") -> AsyncIterator[tuple[Holding, str]]:
+    upstream = Holding(says)
+    async with await asyncio.start_server(upstream.serve, "127.0.0.1", 0) as server:
+        yield upstream, f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+def linking(url: str) -> dict[str, Any]:
+    part = {"type": "image_url", "image_url": {"url": f"{url.replace('127.0.0.1', 'localhost')}/a.png"}}
+    return HELLO | {"messages": [{"role": "user", "content": [part]}]}
+
+
+@pytest.mark.parametrize("heartbeat_s", [15, 0.05], ids=["held", "beating"])
+@pytest.mark.parametrize("phase", ["media", "connecting", "first byte", "streaming", "whole", "half a head"])
+@pytest.mark.usefixtures("transport")
+async def test_the_upstream_is_left_within_a_second_of_the_client(
+    phase: str, heartbeat_s: float, start: Start, session: Any
+) -> None:
+    says = {"streaming": HEAD + FIRST, "whole": HEAD[:-2] + b"Content-Length: 9\r\n\r\n{", "half a head": HEAD[:9]}
+    async with holding(says.get(phase, b"")) as (upstream, url):
+        secure = url.replace("http:", "https:") if phase == "connecting" else url
+        gateway = await start(secure, heartbeat_s=heartbeat_s, media_hosts=("localhost",))
+        body = linking(url) if phase == "media" else HELLO
+        asking = asyncio.create_task(session.post(gateway + CHAT, json=body | {"stream": phase != "whole"}))
+        await asyncio.wait_for(upstream.asked.wait(), 5)
+        await asyncio.sleep(0.1)
+        asking.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            (await asking).close()
+        await asyncio.wait_for(upstream.left.wait(), 1)
+
+
+async def test_a_client_that_leaves_at_the_end_is_no_mistake_of_the_gateways(
+    start: Start, gemini: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)  # found by the soak test: a traceback in the log
+    ended = agproxy.ClientStream.end
+
+    async def end(client: Any, data: bytes) -> Any:
+        client._transport.abort()
+        return await ended(client, data)
+
+    monkeypatch.setattr(agproxy.ClientStream, "end", end)
+    url = await start(gemini.url)
+    gemini.script = [said("x")]
+    async with raw(url, STREAM) as (reader, _):
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+    await asyncio.sleep(0.1)
+    assert "status=499" in caplog.text
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_nobody_is_asked_again_for_a_client_that_left_while_waiting(
+    start: Start, session: Any, gemini: Any
+) -> None:
+    gateway = await start(gemini.url)
+    gemini.script = [error(503, "UNAVAILABLE", "busy"), said("x")]
+    with pytest.raises(TimeoutError):
+        await session.post(gateway + CHAT, json=STREAM, timeout=aiohttp.ClientTimeout(total=0.15))
+    await asyncio.sleep(1.1)
+    assert len(gemini.bodies) == 1
+
+
+@contextlib.asynccontextmanager
+async def raw(url: str, body: Any, head: str = "") -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A client that reads as little as it wants."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]), limit=1 << 12)
+    data = json.dumps(body).encode()
+    writer.write(
+        f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\n{head}Content-Length: {len(data)}\r\n\r\n".encode() + data
+    )
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()
+
+
+async def test_a_client_that_takes_nothing_is_cut_off(start: Start) -> None:
+    large = b"data: " + json.dumps(said("x" * 8000)[0]).encode() + b"\r\n\r\n"
+    async with holding(HEAD + large * 2000) as (upstream, url):
+        gateway = await start(url, timeouts=agproxy.Timeouts(stall_s=0.5), heartbeat_s=0.1)
+        async with raw(gateway, STREAM):
+            await asyncio.wait_for(upstream.asked.wait(), 5)
+            began = time.monotonic()
+            await asyncio.wait_for(upstream.left.wait(), 5)
+            assert 0.4 < time.monotonic() - began < 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds what stays in a socket's buffer")
+async def test_a_whole_answer_that_nobody_takes_is_let_go(start: Start, gemini: FakeGemini) -> None:
+    gateway = await start(gemini.url, timeouts=agproxy.Timeouts(stall_s=0.5))
+    gemini.script = [said("x" * (20 << 20))]
+    async with raw(gateway, HELLO) as (reader, _):
+        assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        await asyncio.sleep(1.5)
+        got = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := await asyncio.wait_for(reader.read(1 << 20), 5):
+                got += len(piece)
+        assert got < 20 << 20
+
+
+# ---- what trickles, and floods
+
+
+async def test_a_body_that_trickles_is_answered_in_time(
+    start: Start, gemini: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "BODY_S_MAX", 0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int((await start(gemini.url)).rsplit(":", 1)[1]))
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99\r\n\r\n{{".encode())
+    answer = await asyncio.wait_for(reader.readuntil(b"}}"), 2)
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert b"Connection: close" in answer and b'"code":"request_timeout"' in answer
+    writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /healthz HTT", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nX-A"])
+async def test_a_head_that_trickles_ends_the_connection(
+    sent: bytes, start: Start, gemini: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "KEEP_ALIVE_S", 0.3)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int((await start(gemini.url)).rsplit(":", 1)[1]))
+    writer.write(sent)
+    assert await asyncio.wait_for(reader.read(), 2) == b""
+    writer.close()
+
+
+async def test_one_connection_too_many_is_told_so(start: Start, gemini: Any, session: Any) -> None:
+    gateway = await start(gemini.url, connections_max=5)
+    port = int(gateway.rsplit(":", 1)[1])
+    flood = [await asyncio.open_connection("127.0.0.1", port) for _ in range(50)]
+    answers = [asyncio.create_task(reader.read()) for reader, _ in flood]
+    await asyncio.sleep(0.2)
+    told = [task.result() for task in answers if task.done()]
+    assert len(told) == 45
+    assert all(one.startswith(b"HTTP/1.1 503") and b'"server_is_overloaded"' in one for one in told)
+    for _, writer in flood:
+        writer.close()
+    await asyncio.sleep(0.1)
+    async with session.get(f"{gateway}/healthz") as response:
+        assert response.status == 200
+
+
+# ---- broken HTTP, and bodies that are not what they seem
+
+
+async def wire(url: str, *pieces: bytes) -> bytes:
+    """What comes back until the connection is closed; each piece is sent after a moment."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.05)
+    try:
+        return await asyncio.wait_for(reader.read(), 5)
+    finally:
+        writer.transport.abort()
+
+
+def post(body: bytes, *headers: str, close: str = "Connection: close") -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", close, f"Content-Length: {len(body)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + body
+
+
+GOOD = json.dumps(HELLO).encode()
+ENDLESS = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"X-A: " + b"a" * 9000 + b"\r\n" * 2]
+
+
+@pytest.mark.parametrize(
+    ("sent", "status"),
+    [
+        ([post(gzip.compress(GOOD), "Content-Encoding: gzip")], 200),
+        ([post(zlib.compress(GOOD), "Content-Encoding: deflate")], 200),
+        ([post(GOOD, "Expect: 100-continue")], 100),
+        ([post(GOOD, "Expect: chunked")], 200),  # found by the fuzzer: text/plain
+        ([post(GOOD, "Expect: \xe4")], 200),  # found by the fuzzer: a 500
+        ([post(GOOD, "X-Request-Id: \xe4", "X-Agproxy-Strict: a\x01b")], 400),
+        ([post(gzip.compress(GOOD)[:-20], "Content-Encoding: gzip")], 400),
+        ([post(b"no gzip", "Content-Encoding: gzip", close="X-A: b")], 400),
+        ([post(GOOD, "Content-Encoding: zstd")], 400),
+        ([post(b"[" * 1_000_000)], 400),
+        ([post(b'{"a":' * 100_000)], 400),
+        ([post(GOOD.replace(b'"hi"', b"NaN"))], 400),
+        ([post(GOOD.replace(b'"hi"', b"1" * 5000))], 400),
+        ([post(GOOD.replace(b'"hi"', b"1e999"))], 400),
+        ([post(GOOD.replace(b"hi", b"\xff"))], 400),
+        ([post(GOOD.replace(b'"hi"', b'"hi", "content": 5'))], 400),  # of two keys the last counts
+        ([post(GOOD.replace(b"gpt-4o", b"gpt\\r\\nX-Made-Up: b"))], 404),
+        ([post(GOOD.replace(b"gpt-4o", b"a\\r\\nX-Made-Up: b"))], 404),
+        ([post(GOOD.replace(b"gpt-4o", "gemini-\u2028\u00e4\u540d".encode()))], 404),
+        ([b"GET /v1/models/a%0d%0aX-Made-Up:%20b HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"], 404),
+        ([post(GOOD).replace(b"Host", b"Host\x01")], 400),
+        ([post(GOOD).replace(b"HTTP/1.1", b"HTTP/9")], 400),
+        ([b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"], 400),
+        ([post(GOOD, "Content-Length: 3")], 400),
+        ([post(GOOD, "Transfer-Encoding: chunked")], 400),
+        ([post(GOOD).replace(b"Content-Length: ", b"Content-Length: -")], 400),
+        (ENDLESS, 400),
+    ],
+)
+async def test_whatever_comes_is_answered_and_closed(
+    sent: list[bytes], status: int, start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await start(gemini.url)
+    gemini.script = [said("x")] * 2
+    answer = await wire(url, *sent)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.split(b" ")[1] == str(status).encode(), answer[:300]
+    assert b"Made-Up" not in head
+    if status >= 400:
+        told = json.loads(body)["error"]
+        assert (told["type"], set(told)) == ("invalid_request_error", {"message", "type", "param", "code"})
+        assert ". " in told["message"]
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+    assert b'"status":"ok"' in await wire(url, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+
+
+async def test_a_broken_body_that_nobody_reads_is_no_mistake_of_the_gateways(
+    start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = await start(gemini.url)  # found by the fuzzer: a traceback in the log
+    sent = post(b"no gzip at all, and not read", "Content-Encoding: gzip").replace(CHAT.encode(), b"/healthz")
+    assert b" 405 " in await wire(url, sent[:-20], sent[-20:])
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> None:
+    url = await start(gemini.url)
+    bomb = post(gzip.compress(bytes(1 << 28), 1), "Content-Encoding: gzip")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert b" 413 " in (await wire(url, bomb))[:20]
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
+
+
+async def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_nothing() -> None:
+    assert await soak.soak(100, 2) == []
+
+
+def test_damaged_http_of_clients_and_of_gemini() -> None:
+    summary, failures = fuzz_wire.run(100)
+    assert failures == [], summary
