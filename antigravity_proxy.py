@@ -3913,13 +3913,18 @@ def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
 
 
 def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
-    kind = name if part["type"] in ("text", "input_text", "output_text") else part["type"]
-    defaults: dict[str, dict[str, Any]] = {
-        "output_text": {"annotations": [], "logprobs": []},
-        "input_image": {"detail": "auto"},
-    }
-    more = defaults.get(kind, {})
-    return {**more, **part, "type": kind}
+    """A part as Responses has it, though chat's parts are taken too."""
+    match part:
+        case {"type": "text" | "input_text" | "output_text"}:
+            return {**({"annotations": [], "logprobs": []} if name == "output_text" else {}), **part, "type": name}
+        case {"type": "image_url", "image_url": {"url": _} as image}:
+            return {"type": "input_image", "detail": "auto", **image, "image_url": image["url"]}
+        case {"type": "input_image" | "image_url"}:
+            return {"detail": "auto", **part, "type": "input_image"}
+        case {"type": "file", "file": inner}:
+            return {"type": "input_file", **inner}
+        case _:
+            return dict(part)
 
 
 def render_embeddings(request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
