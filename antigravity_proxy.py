@@ -5477,16 +5477,9 @@ class Gateway:
             raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
         made = replace(trace)
         trace.model = trace.mapped_model = ""
-        job = self._jobs[kept.id] = Job(kept)
-
-        async def make() -> None:
-            try:
-                await job.make(self._upstream, request, made)
-            finally:
-                del self._jobs[kept.id]
-                self._tell(made, 200)
-
-        job.task = asyncio.create_task(make())
+        job = self._jobs[kept.id] = Job(kept, self._upstream, request, made)
+        job.task.add_done_callback(lambda _: self._tell(made, 200))
+        job.task.add_done_callback(lambda _: self._jobs.pop(kept.id))
         await kept.save()
         return job
 
@@ -5688,17 +5681,16 @@ class Kept:
 class Job:
     """A response that is made beside every connection; its frames are kept for whoever follows it."""
 
-    task: asyncio.Task[None]
-
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept, upstream: Upstream, request: Request, trace: Trace) -> None:
         self.kept = kept
         self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
         self._answer: Answer | None = None
         self._cancelled: Cancelled | None = None
         self._over = False
         self._grown = asyncio.Event()
+        self.task = asyncio.create_task(self._make(upstream, request, trace))
 
-    async def make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
+    async def _make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
         def render(events: list[Event]) -> list[bytes]:
             upstream.signatures.remember(events, trace.mapped_model)
             return split_frames(self._bytes(self.kept.renderer.render_all(events)))
