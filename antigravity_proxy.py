@@ -4664,13 +4664,18 @@ def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
 
 
 def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
-    kind = name if part["type"] in ("text", "input_text", "output_text") else part["type"]
-    defaults: dict[str, dict[str, Any]] = {
-        "output_text": {"annotations": [], "logprobs": []},
-        "input_image": {"detail": "auto"},
-    }
-    more = defaults.get(kind, {})
-    return {**more, **part, "type": kind}
+    """A part as Responses has it, though chat's parts are taken too."""
+    match part:
+        case {"type": "text" | "input_text" | "output_text"}:
+            return {**({"annotations": [], "logprobs": []} if name == "output_text" else {}), **part, "type": name}
+        case {"type": "image_url", "image_url": {"url": _} as image}:
+            return {"type": "input_image", "detail": "auto", **image, "image_url": image["url"]}
+        case {"type": "input_image" | "image_url"}:
+            return {"detail": "auto", **part, "type": "input_image"}
+        case {"type": "file", "file": inner}:
+            return {"type": "input_file", **inner}
+        case _:
+            return dict(part)
 
 
 def render_embeddings(request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int) -> dict[str, Any]:
@@ -6953,16 +6958,9 @@ class Gateway:
             raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
         made = replace(trace)
         trace.model = trace.mapped_model = ""
-        job = self._jobs[kept.id] = Job(kept)
-
-        async def make() -> None:
-            try:
-                await job.make(self._upstream, request, made)
-            finally:
-                del self._jobs[kept.id]
-                self._tell(made, 200)
-
-        job.task = asyncio.create_task(make())
+        job = self._jobs[kept.id] = Job(kept, self._upstream, request, made)
+        job.task.add_done_callback(lambda _: self._tell(made, 200))
+        job.task.add_done_callback(lambda _: self._jobs.pop(kept.id))
         await kept.save()
         return job
 
@@ -7153,17 +7151,16 @@ class Kept:
 class Job:
     """A response that is made beside every connection; its frames are kept for whoever follows it."""
 
-    task: asyncio.Task[None]
-
-    def __init__(self, kept: Kept) -> None:
+    def __init__(self, kept: Kept, upstream: Upstream, request: Request, trace: Trace) -> None:
         self.kept = kept
         self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
         self._answer: Answer | None = None
         self._cancelled: Cancelled | None = None
         self._over = False
         self._grown = asyncio.Event()
+        self.task = asyncio.create_task(self._make(upstream, request, trace))
 
-    async def make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
+    async def _make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
         def render(events: list[Event]) -> list[bytes]:
             upstream.signatures.remember(events, trace.mapped_model)
             return split_frames(self._bytes(self.kept.renderer.render_all(events)))

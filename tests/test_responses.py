@@ -259,6 +259,29 @@ async def test_the_input_is_listed_in_pages(ai: openai.AsyncOpenAI, client: Test
         assert (status, refused["error"]["param"]) == (400, wrong.partition("=")[0])
 
 
+async def test_every_kind_of_input_is_listed_as_openai_would(client: TestClient, gemini: FakeGemini) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    sent: list[dict[str, Any]] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a"}, image]},
+        {"role": "user", "content": [{"type": "input_file", "file_data": "aGk=", "filename": "a.txt"}]},
+        {"role": "assistant", "content": "b", "id": None},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": None},
+        {"type": "function_call", "call_id": "c1", "name": "ls", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "x", "id": None},
+        {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "raw"},
+        {"type": "custom_tool_call_output", "call_id": "c2", "output": "y"},
+    ]
+    gemini.script = [said("one"), said("two")]
+    made = await ask(client, input=sent)
+    _, page = await fetch(client, f"{made['id']}/input_items?order=asc")
+    assert findings(page, "ResponseItemList") == []
+    assert [item["type"] for item in page["data"]] == [item.get("type", "message") for item in sent]
+    assert len({item["id"] for item in page["data"]}) == len(sent)
+    await ask(client, input=page["data"], store=False)
+    assert gemini.bodies[0] == gemini.bodies[1]
+
+
 async def test_a_stream_is_played_again(client: TestClient, gemini: FakeGemini) -> None:
     thought = {"text": "Hm.", "thought": True}
     call = {"functionCall": {"name": "ls", "args": {"path": "/"}}}
