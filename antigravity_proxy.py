@@ -3399,6 +3399,8 @@ class GeminiReader:
         self._events: list[Event] = []
         self._started = False
         self._failed = False
+        self.error: GatewayError | None = None
+        """What ended the answer, where it failed."""
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
@@ -3566,7 +3568,7 @@ class GeminiReader:
         self._events.append(event)
 
     def _fail(self, error: GatewayError) -> None:
-        self._failed = True
+        self._failed, self.error = True, error
         for choice, candidate in sorted(self._candidates.items()):
             self._end_part(choice, candidate)
         self._events.append(Failed(error))
@@ -5252,7 +5254,7 @@ class Answer:
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
         events = reader.close(self._late or error)
-        self.last = events[-1] if events else None
+        self.last = Failed(reader.error) if reader.error else events[-1] if events else None
         return events
 
     def pause(self) -> None:

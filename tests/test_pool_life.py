@@ -290,5 +290,8 @@ async def test_a_stream_that_ends_by_a_refusal_sends_the_account_to_rest(
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
     client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
     gemini.script = [[*said("half", reason=None), USED_UP[1]], said("b")]
-    await (await client.post("/v1/chat/completions", json=HELLO | {"stream": True})).read()
-    assert (await client.post("/v1/chat/completions", json=HELLO)).headers["X-Account-Email"] == "b"
+    gemini.pause_s = 0.05  # so that the answer has begun
+    cut = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    assert ("half" in (text := await cut.text()), "insufficient_quota" in text) == (True, True)
+    later = await client.post("/v1/chat/completions", json=HELLO)
+    assert (later.status, later.headers["X-Account-Email"], later.headers["X-Attempts"]) == (200, "b", "1")
