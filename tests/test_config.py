@@ -82,10 +82,6 @@ def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:
     assert all(part in str(caught.value) for part in said), str(caught.value)
 
 
-def test_keys_without_effect_are_named() -> None:
-    assert loaded("proxy:\n  store: memory\n").unused == ("f.yaml:2: 'proxy.store' is not used yet.",)
-
-
 def test_keys_are_never_shown() -> None:
     config = loaded("proxy: {api_key: s3cret}\naccounts: [{name: a, api_key: s3cret}]\n")
     assert "s3cret" not in repr(config)
