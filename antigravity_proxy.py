@@ -718,7 +718,7 @@ class PoolExhausted(GatewayError):
     """Nobody could answer: the class of the last refusal, and why each account could not."""
 
     def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
-        super().__init__(message, code=last.code, retry_after_s=retry_after_s)
+        super().__init__(message, code=last.code, param=last.param, retry_after_s=retry_after_s)
         self.status, self.type = last.status, last.type
 
 
@@ -3562,6 +3562,8 @@ class GeminiReader:
         self._events: list[Event] = []
         self._started = False
         self._failed = False
+        self.error: GatewayError | None = None
+        """What ended the answer, where it failed."""
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
@@ -3755,7 +3757,7 @@ class GeminiReader:
         self._events.append(event)
 
     def _fail(self, error: GatewayError) -> None:
-        self._failed = True
+        self._failed, self.error = True, error
         error.message = without_secret(error.message, self.secret)
         for choice, candidate in sorted(self._candidates.items()):
             self._end_part(choice, candidate)
@@ -5165,6 +5167,17 @@ class Credentials:
             form = {"grant_type": JWT_GRANT, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
             raise AccountBarred(f"{account.name} has no login yet. Run `agproxy login {account.name}`.")
+        told = await self._ask(account, form, "access_token")
+        token.header, token.until = f"Bearer {told['access_token']}", now + (count_of(told.get("expires_in")) or 3600)
+        token.refresh_token = str(told.get("refresh_token") or token.refresh_token)
+
+    async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
+        """The refresh token that a login was granted. Raises UpstreamError."""
+        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": redirect, "code_verifier": verifier}
+        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
+        return str((await self._ask(account, form, "refresh_token"))["refresh_token"])
+
+    async def _ask(self, account: Account, form: Mapping[str, str], wanted: str) -> Mapping[str, Any]:
         try:
             async with asyncio.timeout(TOKEN_S_MAX):
                 status, answer = await self._post(account, form)
@@ -5172,24 +5185,9 @@ class Credentials:
             text = "The token endpoint could not be reached in time. Check the network and token_url."
             raise TokenTrouble(text, retry_after_s=TOKEN_RETRY_S) from None
         told = answer if isinstance(answer, dict) else {}
-        if status != 200 or not isinstance(told.get("access_token"), str):
+        if status != 200 or not isinstance(told.get(wanted), str):
             raise token_error(account, status, told)
-        token.header, token.until = f"Bearer {told['access_token']}", now + (count_of(told.get("expires_in")) or 3600)
-        token.refresh_token = str(told.get("refresh_token") or "")
-
-    async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
-        """The refresh token that a login was granted. Raises UpstreamError."""
-        form = {"grant_type": "authorization_code", "code": code, "redirect_uri": redirect, "code_verifier": verifier}
-        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
-        try:
-            async with asyncio.timeout(TOKEN_S_MAX):
-                status, answer = await self._post(account, form)
-        except (aiohttp.ClientError, OSError):
-            raise TokenTrouble("The token endpoint could not be reached in time. Try again.") from None
-        told = answer if isinstance(answer, dict) else {}
-        if status != 200 or not isinstance(told.get("refresh_token"), str):
-            raise token_error(account, status, told)
-        return str(told["refresh_token"])
+        return told
 
     def close(self) -> None:
         self._renewals.close()
@@ -5770,7 +5768,7 @@ class Answer:
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
         events = reader.close(self._late or error)
-        self.last = events[-1] if events else None
+        self.last = Failed(reader.error) if reader.error else events[-1] if events else None
         return events
 
     def pause(self) -> None:
@@ -5916,9 +5914,8 @@ class Upstream:
         """What any account lists: they may differ in the models that they have."""
         asked = [account for account in self.pool.accounts if account.kind == "gemini"]
         listed: dict[str, None] = {}
-        for account, found in zip(
-            asked, await asyncio.gather(*map(self.models_of, asked), return_exceptions=True), strict=True
-        ):
+        answers = await asyncio.gather(*map(self.models_of, asked), return_exceptions=True)
+        for account, found in zip(asked, answers, strict=True):
             if isinstance(found, tuple):
                 listed |= dict.fromkeys(found)
             else:
@@ -6010,13 +6007,10 @@ class Upstream:
         """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
         vectors: list[list[float]] = []
         tokens = 0
+        others = [account.name for account in self.pool.accounts if account.kind != "gemini"]
+        barred = dict.fromkeys(others, ModelGone("makes no embeddings, only accounts of kind gemini do"))
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            barred = {
-                account.name: ModelGone("makes no embeddings, only accounts of kind gemini do")
-                for account in self.pool.accounts
-                if account.kind != "gemini"
-            }
             answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never, barred)
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
@@ -6026,7 +6020,8 @@ class Upstream:
     async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred) -> T:
         """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
 
-        Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given.
+        Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given
+        there; what `mends` changed the body for is tried on the same account.
         """
         asked = trace.mapped_model
         fallback = self._config.fallback
@@ -6159,7 +6154,10 @@ class Upstream:
         """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
         if known := account.project or self._projects.get(account.name):
             return known
-        found = await self._shared.do(account.name, lambda: self._find_project(account, header))
+        try:
+            found = await self._shared.do(("project", account.name), lambda: self._find_project(account, header))
+        except (AttributeError, TypeError):
+            raise UpstreamBroken("What answers at base_url is not Code Assist. Check base_url.") from None
         self._projects[account.name] = found
         return found
 
@@ -6221,23 +6219,12 @@ class Turn:
     step: Step
 
     def __init__(
-        self,
-        pool: AccountPool,
-        trace: Trace,
-        barred: Mapping[str, UpstreamError],
-        patience_s: float,
-        last: bool,
-        clock: Callable[[], float],
+        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, last: bool, clock: Callable[[], float]
     ) -> None:
-        self._pool = pool
-        self._trace = trace
-        self._model = trace.mapped_model
-        self._patience_s = patience_s
-        self._last = last
-        self._clock = clock
-        self._barred = barred
+        self._pool, self._trace, self._model = pool, trace, trace.mapped_model
+        self._patience_s, self._last, self._clock = patience_s, last, clock
+        self._barred, self._tried = barred, set(barred)
         self._refusals: dict[str, UpstreamError] = dict(barred)
-        self._tried = set(barred)
         self._same: Seat | None = None
         self._mended = False
         self._spare = True
@@ -6407,7 +6394,10 @@ def open_transport(url: str, proxy: str | None, config: Config) -> DirectTranspo
 
 
 async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool) -> Answer:
-    """The answer with its first events; with all of them where it is not `streamed` on. Raises what the status or the first event says, and the transport's errors."""
+    """The answer with its first events, or with all of them where it is not `streamed` on.
+
+    Raises what the status or the first event says, and the transport's errors.
+    """
     if incoming.status != 200:
         wait = incoming.headers.get("retry-after", "")
         raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
@@ -6596,9 +6586,9 @@ class Source:
     asked: asyncio.Event
 
 
-def stamp_of(path: Path) -> tuple[int, int] | None:
+def stamp_of(path: str) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
-        about = path.stat()
+        about = os.stat(path)
         return about.st_mtime_ns, about.st_size
     return None
 
@@ -6766,7 +6756,7 @@ class Gateway:
             raise
         self._config = replace(config, host=self._config.host, port=self._config.port)
         self._upstream.adopt(self._config)
-        log.warning("the config was read again: %d accounts", len(config.accounts))
+        log.info("the config was read again: %d accounts", len(config.accounts))
         return len(config.accounts)
 
     async def watch(self, source: Source) -> None:
@@ -6776,19 +6766,17 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(RELOAD_CHECK_S):
                     await source.asked.wait()
-            if source.asked.is_set() or self._stamps(source) != seen:
+            now = self._stamps(source)
+            if source.asked.is_set() or now != seen:
                 source.asked.clear()
-                seen = self._stamps(source)
                 with contextlib.suppress(ConfigError):  # told by the log
                     await self.reload()
-                seen = self._stamps(source) if len(seen) != len(self._files(source)) else seen
-
-    def _files(self, source: Source) -> list[Path]:
-        return [source.path, *(Path(a.credentials) for a in self._config.accounts if a.credentials)]
+                    now = [now[0], *self._stamps(source)[1:]]
+                seen = now
 
     def _stamps(self, source: Source) -> list[tuple[int, int] | None]:
         """When each file of the config's was changed, and how long it is."""
-        return [stamp_of(path) for path in self._files(source)]
+        return [stamp_of(path) for path in (str(source.path), *(a.credentials for a in self._config.accounts))]
 
     def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
         mode = self._config.auth
@@ -8350,14 +8338,14 @@ async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str,
     try:
         listed = await upstream.models_of(account)
     except UpstreamError as error:
-        told = f"{error.message.rstrip('.')}. {remedy_of(error)}".rstrip()
+        told = f"{error.message.rstrip('.')}. {remedy_of(error, account.kind)}".rstrip()
     late = ""
     if abs(upstream.skew_s) > CLOCK_SKEW_S_MAX:
         late = f"This machine's clock is off by {upstream.skew_s:.0f} s. Set it by NTP."
     return ("yes", str(len(listed)), late) if listed else ("no", "-", f"{told} {late}".rstrip())
 
 
-def remedy_of(error: UpstreamError) -> str:
+def remedy_of(error: UpstreamError, kind: str) -> str:
     """What the owner of an account can do about a refusal. Texts: https://ai.google.dev/gemini-api/docs/troubleshooting"""
     if isinstance(error, RateLimited):
         return error.advice
@@ -8369,8 +8357,8 @@ def remedy_of(error: UpstreamError) -> str:
     }
     found = (remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE))
     new_key = "Make a new key at https://aistudio.google.com/apikey."
-    other = new_key if isinstance(error, CredentialRefused) else "" if ". " in error.message else error.advice
-    return next(found, other)
+    refused_key = isinstance(error, CredentialRefused) and kind == "gemini"
+    return next(found, new_key if refused_key else "" if ". " in error.message else error.advice)
 
 
 def masked_key(key: str) -> str:
@@ -8434,14 +8422,16 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
         request.add_header("Authorization", f"Bearer {config.api_key[0].key}")
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
-            return parse_json(response.read())
+            if isinstance(answer := parse_json(response.read()), dict):
+                return answer
     except urllib.error.HTTPError as refused:
-        told = (parse_json(refused.read()) or {}).get("error") or {}
+        told = error_of(parse_json(refused.read()))
         code = str(told.get("code") or "server_error")
         raise Unusable(str(told.get("message") or refused), code) from None
     except OSError:
-        text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
-        raise Unusable(text, "no_gateway") from None
+        pass
+    text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
+    raise Unusable(text, "no_gateway")
 
 
 def gateway_options(command: Callable[..., None]) -> Callable[..., None]:

@@ -112,6 +112,8 @@ async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, ge
 
     await asyncio.gather(edit(), *(load() for _ in range(8)))
     assert ended == [200] * 320
+    rows = json.loads((await command(base_url, "status", "--json")).output)["accounts"]
+    assert [(row["account"], row["in_flight"]) for row in rows] == [("c", 0)]
     assert {"key-a", "key-b", "key-c"} == set(gemini.keys)
 
 
@@ -218,6 +220,34 @@ async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aioh
     assert (await (await client.post("/agproxy/reload")).json())["error"]["code"] == "config_invalid"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["before the answer", "in a stream"])
+async def test_a_client_that_leaves_gives_its_account_back(
+    stream: bool, serve: Serve, write: Write, gemini: FakeGemini
+) -> None:
+    write("a", more=", max_concurrency: 1")
+    served = await serve()
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 0.5s."), said("a", "b", "c"), said("x")]
+    gemini.silence_s, gemini.pause_s = (0.0, 1.0) if stream else (1.0, 0.0)
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None if stream else 2.6)) as session:
+        leaving = session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": stream})
+        if stream:  # the probe after a short rest
+            async with leaving as answer:
+                await answer.content.readline()
+        else:
+            with pytest.raises(TimeoutError):
+                await leaving
+    gemini.silence_s = gemini.pause_s = 0.0
+    gemini.script = gemini.script or [said("x")]
+    for _ in range(50):
+        row = json.loads((await command(base_url, "status", "--json")).output)["accounts"][0]
+        if row["in_flight"] == 0:
+            break
+        await asyncio.sleep(0.1)
+    assert row["in_flight"] == 0
+    assert (await ask(base_url))[0] == 200
+
+
 # ---- the retry loop
 
 PRO = HELLO | {"model": "gemini-2.5-pro"}
@@ -290,5 +320,8 @@ async def test_a_stream_that_ends_by_a_refusal_sends_the_account_to_rest(
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
     client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
     gemini.script = [[*said("half", reason=None), USED_UP[1]], said("b")]
-    await (await client.post("/v1/chat/completions", json=HELLO | {"stream": True})).read()
-    assert (await client.post("/v1/chat/completions", json=HELLO)).headers["X-Account-Email"] == "b"
+    gemini.pause_s = 0.05  # so that the answer has begun
+    cut = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
+    assert ("half" in (text := await cut.text()), "insufficient_quota" in text) == (True, True)
+    later = await client.post("/v1/chat/completions", json=HELLO)
+    assert (later.status, later.headers["X-Account-Email"], later.headers["X-Attempts"]) == (200, "b", "1")

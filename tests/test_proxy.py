@@ -13,6 +13,8 @@ from aiohttp import web
 from conftest import HELLO, Serve
 from fake_gemini import FakeGemini, said
 
+import antigravity_proxy as agproxy
+
 
 class ConnectProxy:
     """Sends every CONNECT to one port; `asked` holds the hosts and whether credentials came with them."""
@@ -111,3 +113,11 @@ async def test_a_dead_proxy_is_named(serve: Serve, gemini: FakeGemini, tmp_path:
         response = await session.post(f"{base_url}/chat/completions", json=HELLO)
         assert response.status == 502
         assert "Check proxy.upstream_proxy or HTTPS_PROXY" in (await response.json())["error"]["message"]
+
+
+async def test_an_account_may_have_a_proxy_of_its_own() -> None:
+    own = agproxy.Account("a", "k", "https://g.example", proxy="http://p.example:1")
+    accounts = (own, agproxy.Account("b", "k", "https://g.example"), agproxy.Account("c", "k", "http://127.0.0.1:1"))
+    upstream = agproxy.Upstream(agproxy.Config(accounts, upstream_proxy="http://q.example:2"))
+    assert [upstream._to(account).proxy for account in accounts] == ["http://p.example:1", "http://q.example:2", None]
+    await upstream.close()
