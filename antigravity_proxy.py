@@ -67,7 +67,7 @@ from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never
+from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never, dataclass_transform
 from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
@@ -101,6 +101,13 @@ else:
     asyncio, aiohttp, web = _Lazy("asyncio"), _Lazy("aiohttp"), _Lazy("aiohttp.web")
 
 T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True)
+def value(cls: type[T]) -> type[T]:
+    """A frozen dataclass with slots; the type checker freezes it, for what does it at run time doubles the cost of making one."""
+    return dataclass(slots=True, unsafe_hash=True)(cls)
+
 
 log = logging.getLogger("agproxy")
 
@@ -161,6 +168,7 @@ RESPONSES_MAX = 10_000
 RESPONSES_BYTES_MAX = 256 << 20
 RESPONSES_MEMORY_MAX = 64 << 20
 RESPONSES_AGE_S = 30 * 24 * 3600.0  # since they were last used, as OpenAI keeps them
+USED_S = 24 * 3600.0  # how exactly it is known when a response was used
 JOBS_MAX = 64
 STOPS_MAX = 4
 CHOICES_MAX = 128
@@ -403,7 +411,7 @@ HOSTED_TOOLS = re.compile(
 ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Traits:
     """What a model can and must do; asked through traits_of, never by its name in passing."""
 
@@ -470,6 +478,7 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path
 # ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
+# ├── StoreTrouble          what is kept cannot be read or written for now
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
@@ -544,6 +553,11 @@ class ResponseNotFound(GatewayError):
     status = 404
     type = "invalid_request_error"
     default_code = None
+
+
+class StoreTrouble(GatewayError):
+    status = 503
+    default_code = "server_is_overloaded"
 
 
 class UnknownUrl(GatewayError):
@@ -731,7 +745,7 @@ class ConfigError(Exception):
     """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Account:
     name: str
     api_key: str = field(default="", repr=False)
@@ -758,7 +772,7 @@ class Account:
     location: str = "global"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ClientKey:
     """A key that lets a client in, and the name by which the log knows that client."""
 
@@ -766,7 +780,7 @@ class ClientKey:
     key: str = field(repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Timeouts:
     connect_s: float = 10.0
     first_event_s: float = 300.0
@@ -776,7 +790,7 @@ class Timeouts:
     stall_s: float = 120.0
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Config:
     accounts: tuple[Account, ...]
     host: str | None = None
@@ -1224,7 +1238,7 @@ def is_address(host: str) -> bool:
 # ==============================================================================
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Change:
     """Something of a request that could not be carried over as it was, at a JSON pointer."""
 
@@ -1233,7 +1247,7 @@ class Change:
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Citation:
     """A web source of the text from `start` to `end`, counted in code points of the choice's text, or of its part."""
 
@@ -1243,7 +1257,7 @@ class Citation:
     title: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Signature:
     """A thought signature, and from where to where in its text the piece stands that Gemini signed."""
 
@@ -1252,20 +1266,20 @@ class Signature:
     end: int
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Text:
     text: str
     signature: Signature | None = None
     citations: tuple[Citation, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Thinking:
     text: str
     signature: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Media:
     mime: str
     data: str
@@ -1276,7 +1290,7 @@ class Media:
     path: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToolCall:
     id: str
     name: str
@@ -1287,7 +1301,7 @@ class ToolCall:
     custom: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToolResult:
     call_id: str
     parts: tuple[Text | Media, ...]
@@ -1296,13 +1310,13 @@ class ToolResult:
 Part = Text | Thinking | Media | ToolCall | ToolResult
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Message:
     role: Literal["user", "assistant", "tool"]
     parts: tuple[Part, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Tool:
     name: str
     description: str
@@ -1316,18 +1330,18 @@ class Tool:
     """Where in the body it stands, as a JSON pointer."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ToolChoice:
     mode: Literal["auto", "none", "required"] = "auto"
     names: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class JsonFormat:
     schema: Mapping[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class ThinkingWish:
     effort: str | None = None
     budget: int | None = None
@@ -1336,7 +1350,7 @@ class ThinkingWish:
     source: str = "/reasoning_effort"
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Request:
     """What a client asks for, whatever API it spoke."""
 
@@ -1368,7 +1382,7 @@ class Request:
     """Long base64 that was cut out of the body before it was parsed, by what stands in its place."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class EmbeddingRequest:
     model: str
     texts: tuple[str, ...]
@@ -1376,7 +1390,7 @@ class EmbeddingRequest:
     base64: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Usage:
     """Token counts as OpenAI adds them: completion holds reasoning, prompt holds cached."""
 
@@ -1394,37 +1408,36 @@ class Usage:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Started:
     """The model has begun to answer."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PartStart:
     choice: int
     part: Part
 
 
-# The deltas come by the hundred a second; `frozen` would more than double what it costs to make one.
-@dataclass(slots=True)
+@value
 class TextDelta:
     choice: int
     text: str
 
 
-@dataclass(slots=True)
+@value
 class ThinkingDelta:
     choice: int
     text: str
 
 
-@dataclass(slots=True)
+@value
 class ArgumentsDelta:
     choice: int
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Annotated:
     """The sources of a choice's whole text and what was searched for, all at once, before it is finished."""
 
@@ -1433,7 +1446,7 @@ class Annotated:
     searches: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class PartEnd:
     """Repeats the part whole, so that no renderer remembers text."""
 
@@ -1441,7 +1454,7 @@ class PartEnd:
     part: Part
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Finished:
     choice: int
     reason: FinishReason
@@ -1449,12 +1462,12 @@ class Finished:
     """Of each token: token, logprob and its alternatives, where they were asked for and given."""
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Ended:
     usage: Usage
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Failed:
     error: GatewayError
 
@@ -1482,7 +1495,7 @@ class Reply:
     """A whole answer: what `collect` makes of its events."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
 
 
 def collect(events: Iterable[Event]) -> Reply:
@@ -2227,7 +2240,7 @@ def parse_call(call: Fields) -> ToolCall:
 # ==============================================================================
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Mapped:
     """The upstream's name for a model, and by which rule."""
 
@@ -2843,7 +2856,7 @@ def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request
 Dialect = Literal["gemini", "vertex"]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Built:
     """A generateContent body, what could not be carried into it, and how its answer's calls are read back."""
 
@@ -3499,7 +3512,7 @@ class Candidate:
     logprobs: list[Mapping[str, Any]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Shape:
     """How a chunk looks that holds nothing but more of a text; the next one mostly differs in text and counts alone."""
 
@@ -4073,7 +4086,7 @@ def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
     return {"content": list(logprobs), "refusal": None} if logprobs else None
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Head:
     """What the objects of one answer repeat."""
 
@@ -4648,7 +4661,13 @@ def render_response_usage(usage: Usage) -> dict[str, Any]:
 def render_input(items: Any, id: str) -> list[dict[str, Any]]:
     """A Responses input as it is kept and listed: each item with its type, an id and a status, contents as parts."""
     given = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    return [render_input_item(item, f"{id}i{number:04x}") for number, item in enumerate(given)]
+    made = [render_input_item(item, f"{id}i{number:04x}") for number, item in enumerate(given)]
+    names: set[str] = set()
+    for number, item in enumerate(made):
+        if item["id"] in names:  # else a page that ends here would be sent again and again
+            item["id"] = f"item_{id}i{number:04x}"
+        names.add(item["id"])
+    return made
 
 
 def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
@@ -4764,7 +4783,7 @@ class Tally:
 
     requests: int = 0
     failed: int = 0
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     accounts: dict[str, int] = field(default_factory=dict)
 
     def add(self, trace: Trace, status: int) -> None:
@@ -4782,6 +4801,7 @@ class Tally:
         return f"{requests} ({self.failed} failed), {tokens}; accounts: {accounts}"
 
 
+@functools.lru_cache(1024)
 def masked(name: str) -> str:
     """An e-mail with its first letter and domain left; any other name as it is."""
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
@@ -4841,16 +4861,30 @@ class Database:
 
         self._thread = ThreadPoolExecutor(1, "agproxy-store")
         self._opened: sqlite3.Connection | None = None
+        self._busy_until = 0.0
 
     async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises sqlite3.Error."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
+        """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises StoreTrouble.
+
+        It is done even where nobody waits for it any more.
+        """
+        done = asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
+        done.add_done_callback(lambda future: future.cancelled() or future.exception())
+        return await asyncio.shield(done)
 
     def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        if self._opened is None:
-            self._opened = self._open()
-        with self._opened as connection:
-            return step(connection)
+        import sqlite3
+
+        if time.monotonic() < self._busy_until:
+            raise StoreTrouble("The store is busy. Try again in some seconds.")  # else each would wait in turn
+        try:
+            if self._opened is None:
+                self._opened = self._open()
+            with self._opened as connection:
+                return step(connection)
+        except sqlite3.Error as error:
+            self._busy_until = time.monotonic() + DATABASE_BUSY_S * isinstance(error, sqlite3.OperationalError)
+            raise StoreTrouble(f"The store cannot be used ({error}). Try again, or look at proxy.store.") from None
 
     def _open(self) -> sqlite3.Connection:
         import sqlite3
@@ -4876,6 +4910,7 @@ def open_database(path: Path | None) -> sqlite3.Connection:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
+    connection.execute("PRAGMA auto_vacuum = FULL")
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = NORMAL")
     connection.execute("PRAGMA secure_delete = ON")
@@ -4911,13 +4946,14 @@ def hold_file(path: Path) -> sqlite3.Connection | None:
 StoredState = Literal["over", "running", "lost"]
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class StoredResponse:
     """One response as it is kept, in JSON that means nothing here."""
 
     id: str
     previous: str | None
-    input: Any
+    input: bytes
+    """As it was saved, for it may be long and is seldom read."""
     response: Any
     signatures: Any
     events: bytes
@@ -4936,7 +4972,12 @@ class ResponseStore:
         self._keeper = secrets.token_hex(8)
         self._held: sqlite3.Connection | None = None
         self._secret = b""
-        self._saved = 0
+        self._saves = self._unswept = 0
+        """How many, and how many bytes since the last sweep."""
+
+    @property
+    def _bytes_max(self) -> int:
+        return RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
 
     async def close(self) -> None:
         if self._held is not None:
@@ -4974,8 +5015,11 @@ class ResponseStore:
         """The key for what clients carry for this gateway, and for all others with the same file."""
 
         def read(connection: sqlite3.Connection) -> bytes:
-            connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
-            value: bytes = connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
+            known = "SELECT value FROM secrets WHERE name = 'seal'"
+            if (row := connection.execute(known).fetchone()) is None:
+                connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
+                row = connection.execute(known).fetchone()
+            value: bytes = row[0]
             return value
 
         self._secret = self._secret or await self._run(read)
@@ -4996,22 +5040,24 @@ class ResponseStore:
                 connection.execute(insert, (id, *given, *values))
             else:
                 connection.execute(update, (*values, id, self._keeper))
-            self._saved += 1
-            if self._saved % 100 == 1:
+            self._unswept += sum(map(len, made)) + sum(len(part or "") for part in given)
+            self._saves += 1
+            if self._saves % 100 == 1 or self._unswept > self._bytes_max // 16:
+                self._unswept = 0
                 self._forget(connection)
 
         await self._run(write)
 
     def _forget(self, connection: sqlite3.Connection) -> None:
-        bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
+        """What this gateway makes just now is spared."""
         connection.execute(
             """DELETE FROM responses WHERE id IN (
                 SELECT id FROM (
                     SELECT id, used, row_number() OVER latest AS number,
                         sum(length(input) + length(response) + length(events)) OVER latest AS size
                     FROM responses WINDOW latest AS (ORDER BY used DESC, id))
-                WHERE number > ? OR size > ? OR used < ?)""",
-            (RESPONSES_MAX, bytes_max, time.time() - RESPONSES_AGE_S),
+                WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?""",
+            (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S, self._keeper),
         )
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
@@ -5019,29 +5065,31 @@ class ResponseStore:
 
     async def chain(self, id: str, client: str, length_max: int = RESPONSES_MAX) -> list[StoredResponse]:
         """A response and all that it goes on with, the first one first; it ends early where one is not kept any more."""
-        sql = """SELECT id, previous, input, response, signatures, events, keeper FROM responses
+        sql = """SELECT used, id, previous, input, response, signatures, events, keeper FROM responses
             WHERE id = ? AND client = ?"""
 
         def read(connection: sqlite3.Connection) -> list[StoredResponse]:
             found: list[StoredResponse] = []
-            wanted: str | None = id
+            now, unused = time.time(), []
+            wanted: str | None = encoded(id).decode()
             while wanted and len(found) < length_max and (row := connection.execute(sql, (wanted, client)).fetchone()):
-                found.append(self._stored(*row))
+                found.append(self._stored(*row[1:]))
                 wanted = found[-1].previous
-            used = ((time.time(), one.id) for one in found)
-            connection.executemany("UPDATE responses SET used = ? WHERE id = ?", used)
+                unused += [(now, found[-1].id)] if row[0] < now - USED_S else []
+            connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
 
         return await self._run(read)
 
     def _stored(self, id: str, previous: str | None, *rest: Any) -> StoredResponse:
         *texts, events, keeper = rest
-        input, response, signatures = map(parse_json, texts)
+        input, response, signatures = texts[0], parse_json(texts[1]), parse_json(texts[2])
         state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
         return StoredResponse(id, previous, input, response, signatures, zlib.decompress(events), state)
 
     async def delete(self, id: str) -> None:
         await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
+        await self._run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
 
 
 class PoolStore:
@@ -5083,12 +5131,10 @@ class PoolStore:
             self._written = rows if await self._run(write) else self._written
 
     async def _run(self, step: Callable[[sqlite3.Connection], T]) -> T | None:
-        import sqlite3
-
         try:
             return await self._database.run(step)
-        except (OSError, sqlite3.Error) as error:
-            log.warning("the pool's state cannot be kept: %s", error)
+        except StoreTrouble as error:
+            log.warning("the pool's state cannot be kept: %s", error.message)
             return None
 
 
@@ -5552,6 +5598,11 @@ class Connection:
         cut = StaleConnection() if self._silent else error or ConnectionError("the connection was closed")
         self._incoming.end(None if whole else cut)
 
+    def pause_writing(self) -> None:
+        """Nothing to do: a body is handed over whole, and asyncio keeps what the socket does not take yet."""
+
+    def resume_writing(self) -> None: ...
+
     def pause_reading(self) -> None:
         self._transport.pause_reading()
 
@@ -5927,7 +5978,7 @@ class Upstream:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
         try:
-            with upstream_errors(self._to(account).proxy):
+            with UpstreamErrors(self._to(account).proxy):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
                     return await (self._pages_of(account) if account.kind == "gemini" else self._known_of(account))
         except (ValueError, KeyError, TypeError):
@@ -6047,7 +6098,6 @@ class Upstream:
             try:
                 return await self._try(lease, trace, attempt, turn.step)
             except UpstreamError as error:
-                error.message = without_secret(error.message, lease.account.api_key)
                 mended = number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
@@ -6061,7 +6111,10 @@ class Upstream:
         try:
             result = await attempt(lease)
         except BaseException as error:
-            step.answer = f"{type(error).__name__}: {error}"
+            told: object = error
+            if isinstance(error, GatewayError):
+                told = error.message = without_secret(error.message, lease.account.api_key)
+            step.answer = f"{type(error).__name__}: {told}"
             self._failed(lease, error)
             raise
         step.answer = "answered"
@@ -6096,7 +6149,7 @@ class Upstream:
             refuse_dropped(form.changes)
         sse = generation.sse or account.kind == "cloudcode"  # which refuses what is not streamed sooner
         method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        with upstream_errors(self._to(account).proxy):
+        with UpstreamErrors(self._to(account).proxy):
             incoming = await self._post(account, lease.model, method, form.body)
             try:
                 return await first_events(incoming, generation.reader(form, account), sse, generation.sse)
@@ -6121,7 +6174,7 @@ class Upstream:
         return await self._unary(lease.account, lease.model, "batchEmbedContents", body)
 
     async def _unary(self, account: Account, model: str, method: str, body: bytes) -> dict[str, Any]:
-        with upstream_errors(self._to(account).proxy):
+        with UpstreamErrors(self._to(account).proxy):
             incoming = await self._post(account, model, method, body)
             answer = parse_json(await incoming.read())
         if incoming.status != 200:
@@ -6279,7 +6332,7 @@ class Turn:
         return self._pool.exhausted(self._model, self._refusals, self._clock())
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Form:
     """A request's body as one model and one dialect want it, and what could not be carried into it."""
 
@@ -6376,15 +6429,19 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
         raise BadRequest(text, code="unsupported_parameter", param=lost[0].pointer.strip("/").replace("/", "."))
 
 
-@contextlib.contextmanager
-def upstream_errors(proxy: str | None) -> Iterator[None]:
+class UpstreamErrors:
     """Raises what goes wrong on the way to Gemini as an UpstreamError."""
-    try:
-        yield
-    except TimeoutError:
-        raise UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.") from None
-    except (aiohttp.ClientError, OSError) as error:
-        raise UpstreamBroken(connection_problem(error, proxy)) from None
+
+    def __init__(self, proxy: str | None) -> None:
+        self._proxy = proxy
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, TimeoutError):
+            raise UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.") from None
+        if error is not None and isinstance(error, (aiohttp.ClientError, OSError)):
+            raise UpstreamBroken(connection_problem(error, self._proxy)) from None
 
 
 def open_transport(url: str, proxy: str | None, config: Config) -> DirectTransport | ProxiedTransport:
@@ -6577,7 +6634,7 @@ ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]
 POOL_ACTIONS = ("reset", "pause", "resume")
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Source:
     """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
 
@@ -6620,16 +6677,20 @@ class Gateway:
     async def drain(self, seconds: float) -> None:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
-        if running := [*self._running, *(job.task for job in self._jobs.values())]:
-            await asyncio.wait(running, timeout=seconds)
+        await self._wait(seconds)
         self._stopped = True
-        for task, answer in self._running.items():
+        for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
                 answer.break_off(STOPPED)
-            else:
-                task.cancel()
-        if self._running:
-            await asyncio.wait(self._running, timeout=1)
+        await self._wait(1)
+        for task in self._running:
+            task.cancel()
+        await self._wait(1)
+
+    async def _wait(self, seconds: float) -> None:
+        """Until nothing runs any more, or so long."""
+        if running := [*self._running, *(job.task for job in self._jobs.values())]:
+            await asyncio.wait(running, timeout=seconds)
 
     async def close(self) -> None:
         """Ends what still runs in the background."""
@@ -6985,7 +7046,7 @@ class Gateway:
     def _items_of(self, one: StoredResponse) -> list[Any]:
         """What was said in one turn; the signatures of its answer are remembered again."""
         self._upstream.signatures.learn(one.signatures)
-        return [*one.input, *one.response["output"]]
+        return [*parse_json(one.input), *one.response["output"]]
 
     async def _whole(
         self,
@@ -7059,7 +7120,7 @@ class Gateway:
             one = replace(one, response=interrupted(one.response))
         job = self._jobs.get(id)
         if trace.route.endswith("/input_items"):
-            return json_response(page_of(one.input, http.query), trace)
+            return json_response(page_of(parse_json(one.input), http.query), trace)
         if http.method == "POST" and not one.response["background"]:
             raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
         if http.method == "POST" and one.state == "running" and not job:
@@ -7080,6 +7141,8 @@ class Gateway:
         after = Fields(numbers_in(http.query)).count("starting_after", low=0)
         at = 0 if after is None else after + 1
         if job:
+            if http.method == "HEAD":
+                return bytes_response(b"", trace)
             client = self._client(http, trace)
             client.hold(job.kept.renderer)
             try:
@@ -7119,16 +7182,15 @@ class Kept:
 
     async def save(self, state: StoredState | None = None, events: bytes = b"") -> None:
         """Writes what the response has become; a disk that refuses costs nobody an answer."""
-        import sqlite3
-
         running = self.renderer.response["status"] in ("queued", "in_progress")
         self._state = state or ("running" if running else "over")
         signatures = [signature_entry(part, self._trace.mapped_model) for part in self.renderer.signed]
         given, self._given = self._given, ()
         try:
             await self._store.save(self.id, self._state, (self.object(), dump_bytes(signatures), events), given)
-        except sqlite3.Error as error:
-            log.warning("%s cannot be kept (%s)", self.id, error)
+        except StoreTrouble as error:
+            self._given = given  # the next save begins anew
+            log.warning("%s cannot be kept: %s", self.id, error.message)
 
     async def leave(self) -> None:
         """Tells the store that nobody goes on with a response that has begun."""
@@ -7143,8 +7205,8 @@ class Job:
         self.kept = kept
         self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
         self._answer: Answer | None = None
-        self._cancelled: Cancelled | None = None
-        self._over = False
+        self._stopped: UpstreamError | None = None
+        self._asked = self._over = False
         self._grown = asyncio.Event()
         self.task = asyncio.create_task(self._make(upstream, request, trace))
 
@@ -7157,6 +7219,8 @@ class Job:
             last = await self._ask(upstream, request, trace, lambda events: self._add(render(events)))
             if last and isinstance(last[-1], Ended):
                 trace.usage = last[-1].usage
+            elif last and isinstance(last[-1], Failed):
+                trace.error = last[-1].error.code or last[-1].error.type
             frames = render(last)
             await self.kept.save(events=b"".join([*self._frames, *frames]))
             self._add(frames)
@@ -7174,11 +7238,11 @@ class Job:
             sink(answer.first)
             return await answer.flow(sink)
         except GatewayError as error:
-            trace.error = error.code or error.type
             return [Failed(error)]
         except asyncio.CancelledError:
-            return [Failed(self._cancelled or GatewayError("The gateway was stopped. Ask again."))]
+            return [Failed(self._stopped or STOPPED)]
         finally:
+            self._asked = True
             if self._answer:
                 self._answer.close()
 
@@ -7192,12 +7256,16 @@ class Job:
 
     async def cancel(self) -> None:
         """Breaks the response off, and waits until that is kept."""
-        self._cancelled = Cancelled("The response was cancelled. Ask again for another.")
-        if self._answer:
-            self._answer.break_off(self._cancelled)
-        else:
-            self.task.cancel()
+        self.break_off(Cancelled("The response was cancelled. Ask again for another."))
         await asyncio.wait([self.task])
+
+    def break_off(self, error: UpstreamError) -> None:
+        """Ends the response with an error, unless it is at its end already; what was said so far stays in it."""
+        first, self._stopped = self._stopped is None, self._stopped or error
+        if self._answer:
+            self._answer.break_off(self._stopped)
+        elif first and not self._asked:
+            self.task.cancel()
 
     async def follow(self, at: int) -> AsyncIterator[bytes]:
         """The frames from one on, as they come."""
@@ -7557,7 +7625,7 @@ DEMO_SCHEMA = {"properties": {"demo": {"const": True}, "echo": {"type": "string"
 DEMO_FORMATS = {"date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z", "email": "demo@example.com"}
 
 
-@dataclass(frozen=True, slots=True)
+@value
 class Demo:
     """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
 
@@ -7998,8 +8066,12 @@ def stored_at(config: Config, env: Mapping[str, str]) -> str:
     """Where responses are kept: where the config says, else with the user's other state."""
     if config.store in ("memory", "off"):
         return config.store
-    home = Path(env.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
-    return str(Path(config.store or home / "agproxy" / "state.sqlite3").expanduser())
+    state = env.get("XDG_STATE_HOME") or "~/.local/state"
+    try:
+        return str(Path(config.store or f"{state}/agproxy/state.sqlite3").expanduser())
+    except RuntimeError:
+        text = "There is no such home directory. Set proxy.store to the full path of a file, to memory, or to off."
+        raise Unusable(text, "config_invalid") from None
 
 
 def without_credentials(url: str) -> str:

@@ -142,16 +142,20 @@ async def check_stream(port: int, session: aiohttp.ClientSession, r: Random) -> 
 # ---- the run
 
 
+def never_long(*_: object) -> float:
+    return 0.0
+
+
 @contextlib.asynccontextmanager
 async def served(direct: bool) -> AsyncIterator[int]:
     """A gateway, impatient so that a case takes seconds at most, before the upstream above."""
-    patched = mock.patch.multiple(agproxy, DIRECT=direct, BODY_S_MAX=1.0, KEEP_ALIVE_S=1.0, COOLDOWN_S_DEFAULT=0.0)
+    patched = mock.patch.multiple(agproxy, DIRECT=direct, BODY_S_MAX=1.0, KEEP_ALIVE_S=1.0, rest_of=never_long)
     timeouts = agproxy.Timeouts(connect_s=2, first_event_s=1, idle_s=1, total_s=4, stall_s=2)
     with patched, mock.patch.object(agproxy.random, "uniform", return_value=0.01):
         async with await asyncio.start_server(play, "127.0.0.1", 0) as upstream, contextlib.AsyncExitStack() as stack:
             url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
             accounts = tuple(agproxy.Account(f"a{number}", "k", url) for number in range(3))
-            app = await agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts))
+            app = await agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts, max_wait_s=0.2))
             yield await agproxy.listen(app, "127.0.0.1", 0, stack)
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import openai
 import pytest
 from aiohttp.test_utils import TestClient
@@ -28,9 +29,9 @@ TOOL = {"type": "function", "name": "ls", "parameters": {"type": "object", "prop
 
 @pytest.fixture
 async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
-    async def start(**settings: Any) -> TestClient:
+    async def start(drain_s: float = 0.0, **settings: Any) -> TestClient:
         account = agproxy.Account("a", "k", gemini.url)
-        return await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), **settings)))
+        return await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
 
     return start
 
@@ -427,7 +428,7 @@ async def test_a_client_that_leaves_is_not_waited_for(client: TestClient, gemini
 
 async def test_two_gateways_share_a_file(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
     store = str(tmp_path / "deep" / "state.sqlite3")
-    one, other = await start(store=store), await start(store=store)
+    one, other = await start(drain_s=5.0, store=store), await start(store=store)
     gemini.script, gemini.pause_s = [said(f"{i}") for i in range(9)], 0.1
     made = await ask(one)
     assert (await fetch(other, made["id"]))[1]["id"] == made["id"]
@@ -461,12 +462,14 @@ async def test_the_store_is_bounded(
 ) -> None:
     for name, value in limit.items():
         monkeypatch.setattr(agproxy, f"RESPONSES_{name}", value)
+    monkeypatch.setattr(agproxy, "USED_S", 0.0)
     client = await start(store="memory" if "MEMORY_MAX" in limit else str(tmp_path / "s"))
     gemini.echo = True
     first, second = await ask(client), await ask(client)
     await asyncio.sleep(0.6 if "AGE_S" in limit else 0)
-    for number in range(99):
-        last = await ask(client, previous_response_id=second["id"] if number == 95 else None)
+    for _ in range(99):
+        last = await ask(client)
+        await fetch(client, second["id"])
     assert (await fetch(client, first["id"]))[0] == 404
     assert (await fetch(client, last["id"]))[0] == 200
     assert (await fetch(client, second["id"]))[0] == 200  # it was used lately
@@ -489,8 +492,73 @@ async def test_nobody_waits_for_a_file_that_another_program_holds(
         assert time.monotonic() - began < 0.3
         made = await late
     assert made["status"] == "completed"
-    assert f"{made['id']} cannot be kept (database is locked)" in caplog.text
+    assert f"{made['id']} cannot be kept: The store cannot be used (database is locked)" in caplog.text
     assert (await ask(client))["status"] == "completed"
+
+
+async def test_what_a_client_did_not_wait_for_is_kept(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
+    database = agproxy.Database(tmp_path / "s")
+    busy = asyncio.create_task(database.run(lambda _: time.sleep(0.2)))
+    await asyncio.sleep(0.05)
+    made: list[int] = []
+    waits = asyncio.create_task(database.run(lambda _: made.append(1)))
+    await asyncio.sleep(0.05)
+    waits.cancel()
+    await busy
+    await database.close()
+    assert made == [1]
+
+
+async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script, gemini.silence_s = [said("one")], 5
+    made = await ask(client, background=True)
+    told = await asyncio.gather(*(fetch(client, f"{made['id']}/cancel", "POST") for _ in range(4)))
+    assert [(status, answer["status"]) for status, answer in told] == [(200, "cancelled")] * 4
+    assert (await fetch(client, made["id"]))[1]["status"] == "cancelled"
+
+
+async def test_text_so_far_stays_where_the_gateway_stops(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
+    store = str(tmp_path / "s")
+    one, other = await start(drain_s=0.3, store=store), await start(store=store)
+    gemini.script, gemini.pause_s = [said("so ", "far ", *"abcdefgh")], 0.2
+    made = await ask(one, background=True)
+    async with aiohttp.ClientSession() as session:
+        followed = await session.get(one.make_url(f"/v1/responses/{made['id']}?stream=true"))
+        await one.close()
+        assert b"response.failed" in await followed.read()
+    kept = (await fetch(other, made["id"]))[1]
+    assert (kept["status"], kept["output"][0]["content"][0]["text"][:3]) == ("failed", "so ")
+
+
+async def test_head_of_what_runs_has_no_body(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.script, gemini.silence_s = [said("one")], 1
+    made = await ask(client, background=True)
+    head = await client.head(f"/v1/responses/{made['id']}?stream=true")
+    assert (head.status, await head.read()) == (200, b"")
+    assert (await fetch(client, made["id"]))[0] == 200
+
+
+@pytest.mark.parametrize("previous", ["\ud800", "resp_none"])
+async def test_odd_previous_ids(previous: str, client: TestClient) -> None:
+    body = json.dumps({"model": "gpt-4o", "input": "x", "previous_response_id": previous})
+    response = await client.post("/v1/responses", data=body, headers={"Content-Type": "application/json"})
+    assert (response.status, (await response.json())["error"]["code"]) == (400, "previous_response_not_found")
+
+
+async def test_items_of_one_id_are_listed_once(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [said("one")]
+    items: Any = [{"id": f"msg_{n // 2}", "role": "user", "content": f"{n}"} for n in range(9)]
+    made = await ai.responses.create(model="gpt-4o", input=items)
+    listed = [item async for item in ai.responses.input_items.list(made.id, limit=2)]
+    assert len(listed) == len({item.id for item in listed}) == 9
+
+
+async def test_what_was_deleted_is_not_on_the_disk(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
+    client = await start(store=str(tmp_path / "s"))
+    gemini.echo = True
+    made = await ask(client, input="forget-this-word")
+    await fetch(client, made["id"], "DELETE")
+    assert not any(b"forget-this-word" in (tmp_path / name).read_bytes() for name in os.listdir(tmp_path))
 
 
 # ---- signatures that a client carries
