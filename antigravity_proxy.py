@@ -8025,8 +8025,9 @@ class MaskingHandler(logging.StreamHandler[Any]):
 
     def __init__(self, config: Config) -> None:
         super().__init__(sys.stderr)
-        known = [a.api_key for a in config.accounts] + [one.key for one in config.api_key]
-        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]}]
+        owners: list[Any] = [*config.accounts, *config.api_key]
+        known = [getattr(owner, one.name) or "" for owner in owners for one in fields_of(owner) if not one.repr]
+        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]} if key]
 
     def format(self, record: logging.LogRecord) -> str:
         return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))

@@ -49,7 +49,7 @@ class Plan(NamedTuple):
 def plan_of(number: int) -> Plan:
     r = Random(number)
     texts = ["".join(r.choices('abc äöü 名\n"\\\t\u2028', k=r.randint(1, 60))) for _ in range(r.randint(1, 40))]
-    return Plan(texts, r.choice(FAULTS), r.randint(1, len(texts)), r.choice((0.0, 0.01, 0.03, 0.1)))
+    return Plan(texts, r.choice(FAULTS), r.randint(1, len(texts)), r.choice((0.0, 0.01, 0.03, 0.05)))
 
 
 # ---- the upstream

@@ -67,6 +67,7 @@ def requests() -> Iterable[tuple[str, dict[str, Any]]]:
                 yield path, {"json": body | {"model": f"gemini-{status}", "stream": stream}, "headers": KEY}
     yield "/v1/embeddings", {"json": {"model": "gemini-429", "input": WORDS}, "headers": KEY}
     yield f"{CHAT}?key={SECRETS['client']}", {"json": SAID}
+    yield "/v1/none", {"json": SAID, "headers": KEY}
     for headers in ({}, {"Authorization": f"Bearer {SECRETS['stranger']}"}, {"x-api-key": SECRETS["stranger"]}):
         yield CHAT, {"json": SAID, "headers": headers}
     broken = json.dumps(SAID)
@@ -98,7 +99,7 @@ async def test_no_error_path_tells_a_key_or_the_conversation(form: str, serve: S
         accounts = [{"name": n, "api_key": SECRETS[n], "base_url": url} for n in ("account", "plain account")]
         keys = [{"name": "c", "key": SECRETS["client"]}, {"name": "d", "key": SECRETS["plain client"]}]
         (tmp_path / "a.yaml").write_text(
-            json.dumps({"accounts": accounts, "proxy": {"api_key": keys, "auth_mode": "strict"}})
+            json.dumps({"accounts": accounts, "proxy": {"api_key": keys, "auth_mode": "strict", "max_wait_s": 0}})
         )
         served = await serve("--accounts", "a.yaml", "--port", "0", "--log-level", "debug", "--log-format", form)
         base = (await served.wait_for(r"base URL +(\S+)")).removesuffix("/v1")
