@@ -80,3 +80,9 @@ async def gemini() -> AsyncIterator[FakeGemini]:
     async with TestServer(fake.app) as server:
         fake.url = str(server.make_url("")).rstrip("/")
         yield fake
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody learns anything from waiting a second before an account is asked once more."""
+    monkeypatch.setattr("antigravity_proxy.random.uniform", lambda low, high: low / 20)
