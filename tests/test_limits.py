@@ -219,8 +219,9 @@ async def test_a_client_that_leaves_at_the_end_is_no_mistake_of_the_gateways(
 
 
 async def test_nobody_is_asked_again_for_a_client_that_left_while_waiting(
-    start: Start, session: Any, gemini: Any
+    start: Start, session: Any, gemini: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(agproxy.random, "uniform", lambda *_: 0.5)
     gateway = await start(gemini.url)
     gemini.script = [error(503, "UNAVAILABLE", "busy"), said("x")]
     with pytest.raises(TimeoutError):
