@@ -54,6 +54,7 @@ class Echo:
         if status == 201:
             chunk = {"candidates": [{"content": {"parts": [{"text": "x"}]}}]}
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
+            await asyncio.sleep(0.3)  # else both may come in one read, and the answer has not begun
         body = json.dumps({"error": told | ({"code": 500} if status < 300 else {})}).encode()
         await response.write(b"data: " + body + b"\r\n\r\n" if status < 300 else body)
         return response
