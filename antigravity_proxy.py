@@ -4910,11 +4910,15 @@ def open_database(path: Path | None) -> sqlite3.Connection:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
-    connection.execute("PRAGMA auto_vacuum = FULL")
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA synchronous = NORMAL")
-    connection.execute("PRAGMA secure_delete = ON")
-    connection.executescript(DATABASE_TABLES)
+    try:
+        connection.execute("PRAGMA auto_vacuum = FULL")
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA secure_delete = ON")
+        connection.executescript(DATABASE_TABLES)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
