@@ -3536,16 +3536,16 @@ def shape_of(raw: bytes, chunk: Any, events: Sequence[Event], candidates: Mappin
     """The shape of a chunk, where `events`, all that came of it, are one delta and nothing else was told."""
     if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
         return None
-    one = chunk["candidates"][0]
-    parts = one["content"]["parts"]
-    text = raw.decode()
+    (one, *others), counts = chunk["candidates"], chunk.get("usageMetadata")
+    if others or not one.keys() <= {"content", "index"} or not isinstance(counts, dict):
+        return None
+    (part, *others), text = one["content"]["parts"], raw.decode()
     start = TEXT_START.search(text)
-    plain = one.keys() <= {"content", "index"} and parts[0].keys() <= {"text", "thought"}
-    if not plain or len(parts) != 1 or len(chunk["candidates"]) != 1 or not start:
+    if others or not part.keys() <= {"text", "thought"} or not start:
         return None
     said, end = scan_string(text, start.end())
     usage = text.find('"usageMetadata"', end)
-    if said != delta.text or usage < 0 or not text[usage:].isascii() or not isinstance(chunk["usageMetadata"], dict):
+    if said != delta.text or usage < 0 or not text[usage:].isascii():
         return None
     rest = raw[usage - len(text) :].translate(None, DIGITS)
     return Shape(text[: start.end()], text[end:usage], rest, delta.choice, candidates[delta.choice], type(delta))
@@ -3628,9 +3628,10 @@ class GeminiReader:
 
     def _parsed(self, raw: bytes) -> Any:
         try:
-            return fast_loads(raw)
+            chunk = fast_loads(raw)
         except (ValueError, RecursionError):
-            return parse_json(raw)
+            chunk = parse_json(raw)
+        return chunk[0] if isinstance(chunk, list) and chunk else chunk
 
     def _try(self, step: Callable[..., None], *what: Any) -> None:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
@@ -3640,8 +3641,6 @@ class GeminiReader:
             self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
 
     def _chunk(self, chunk: Any) -> None:
-        if isinstance(chunk, list) and chunk:
-            chunk = chunk[0]
         if not isinstance(chunk, dict):
             return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
         if "error" in chunk:
