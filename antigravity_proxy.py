@@ -198,7 +198,7 @@ SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 
 # What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
 SECRET_FORMS = re.compile(  # each way to begin is a literal, which makes it six times as fast
-    r"AIza[\w-]{20,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
+    r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
     r"|\?key=[^&\s\"']+|&key=[^&\s\"']+|://[^/@\s]+@"
 )
 
@@ -3928,19 +3928,16 @@ def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamErr
     told = error.get("code")
     status = told if isinstance(told, int) and 400 <= told < 600 else status
     message = str(error.get("message") or f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip())
-    message = CREDENTIALS.sub(r"\1…", message[:ERROR_CHARS_MAX])
     everything = ""
     with contextlib.suppress(RecursionError):
         everything = str(error)
     for statuses, pattern, kind, code in REFUSALS:
         if status in statuses and re.search(pattern, everything):
-            made = kind(message, code=code, param="model" if kind is ModelGone else None)
+            made = kind(message[:ERROR_CHARS_MAX], code=code, param="model" if kind is ModelGone else None)
             return with_wait(made, error, retry_after)
-    return with_wait((Overloaded if status > 504 else UpstreamBroken)(message), error, retry_after)
+    return with_wait((Overloaded if status > 504 else UpstreamBroken)(message[:ERROR_CHARS_MAX]), error, retry_after)
 
 
-# Google's errors name the key that they speak of.
-CREDENTIALS = re.compile(r"\b(AIza|AQ\.|ya29\.)[\w.-]{8,}", re.ASCII)
 HTTP_HINTS = {3: "Check base_url and the network: it redirects.", 4: "Check base_url.", 5: "Try again."}
 
 

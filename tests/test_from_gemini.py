@@ -132,7 +132,7 @@ def test_without_a_word_the_rest_grows_from_probe_to_probe_up_to_an_hour() -> No
 
 def test_a_key_in_an_error_is_masked() -> None:
     told = error(403, "PERMISSION_DENIED", "Consumer 'api_key:AIzaSyD-0123456789abcdef' has been suspended.")[1]
-    assert agproxy.classify_error(403, told).message == "Consumer 'api_key:AIza…' has been suspended."
+    assert agproxy.classify_error(403, told).message == "Consumer 'api_key:…' has been suspended."
 
 
 class Unshaped(agproxy.GeminiReader):
