@@ -6953,7 +6953,9 @@ class Gateway:
         first = requests[0]
         if first.stream:
             client.hold(renderer)
-        requests = [replace(await self._upstream.media.filled(one), payloads=payloads) for one in requests]
+        requests = [await self._upstream.media.filled(one) for one in requests]
+        if payloads:
+            requests = [replace(one, payloads=payloads) for one in requests]
         trace.mapped_model = await self._upstream.resolve(first.model)
         trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
