@@ -21,9 +21,10 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     13 Credentials      API keys and tokens: each fetched once for all who wait
     14 Transport        HTTP/1.1: a body goes out, the pieces of an answer come in
     15 Upstream         what Gemini is asked, linked media, and the one retry loop
-    16 Web              auth, routes, handlers
-    17 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
-    18 Command line     what a person types
+    16 Server           HTTP/1.1: a client's requests come in, answers go out
+    17 Web              auth, routes, handlers
+    18 Demo             a small Gemini for --demo; it shares nothing with the rooms that it proves
+    19 Command line     what a person types
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never, dataclass_transform
-from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
 
@@ -96,9 +97,8 @@ if TYPE_CHECKING:
     from datetime import tzinfo
 
     import aiohttp
-    from aiohttp import web
 else:
-    asyncio, aiohttp, web = _Lazy("asyncio"), _Lazy("aiohttp"), _Lazy("aiohttp.web")
+    asyncio, aiohttp = _Lazy("asyncio"), _Lazy("aiohttp")
 
 T = TypeVar("T")
 
@@ -156,6 +156,7 @@ BODY_BYTES_MAX = 64 << 20
 LARGE_BYTES = 1 << 20
 DRAIN_S = 30.0
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
+LINGER_S = 10.0  # for the rest of a body that nobody reads
 KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
 FILES_KEPT = 64  # for what is not a request: listeners, the log, idle connections
 MODELS_FRESH_S = 3600.0
@@ -180,7 +181,6 @@ HEAD_BYTES_MAX = 64 << 10
 CHUNK_LINE_MAX = 4096
 JOINED_BYTES_MAX = 64 << 10
 UNSENT_BYTES_MAX = 256 << 10
-UNSENT_CHECK_S = 0.02
 HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
 DIRECT = True
 GEMINI_URL = "https://generativelanguage.googleapis.com"
@@ -5428,7 +5428,8 @@ class Unframer:
     Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
     """
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
+    def __init__(self, headers: Mapping[str, str], *, strict: bool = False) -> None:
+        self._strict = strict
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._until_close = not self._chunked and "content-length" not in headers
         self._left = 0 if self._chunked else int(headers.get("content-length", 0))
@@ -5438,6 +5439,8 @@ class Unframer:
         packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
         self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
         self.done = not self._chunked and not self._until_close and self._left == 0
+        self.behind = b""
+        """What came behind the last chunk."""
 
     def feed(self, data: bytes) -> bytes:
         if self._chunked:
@@ -5459,7 +5462,7 @@ class Unframer:
     def _unchunk(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        pieces, at = ([], 0) if self._left or self._trailers else whole_chunks(data)
+        pieces, at = ([], 0) if self._left or self._trailers or self._strict else whole_chunks(data)
         size = len(data)
         while at < size and not self.done:
             if not self._left:
@@ -5473,8 +5476,9 @@ class Unframer:
             if self._left > 2:
                 pieces.append(data[at : stop - 2])  # as far as it came
             self._left, at = (0, stop) if stop <= size else (stop - size, size)
-        if len(self._line) > CHUNK_LINE_MAX or (self.done and at < size):
-            raise ValueError("an endless chunk size, or something behind the last chunk")
+        if len(self._line) > CHUNK_LINE_MAX:
+            raise ValueError("endless chunk size")
+        self.behind = data[at:] if self.done else b""
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _after_size(self, line: bytes) -> int:
@@ -5482,7 +5486,10 @@ class Unframer:
         if self._trailers:
             self.done = not line
             return 0
-        size = int(line if b";" not in line else line.partition(b";")[0], 16)
+        digits = line if b";" not in line else line.partition(b";")[0]
+        if self._strict and not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+            raise ValueError("an odd chunk size")
+        size = int(digits, 16)
         if size > 0:
             return size + 2
         if size < 0:
@@ -5578,6 +5585,8 @@ class Connection:
     def _read_body(self, incoming: Incoming, data: bytes) -> None:
         if body := self._unframer.feed(data):
             incoming.push(body)
+        if self._unframer.behind:
+            raise ValueError("something behind the last chunk")
         if self._unframer.done:
             self._incoming = None
             if self._keep and not self._transport.is_closing():
@@ -6602,7 +6611,460 @@ def clock_skew(date: str | None, now: float) -> float:
 
 
 # ==============================================================================
-# 16. Web
+# 16. Server
+# ==============================================================================
+
+REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
+NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
+GIVEN_ONCE = ("host", "content-length", "transfer-encoding", "content-type", "authorization")
+CLOSE: Mapping[str, str] = {"Connection": "close"}
+
+
+def parse_head(data: bytes) -> tuple[str, str, bool, dict[str, str]]:
+    """Method, target, whether it is HTTP/1.1, and the headers by names in lower case. Raises ValueError.
+
+    Stricter than it must be: what two programs may read in two ways is no request.
+    Source: https://www.rfc-editor.org/rfc/rfc9112#section-11.2
+    """
+    if NOT_IN_A_HEAD.search(data):
+        raise ValueError("a control character in the head")
+    first, *lines = data.decode("utf-8", "surrogateescape").split("\r\n")
+    line = REQUEST_LINE.fullmatch(first)
+    if line is None:
+        raise ValueError("no request line")
+    headers: dict[str, str] = {}
+    for one in lines:
+        name, colon, value = one.partition(":")
+        name, value = name.lower(), value.strip(" \t")
+        if not (colon and HEADER_NAME.fullmatch(name)):
+            raise ValueError("an odd header line")
+        if name in headers:
+            if name in GIVEN_ONCE:
+                raise ValueError(f"more than one {name}")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if "host" not in headers and line[3] == "1":
+        raise ValueError("no host")
+    return line[1], line[2], line[3] == "1", headers
+
+
+def body_length(new: bool, headers: Mapping[str, str]) -> int:
+    """How many bytes of body follow a head, -1 where it comes in chunks. Raises ValueError."""
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if coding.lower() != "chunked" or length is not None or not new:
+            raise ValueError("a transfer-encoding other than chunked alone")
+        return -1
+    if length is None:
+        return 0
+    if not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+        raise ValueError("an odd content-length")
+    return int(length)
+
+
+@dataclass(slots=True)
+class HttpResponse:
+    """An answer that is not streamed."""
+
+    body: bytes = b""
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+
+
+class HttpRequest:
+    """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
+
+    __slots__ = (
+        *("method", "path", "headers", "close", "begun", "ended", "whole", "source"),
+        *("_query", "_new", "_connection", "_left", "_chunks", "_pieces", "_size", "_come", "_error"),
+    )
+
+    def __init__(self, connection: ClientConnection, head: bytes) -> None:
+        self.method, target, self._new, self.headers = parse_head(head)
+        path, _, self._query = target.partition("?")
+        self.path = unquote(path if path.startswith("/") else urlsplit(path).path or path)
+        said = self.headers.get("connection", "").lower()
+        self.close = "close" in said or not (self._new or "keep-alive" in said)
+        self.begun = self.ended = False
+        """Whether the head of the answer went out, and its end."""
+        self.source: Answer | Merged | None = None
+        """What the answer is made of: it pauses while the client does not take what was written."""
+        self._connection = connection
+        self._left = body_length(self._new, self.headers)
+        self._chunks = Unframer({"transfer-encoding": "chunked"}, strict=True) if self._left < 0 else None
+        self.whole = self._left == 0
+        """Whether all of the body is there."""
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._come: asyncio.Future[None] | None = None
+        self._error: GatewayError | None = None
+
+    @property
+    def query(self) -> dict[str, str]:
+        return dict(parse_qsl(self._query, keep_blank_values=True))
+
+    @property
+    def remote(self) -> str:
+        return str((self._connection.transport.get_extra_info("peername") or [""])[0])
+
+    # ---- its body
+
+    def feed(self, data: bytes) -> bytes:
+        """Takes in what is of the body; returns what is behind it. Raises ValueError."""
+        if self._chunks:
+            piece = self._chunks.feed(data)
+            rest, self.whole = self._chunks.behind, self._chunks.done
+        else:
+            piece, rest = (data, b"") if len(data) <= self._left else (data[: self._left], data[self._left :])
+            self._left -= len(piece)
+            self.whole = self._left == 0
+        if not self.begun:  # else nobody will read it
+            self._size += len(piece)
+            self._pieces.append(piece)
+        if self._size > BODY_BYTES_MAX:
+            self._pieces.clear()
+        if self.whole or self._size > BODY_BYTES_MAX:
+            self._wake()
+        return rest
+
+    def fail(self, error: GatewayError) -> None:
+        """The body cannot be read to its end; what its reader is told."""
+        self._error, self.whole, self.close = error, True, True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._come and not self._come.done():
+            self._come.set_result(None)
+
+    async def read(self) -> bytes:
+        """The body, unpacked, once. Raises BodyTooLarge, BodyTooSlow, and BadRequest for a broken one."""
+        too_large = BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
+        if self._left > BODY_BYTES_MAX:
+            raise too_large
+        if not self.whole:
+            if self.headers.get("expect", "").lower() == "100-continue" and not self._size:
+                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            if max(self._left, self._size) > LARGE_BYTES:
+                keep_buffers()
+            await self._rest_of_body(BODY_S_MAX)
+        if self._error or self._size > BODY_BYTES_MAX:
+            raise self._error or too_large
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        packing = self.headers.get("content-encoding", "identity").lower()
+        return data if packing == "identity" else unpacked(data, packing)
+
+    async def _rest_of_body(self, seconds: float) -> None:
+        """Until the body is there or is too large. Raises BodyTooSlow."""
+        self._come = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(seconds):
+                await self._come
+        except TimeoutError:
+            text = f"The body did not come within {seconds:.0f} s. Send it faster, or a smaller one."
+            raise BodyTooSlow(text, headers=CLOSE) from None
+
+    async def discard(self) -> None:
+        """Takes the rest of a body that nobody reads, or the client would not hear the answer before it has sent all."""
+        self.close, self._size = True, 0
+        with contextlib.suppress(BodyTooSlow):
+            await self._rest_of_body(LINGER_S)
+
+    # ---- its answer
+
+    def send(self, response: HttpResponse) -> None:
+        """The whole answer. A HEAD's has no body."""
+        self.begun = self.ended = True
+        self.close |= response.headers.pop("Connection", "") == "close" or not self.whole
+        length = {} if response.status == 204 else {"Content-Length": str(len(response.body))}
+        head = self._render_head(response.status, response.headers | length)
+        self._connection.transport.write(head if self.method == "HEAD" else head + response.body)
+
+    def begin(self, headers: Mapping[str, str], data: bytes) -> None:
+        """The head of an answer of unknown length, and what is there of its body."""
+        self.begun = True
+        self.close |= not (self._new and self.whole)
+        framing = {"Transfer-Encoding": "chunked"} if self._new else {}
+        self._connection.transport.write(self._render_head(200, {**headers, **framing}) + self._framed(data))
+
+    def write(self, data: bytes) -> None:
+        """A piece of the body; whoever is gone gets nothing."""
+        if not self.gone:
+            self._connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
+
+    def end(self, data: bytes) -> None:
+        """The last piece."""
+        self.ended = True
+        if not self.gone:
+            self._connection.transport.write(self._framed(data) + (b"0\r\n\r\n" if self._new else b""))
+
+    @property
+    def gone(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    async def taken(self) -> None:
+        """Returns once the client has taken most of what was written."""
+        if self._connection.room:
+            await self._connection.room
+
+    def abort(self) -> None:
+        """Cuts the connection, so that nobody takes a part for the whole."""
+        self._connection.transport.abort()
+
+    def _framed(self, data: bytes) -> bytes:
+        return b"%x\r\n%b\r\n" % (len(data), data) if data and self._new else data
+
+    def _render_head(self, status: int, headers: Mapping[str, str]) -> bytes:
+        keep = "Connection: close\r\n" if self.close else "" if self._new else "Connection: keep-alive\r\n"
+        lines = "".join([f"{name}: {printable(value)}\r\n" for name, value in headers.items()])
+        return encoded(
+            f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{keep}{lines}\r\n"
+        )
+
+
+def printable(value: str) -> str:
+    """A header's value without what would end it."""
+    return value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+
+
+@functools.cache
+def reason_of(status: int) -> str:
+    from http import HTTPStatus
+
+    return HTTPStatus(status).phrase if status != 499 else "Client Closed Request"
+
+
+@functools.lru_cache(1)
+def http_date(now: int) -> str:
+    """Source: https://www.rfc-editor.org/rfc/rfc9110#section-5.6.7"""
+    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
+
+
+def unpacked(data: bytes, packing: str) -> bytes:
+    """The body as it was before it was packed. Raises BadRequest, BodyTooLarge."""
+    if packing not in ("gzip", "x-gzip", "deflate"):
+        raise BadRequest(f"Content-Encoding '{packing[:40]}' is not served. Send the body as it is, or packed by gzip.")
+    raw = packing == "deflate" and not (data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0)  # as some send it
+    unpack = zlib.decompressobj(-15 if raw else 47)
+    try:
+        body = unpack.decompress(data, BODY_BYTES_MAX + 1)
+    except zlib.error:
+        body = b""
+    if len(body) > BODY_BYTES_MAX:
+        raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB when unpacked. Send a smaller one.")
+    if not unpack.eof or unpack.unused_data:
+        text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
+        raise BadRequest(text, headers=CLOSE)
+    return body
+
+
+@functools.cache
+def keep_buffers() -> None:
+    """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in anew each time.
+
+    Done at the first large body, for it takes ten milliseconds of a start.
+    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
+    """
+    if sys.platform == "linux":
+        import ctypes
+
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+            libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
+
+
+class App(Protocol):
+    """Who answers: `handle` raises nothing, `drain` lets running answers finish, `close` ends the rest."""
+
+    async def handle(self, http: HttpRequest) -> HttpResponse: ...
+    async def drain(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+class Server:
+    """HTTP/1.1 for clients, at less than half of what aiohttp's server costs a request: a task and a write each."""
+
+    def __init__(self, app: App, connections_max: float, stall_s: float) -> None:
+        self.app = app
+        self.stall_s = stall_s
+        self.connections: set[ClientConnection] = set()
+        self.connections_max = connections_max
+        self.loop = asyncio.get_running_loop()
+
+    def accept(self) -> Any:
+        return ClientConnection(self)
+
+    async def close(self) -> None:
+        """Ends all connections; what was written has a second to be taken."""
+        for connection in [*self.connections]:
+            connection.transport.close()
+        until = self.loop.time() + 1
+        while self.connections and self.loop.time() < until:
+            await asyncio.sleep(0.005)
+        for connection in [*self.connections]:
+            connection.transport.abort()
+
+
+class ClientConnection:
+    """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
+
+    __slots__ = ("_alarm", "_deaf", "_request", "_rest", "_server", "_since", "_stall", "_task", "room", "transport")
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._rest = b""
+        """What came and belongs to no request yet."""
+        self._request: HttpRequest | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._stall: asyncio.TimerHandle | None = None
+        self._since = server.loop.time()
+        """When the connection was made, or its last request was over."""
+        self._deaf = False
+        self.room: asyncio.Future[None] | None = None
+        """Done once the client has taken most of what was written; None where it has."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.transport = transport
+        transport.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
+        self._alarm = self._server.loop.call_later(KEEP_ALIVE_S, self._look)
+        self._server.connections.add(self)
+        if len(self._server.connections) > self._server.connections_max:
+            text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
+            self._refuse(Overloaded(text))
+            transport.close()
+
+    def _look(self) -> None:
+        """Closes the connection when no whole head came for too long. A timer a connection, none a request."""
+        left_s = KEEP_ALIVE_S if self._request else self._since + KEEP_ALIVE_S - self._server.loop.time()
+        if left_s <= 0:
+            return self.transport.close()
+        self._alarm = self._server.loop.call_later(left_s, self._look)
+
+    def data_received(self, data: bytes) -> None:
+        request = self._request
+        if self._deaf:
+            return
+        if request and not request.whole:
+            try:
+                data = request.feed(data)
+            except ValueError as error:
+                self._deaf = True
+                return request.fail(not_http(error))
+        if data:
+            self._rest = self._rest + data if self._rest else data
+            if not request:
+                self._next()
+            elif len(self._rest) > HEAD_BYTES_MAX:
+                self.transport.pause_reading()
+
+    def _next(self) -> None:
+        """Begins the next request once its head is there."""
+        head, found, rest = self._rest.lstrip(b"\r\n").partition(b"\r\n\r\n")
+        if len(head) > HEAD_BYTES_MAX:
+            return self._refuse(BadRequest(f"The head is larger than {HEAD_BYTES_MAX >> 10} KiB. Send less of it."))
+        if not found and head[:1].isalpha() | (not head):
+            return  # there is more to come
+        try:
+            request = HttpRequest(self, head)
+            self._rest = rest if request.whole else request.feed(rest)
+        except ValueError as error:
+            return self._refuse(not_http(error))
+        self._request = request
+        self._task = self._server.loop.create_task(self._serve(request))
+
+    async def _serve(self, request: HttpRequest) -> None:
+        try:
+            response = await self._server.app.handle(request)
+            if not request.begun:
+                request.send(response)
+            if not request.whole:
+                await request.discard()
+        except BaseException:
+            self.transport.abort()
+            raise
+        self._request = self._task = None
+        self._since = self._server.loop.time()
+        if request.close:
+            self.transport.close()
+        elif self._rest and not self.transport.is_closing():
+            self.transport.resume_reading()
+            self._next()
+
+    def _refuse(self, error: GatewayError) -> None:
+        """The last answer of a connection; what still comes is not heard."""
+        self._deaf = True
+        body = dump_bytes(error_body(error))
+        about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
+        self.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n\r\n%b" % (error.status, b"Refused", about.encode(), body))
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self._server.loop.call_later(1, self.transport.close)
+
+    def eof_received(self) -> None:
+        """Nothing to do: asyncio closes the transport and calls connection_lost."""
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.connections.discard(self)
+        self._alarm.cancel()
+        if self._stall:
+            self._stall.cancel()
+        if self._task:  # nobody is asked any more for a client that is gone
+            self._task.cancel()
+
+    # ---- a client that is slow
+
+    def pause_writing(self) -> None:
+        self.room = self._server.loop.create_future()
+        self._watch(-1)
+        if self._request and self._request.source:
+            self._request.source.pause()
+
+    def resume_writing(self) -> None:
+        if self._stall:
+            self._stall.cancel()
+        if self.room and not self.room.done():
+            self.room.set_result(None)
+        self.room = None
+        if self._request and self._request.source:
+            self._request.source.resume()
+
+    def _watch(self, unsent: int) -> None:
+        """Cuts off who has taken nothing for `stall_s`."""
+        left = self.transport.get_write_buffer_size()
+        if left == unsent:
+            return self.transport.abort()
+        self._stall = self._server.loop.call_later(self._server.stall_s, self._watch, left)
+
+
+def not_http(error: ValueError) -> BadRequest:
+    return BadRequest(f"What came is not HTTP/1.1 ({error}). Check the client, and that it uses no TLS here.")
+
+
+async def listen(
+    app: App,
+    host: str,
+    port: int,
+    stack: contextlib.AsyncExitStack,
+    connections_max: float = math.inf,
+    stall_s: float = 120.0,
+) -> int:
+    """Serves until the stack ends, then first lets nobody in any more; the port that it listens on. Raises OSError."""
+    server = Server(app, connections_max, stall_s)
+    stack.push_async_callback(app.close)
+    listener = await server.loop.create_server(server.accept, host, port, backlog=1024)
+    stack.push_async_callback(server.close)
+    stack.push_async_callback(app.drain)
+    stack.callback(listener.close)
+    for socket in listener.sockets:
+        if sys.platform == "linux":  # what a client does not take for so long ends its connection, streams or not
+            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
+    return int(listener.sockets[0].getsockname()[1])
+
+
+# ==============================================================================
+# 17. Web
 # ==============================================================================
 
 DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
@@ -6661,7 +7123,10 @@ class Gateway:
         tally: Tally,
         running_max: float,
         source: Source | None,
+        drain_s: float,
     ) -> None:
+        self._drain_s = drain_s
+        self._beside: list[tuple[asyncio.Task[None], Callable[[], Awaitable[None]] | None]] = []
         self._config = config
         self._source = source
         self._journal: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
@@ -6674,10 +7139,14 @@ class Gateway:
         self._running_max = running_max
         self._draining = self._stopped = False
 
-    async def drain(self, seconds: float) -> None:
+    def beside(self, work: Coroutine[Any, Any, None], at_end: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Does some work as long as the gateway lives, and what is to be done at its end."""
+        self._beside.append((asyncio.create_task(work), at_end))
+
+    async def drain(self) -> None:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
-        await self._wait(seconds)
+        await self._wait(self._drain_s)
         self._stopped = True
         for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
@@ -6698,13 +7167,19 @@ class Gateway:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for task, at_end in self._beside:
+            task.cancel()
+            if at_end:
+                await at_end()
+        await self._upstream.close()
+        await self._store.close()
 
-    async def handle(self, http: web.Request) -> web.StreamResponse:
+    async def handle(self, http: HttpRequest) -> HttpResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
         trace = Trace(self._config, f"req_{next_id()}", http.path, time.monotonic())
-        given = http.headers.get("X-Request-Id") or http.headers.get("X-Client-Request-Id") or ""
+        given = http.headers.get("x-request-id") or http.headers.get("x-client-request-id") or ""
         trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
-        response: web.StreamResponse | None = None
+        response: HttpResponse | None = None
         task = asyncio.current_task()
         self._running[task] = None
         try:
@@ -6715,11 +7190,6 @@ class Gateway:
             response = error_response(error, trace)
         except RecursionError:
             response = error_response(BadRequest("The body is nested too deep. Send flatter JSON."), trace)
-        except web.RequestPayloadError:
-            text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-            response = error_response(BadRequest(text, headers=CLOSE), trace)
-        except ConnectionError:  # the client's, that is gone; what goes wrong upstream has names of its own
-            response = web.Response(status=499)
         except Exception as error:
             told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
             log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
@@ -6727,8 +7197,7 @@ class Gateway:
         finally:
             del self._running[task]
             self._tell(trace, response.status if response else 499)
-        if not response.prepared:
-            response.headers.update(self._cors(http))
+        response.headers |= self._cors(http)
         return response
 
     def _tell(self, trace: Trace, status: int) -> None:
@@ -6740,17 +7209,17 @@ class Gateway:
             fields = log_fields(trace, status, time.monotonic())
             log.info("%s", log_text(fields), extra={"fields": fields})
 
-    async def _route(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+    async def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         match = ROUTE.fullmatch(SLASHES.sub("/", http.path))
         trace.route = route = route_of(match) if match else http.path
         self._guard(http)
         if http.method == "OPTIONS":
-            return web.Response(status=204, headers=trace.headers(time.monotonic()))
+            return HttpResponse(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
         if admin := ADMIN.fullmatch(http.path):
             return json_response(await self._administer(http, admin["what"], admin["id"] or ""), trace)
         if match is None:
-            base = f"{http.scheme}://{http.host}/v1"
+            base = f"http://{http.headers.get('host', 'localhost')}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
         if ("GET" if http.method == "HEAD" else http.method) not in METHODS[route].split(", "):
             text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
@@ -6766,17 +7235,17 @@ class Gateway:
             return json_response(await self._models(match["id"]), trace)
         if route == "embeddings":
             with self._unless_stopped():
-                return await self._embed(parse_body(await read_body_of(http)), trace)
+                return await self._embed(parse_body(await http.read()), trace)
         if route == "responses/input_tokens":
             with self._unless_stopped():
-                return await self._count(parse_body(await read_body_of(http)), trace)
+                return await self._count(parse_body(await http.read()), trace)
         if route.startswith(STORED):
             return await self._serve_stored(http, trace, match["stored"])
         return await self._answer(http, trace)
 
-    async def _administer(self, http: web.Request, what: str, id: str) -> Any:
+    async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
         """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
-        if self._config.auth == "off" and (not is_loopback(http.remote or "") or "Origin" in http.headers):
+        if self._config.auth == "off" and (not is_loopback(http.remote or "") or "origin" in http.headers):
             raise Forbidden(f"Only programs on this machine may do that. Call from it, or {ASK_FOR_A_KEY}.")
         if http.method != (method := "POST" if what in ("pool", "reload") else "GET"):
             raise MethodNotAllowed(f"{http.method} is not served here. Use {method}.", headers={"Allow": method})
@@ -6793,7 +7262,7 @@ class Gateway:
                 return {"accounts": await self.reload()}
             except ConfigError as error:
                 raise BadRequest(f"{error}\nThe config stays as it was. Mend that.", code="config_invalid") from None
-        fields = Fields(parse_body(await read_body_of(http)))
+        fields = Fields(parse_body(await http.read()))
         action, name = fields.needed_text("action"), fields.needed_text("account")
         if action not in POOL_ACTIONS:
             raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
@@ -6843,7 +7312,7 @@ class Gateway:
         mode = self._config.auth
         if mode == "off" or (mode == "all_except_health" and trace.route == "healthz"):
             return
-        given = [re.sub(r"(?i)^bearer +", "", headers.get("Authorization", "").strip())]
+        given = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
         given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
         sent = [key.encode("utf-8", "surrogateescape") for key in given]
         right = [
@@ -6854,18 +7323,18 @@ class Gateway:
             raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
         trace.client = right[0]
 
-    def _guard(self, http: web.Request) -> None:
+    def _guard(self, http: HttpRequest) -> None:
         """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
         if self._config.auth != "off":
             return
-        host = host_of(f"//{http.headers.get('Host', 'localhost')}")
+        host = host_of(f"//{http.headers.get('host', 'localhost')}")
         literal = self._config.allow_lan_access and is_address(host)
         if not (is_loopback(host) or literal or host in self._config.allowed_hosts):
             text = (
                 f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
             )
             raise Forbidden(text, code="host_not_allowed")
-        origin = http.headers.get("Origin", "")
+        origin = http.headers.get("origin", "")
         if re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
             text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
             raise Forbidden(text, code="origin_not_allowed")
@@ -6873,9 +7342,9 @@ class Gateway:
     def _is_allowed(self, origin: str) -> bool:
         return is_loopback(host_of(origin)) or origin.lower() in self._config.cors_origins
 
-    def _cors(self, http: web.Request) -> dict[str, str]:
+    def _cors(self, http: HttpRequest) -> dict[str, str]:
         """What lets a browser's page read the answer: any page where a key is needed, else those allowed."""
-        origin = http.headers.get("Origin")
+        origin = http.headers.get("origin")
         if origin is None or (self._config.auth == "off" and not self._is_allowed(origin)):
             return {}
         headers = {"Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin, "Vary": "Origin"}
@@ -6883,7 +7352,7 @@ class Gateway:
             return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
         return headers | {
             "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": http.headers.get("Access-Control-Request-Headers", "authorization"),
+            "Access-Control-Allow-Headers": http.headers.get("access-control-request-headers", "authorization"),
             "Access-Control-Max-Age": "600",
         }
 
@@ -6900,7 +7369,7 @@ class Gateway:
         mapped = await self._upstream.resolve(name)
         return {"id": name, "object": "model", "created": 0, "owned_by": owners.get(mapped, "google")}
 
-    async def _embed(self, body: Any, trace: Trace) -> web.Response:
+    async def _embed(self, body: Any, trace: Trace) -> HttpResponse:
         request = parse_embeddings(body)
         trace.model = request.model
         trace.mapped_model = await self._upstream.resolve(request.model)
@@ -6908,14 +7377,14 @@ class Gateway:
         trace.usage = Usage(prompt=tokens)
         return json_response(render_embeddings(request, vectors, tokens), trace)
 
-    async def _answer(self, http: web.Request, trace: Trace) -> web.StreamResponse:
+    async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         client = self._client(http, trace)
         try:
             with self._unless_stopped():
                 stream, answer, renderer, payloads, kept = await self._begin(http, trace, client)
             if isinstance(answer, Job):
                 return await client.copy(answer.follow(0)) if stream else bytes_response(answer.kept.object(), trace)
-            self._running[asyncio.current_task()] = answer
+            self._running[asyncio.current_task()] = http.source = answer
             try:
                 if stream:
                     return await self._stream(client, trace, answer, renderer, payloads, kept)
@@ -6928,11 +7397,11 @@ class Gateway:
             if not client.begun:
                 raise
             trace.error = error.code or error.type
-            return await client.fail(error)
+            return client.fail(error)
         finally:
             client.close()
 
-    def _client(self, http: web.Request, trace: Trace) -> ClientStream:
+    def _client(self, http: HttpRequest, trace: Trace) -> ClientStream:
         return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
 
     @contextlib.contextmanager
@@ -6946,7 +7415,7 @@ class Gateway:
             raise STOPPED from None
 
     async def _begin(
-        self, http: web.Request, trace: Trace, client: ClientStream
+        self, http: HttpRequest, trace: Trace, client: ClientStream
     ) -> tuple[bool, Answer | Merged | Job, Renderer, Mapping[str, bytes], Kept | None]:
         """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
         requests, renderer, body, payloads = await self._understand(http, trace)
@@ -6965,18 +7434,18 @@ class Gateway:
         return first.stream, answer, renderer, payloads, kept
 
     async def _understand(
-        self, http: web.Request, trace: Trace
+        self, http: HttpRequest, trace: Trace
     ) -> tuple[list[Request], Renderer, Mapping[str, Any], Mapping[str, bytes]]:
         """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
         parse, form = DOORS[trace.route]
-        data = await read_body_of(http)
+        data = await http.read()
         data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
         body = parse_body(data)
         keeps = form is ResponseRenderer and self._config.store != "off"
         past = await self._recall(body, trace) if keeps else None
         parsed = parse(body) if past is None else parse_response(body, past)
         requests = parsed if isinstance(parsed, list) else [parsed]
-        trace.strict = self._config.strict or http.headers.get("X-Agproxy-Strict") == "1"
+        trace.strict = self._config.strict or http.headers.get("x-agproxy-strict") == "1"
         trace.model = requests[0].model
         told = (requests[0].include_usage, self._config.images_in_text, time.time)
         head = Head(trace.id[4:], int(time.time()), trace.model, *told)
@@ -7057,7 +7526,7 @@ class Gateway:
         renderer: Renderer,
         payloads: Mapping[str, bytes],
         kept: Kept | None,
-    ) -> web.Response:
+    ) -> HttpResponse:
         events = list(answer.first)
         last = await answer.flow(events.extend)
         events += last
@@ -7078,7 +7547,7 @@ class Gateway:
         renderer: Renderer,
         payloads: Mapping[str, bytes],
         kept: Kept | None,
-    ) -> web.StreamResponse:
+    ) -> HttpResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
             frames = encoded(renderer.render_all(events))
@@ -7087,7 +7556,6 @@ class Gateway:
         begun = render(answer.first)
         if kept:
             await kept.save()
-        await client.open(answer)
         trace.first_byte = time.monotonic()
         client.write(begun)
         last = await answer.flow(lambda events: client.write(render(events)))
@@ -7098,11 +7566,11 @@ class Gateway:
         frames = render(last)
         if kept:
             await kept.save()  # before the client reads that it is over
-        return await client.end(frames)
+        return client.end(frames)
 
     # ---- kept responses
 
-    async def _count(self, body: Any, trace: Trace) -> web.Response:
+    async def _count(self, body: Any, trace: Trace) -> HttpResponse:
         """How many tokens the input of a response would be; all of its fields may be missing."""
         if isinstance(body, dict):
             given = {key: value for key, value in body.items() if value is not None}
@@ -7113,7 +7581,7 @@ class Gateway:
         tokens = await self._upstream.count(await self._upstream.media.filled(request), trace)
         return json_response({"object": "response.input_tokens", "input_tokens": tokens}, trace)
 
-    async def _serve_stored(self, http: web.Request, trace: Trace, id: str) -> web.StreamResponse:
+    async def _serve_stored(self, http: HttpRequest, trace: Trace, id: str) -> HttpResponse:
         """What is asked of a response that is kept. Raises ResponseNotFound."""
         one = await self._store.get(id, trace.client)
         if one is None:
@@ -7136,9 +7604,7 @@ class Gateway:
             return await self._replay(http, trace, one, job)
         return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
 
-    async def _replay(
-        self, http: web.Request, trace: Trace, one: StoredResponse, job: Job | None
-    ) -> web.StreamResponse:
+    async def _replay(self, http: HttpRequest, trace: Trace, one: StoredResponse, job: Job | None) -> HttpResponse:
         """The stream of a response from where the client wants it, and what is still to come of it."""
         after = Fields(numbers_in(http.query)).count("starting_after", low=0)
         at = 0 if after is None else after + 1
@@ -7156,9 +7622,7 @@ class Gateway:
         head = Head(one.id, one.response["created_at"], one.response["model"])
         again = ResponseRenderer(head, {}).replay
         data = one.events or encoded(again(one.response))
-        response = bytes_response(b"".join(split_frames(data)[at:]), trace)
-        response.content_type = "text/event-stream"
-        return response
+        return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
 
 
 class Kept:
@@ -7337,27 +7801,25 @@ SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-session-affini
 
 
 class ClientStream:
-    """A client's side of a stream: one write a read, and no more reads while the client does not take what was written.
+    """A client's side of a stream: one write a read.
 
     Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
-    aiohttp's own `write` costs a task switch and a wait each; what it would send is written to the transport here.
     """
 
-    def __init__(self, http: web.Request, config: Config, headers: Callable[[], dict[str, str]]) -> None:
-        self.begun = False
-        """Whether the head went out, or is about to."""
+    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer", "_silent")
+
+    def __init__(self, http: HttpRequest, config: Config, headers: Callable[[], dict[str, str]]) -> None:
         self._http = http
-        self._transport = http.transport
-        self._framed = http.version >= (1, 1)
         self._headers = headers
-        self._beat_s, self._stall_s = config.heartbeat_s, config.timeouts.stall_s
+        self._beat_s = config.heartbeat_s
         self._renderer: Renderer | None = None
-        self._answer: Answer | Merged | None = None
-        self._opening: asyncio.Task[web.StreamResponse] | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._stalled = self._ended = False
         self._silent = False
         """Nothing was written since the last look."""
+
+    @property
+    def begun(self) -> bool:
+        return self._http.begun
 
     def hold(self, renderer: Renderer) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
@@ -7365,128 +7827,54 @@ class ClientStream:
         if self._beat_s:
             self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
 
-    async def open(self, answer: Answer | Merged | None) -> None:
-        self._answer = answer
-        self.begun = True
-        self._response = await (self._opening or self._prepare())
+    def write(self, data: bytes) -> None:
+        if self._http.begun:
+            if data:
+                self._http.write(data)
+        else:
+            self._http.begin({"Content-Type": "text/event-stream", "Cache-Control": "no-cache"} | self._headers(), data)
+        self._silent = False
 
-    async def _prepare(self) -> web.StreamResponse:
-        response = web.StreamResponse(headers=self._headers() | {"Cache-Control": "no-cache"})
-        response.content_type = "text/event-stream"
-        await response.prepare(self._http)
-        return response
+    def end(self, data: bytes) -> HttpResponse:
+        if not self._http.begun:
+            self.write(b"")
+        self._http.end(data)
+        return HttpResponse(status=499 if self._http.gone else 200)
 
-    async def copy(self, frames: AsyncIterator[bytes]) -> web.StreamResponse:
+    async def copy(self, frames: AsyncIterator[bytes]) -> HttpResponse:
         """Sends frames as they come, as slowly as the client takes them."""
-        await self.open(None)
+        self.write(b"")
         async for data in frames:
-            await self._response.write(data)
-            self._silent = False
-        return await self.end(b"")
+            self.write(data)
+            await self._http.taken()
+        return self.end(b"")
 
-    async def fail(self, error: GatewayError) -> web.StreamResponse:
+    def fail(self, error: GatewayError) -> HttpResponse:
         """Ends a stream that only heartbeats have begun."""
-        await self.open(None)
         assert self._renderer
-        return await self.end(encoded(self._renderer.render_all([Started(), Failed(error)])))
-
-    async def end(self, data: bytes) -> web.StreamResponse:
-        await self._response.write_eof(data)
-        self._ended = True
-        return self._response
+        return self.end(encoded(self._renderer.render_all([Started(), Failed(error)])))
 
     def close(self) -> None:
         """Also cuts off what did not come to its end, so that nobody takes it for whole."""
-        if self.begun and not self._ended and self._transport:
-            self._transport.abort()
+        if self._http.begun and not self._http.ended:
+            self._http.abort()
         if self._alarm:
             self._alarm.cancel()
-        if self._opening:
-            self._opening.cancel()
 
     def _beat(self) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
-        if not self.begun:
-            self.begun = True
-            self._opening = asyncio.create_task(self._prepare())
-            self._opening.add_done_callback(self._opened)
-        elif self._silent and not self._stalled:
+        if self._silent or not self._http.begun:
             self.write(HEARTBEAT)
         else:
             self._silent = True
         self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
 
-    def _opened(self, opening: asyncio.Task[web.StreamResponse]) -> None:
-        if not opening.cancelled() and not opening.exception():
-            self.write(HEARTBEAT)
 
-    def write(self, data: bytes) -> None:
-        transport = self._transport
-        if not data or transport is None or transport.is_closing():
-            return  # whoever is gone gets nothing; aiohttp cancels the handler
-        transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
-        self._silent = False
-        if not self._stalled and transport.get_write_buffer_size() > UNSENT_BYTES_MAX and self._answer:
-            self._stalled = True
-            self._answer.pause()
-            self._watch(transport, math.inf, 0.0)
-
-    def _watch(self, transport: asyncio.Transport, unsent: float, since: float) -> None:
-        """Resumes the answer once most was taken; cuts a client off that has taken nothing for `stall_s`."""
-        loop = asyncio.get_running_loop()
-        left = transport.get_write_buffer_size()
-        if left <= UNSENT_BYTES_MAX // 4 or transport.is_closing():
-            self._stalled = False
-            if self._answer:
-                self._answer.resume()
-        elif left == unsent and loop.time() - since > self._stall_s:
-            transport.abort()
-        else:
-            since = since if left == unsent else loop.time()
-            loop.call_later(UNSENT_CHECK_S, self._watch, transport, left, since)
-
-
-CLOSE: Mapping[str, str] = {"Connection": "close"}
 STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 EXPOSED_HEADERS = (
     "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
 )
-
-
-async def read_body_of(http: web.Request) -> bytes:
-    """The body; aiohttp's own `read` would keep it as long as the request lasts. Raises BodyTooLarge, BodyTooSlow."""
-    pieces = []
-    size = 0
-    try:
-        async with asyncio.timeout(None if http.content.is_eof() else BODY_S_MAX):
-            while piece := await http.content.readany():
-                size += len(piece)
-                if size > BODY_BYTES_MAX:
-                    raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
-                if size > LARGE_BYTES:
-                    keep_buffers()
-                pieces.append(piece)
-    except TimeoutError:
-        text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
-        raise BodyTooSlow(text, headers=CLOSE) from None
-    return b"".join(pieces)
-
-
-@functools.cache
-def keep_buffers() -> None:
-    """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in anew each time.
-
-    Done at the first large body, for it takes ten milliseconds of a start.
-    Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
-            libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
 def finite(number: str) -> float:
@@ -7533,23 +7921,20 @@ def parse_body(data: bytes) -> Any:
         raise BadRequest(f"The body is not valid JSON ({error}). Send a JSON object in UTF-8.") from None
 
 
-def json_response(body: Any, trace: Trace, status: int = 200) -> web.Response:
+def json_response(body: Any, trace: Trace, status: int = 200) -> HttpResponse:
     return bytes_response(dump_bytes(body), trace, status)
 
 
-def bytes_response(body: bytes, trace: Trace, status: int = 200) -> web.Response:
-    headers = trace.headers(time.monotonic())
-    return web.Response(body=body, status=status, content_type="application/json", headers=headers)
+def bytes_response(body: bytes, trace: Trace, status: int = 200, kind: str = "application/json") -> HttpResponse:
+    return HttpResponse(body, status, {"Content-Type": kind} | trace.headers(time.monotonic()))
 
 
-def error_response(error: GatewayError, trace: Trace) -> web.Response:
+def error_response(error: GatewayError, trace: Trace) -> HttpResponse:
     body = error_body(error)
     if trace.steps and error.status in (429, 503):
         body["error"]["decisions"] = decisions_of(trace)
     response = json_response(body, trace, error.status)
-    response.headers.update(error.headers)
-    if error.headers is CLOSE:
-        response.force_close()
+    response.headers |= error.headers
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
         response.headers["Retry-After"] = str(math.ceil(wait_s))
@@ -7559,49 +7944,29 @@ def error_response(error: GatewayError, trace: Trace) -> web.Response:
     return response
 
 
-async def invite(http: web.Request) -> None:
-    """Lets a client go on that waits for it; aiohttp's own answers text to other expectations, and 500 to odd bytes."""
-    if http.headers["Expect"].lower() == "100-continue":
-        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        http.writer.output_size = 0
-
-
 async def create_app(
     config: Config,
     tally: Tally | None = None,
     running_max: float = math.inf,
     source: Source | None = None,
     drain_s: float = 0.0,
-) -> web.Application:
-    """The gateway as an aiohttp application; when it is shut down, running answers have `drain_s` to finish."""
+) -> Gateway:
+    """The gateway, to be listened for; when that ends, running answers have `drain_s` to finish."""
     upstream = Upstream(config)
     database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
     store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
-    app = web.Application(client_max_size=BODY_BYTES_MAX)
-    gateway = Gateway(config, upstream, store, tally or Tally(), running_max, source)
-    app.router.add_route("*", "/{tail:(?s:.*)}", gateway.handle, expect_handler=invite)
-    tasks = [asyncio.create_task(gateway.watch(source))] if source else []
+    gateway = Gateway(config, upstream, store, tally or Tally(), running_max, source, drain_s)
+    if source:
+        gateway.beside(gateway.watch(source))
     if database.path:
         if database.path.exists():
             await rests.load()
-        tasks.append(asyncio.create_task(rests.keep(upstream.rested)))
-
-    async def close(_: web.Application) -> None:
-        await gateway.close()
-        for task in tasks:
-            task.cancel()
-        if database.path:
-            await rests.save()
-        await upstream.close()
-        await store.close()
-
-    app.on_shutdown.append(lambda _: gateway.drain(drain_s))
-    app.on_cleanup.append(close)
-    return app
+        gateway.beside(rests.keep(upstream.rested), rests.save)
+    return gateway
 
 
 # ==============================================================================
-# 17. Demo
+# 18. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -7633,36 +7998,46 @@ class Demo:
 
     fault: str | None
 
-    async def list_models(self, _: web.Request) -> web.Response:
-        return web.json_response({"models": [demo_model(name, methods) for name, methods in DEMO_MODELS.items()]})
+    async def handle(self, http: HttpRequest) -> HttpResponse:
+        place, _, name = http.path.partition("/v1beta/models")
+        if place or name.startswith("/") != (http.method == "POST"):
+            return demo_error(404, "NOT_FOUND", f"The demo has no {http.path}.")
+        if name:
+            return await self._call(http, *name[1:].partition(":")[::2])
+        return demo_json({"models": [demo_model(name, methods) for name, methods in DEMO_MODELS.items()]})
 
-    async def call(self, http: web.Request) -> web.StreamResponse:
-        model, _, method = http.match_info["call"].partition(":")
+    async def drain(self) -> None: ...
+    async def close(self) -> None: ...
+
+    async def _call(self, http: HttpRequest, model: str, method: str) -> HttpResponse:
         streams = method == "streamGenerateContent"
         if ("generateContent" if streams else method) not in DEMO_MODELS.get(model, ()):
             return demo_error(404, "NOT_FOUND", f"models/{model} is not found, or is not supported for {method}.")
         if self.fault in DEMO_FAULTS:
             return demo_error(*DEMO_FAULTS[self.fault])
         try:
-            answers = demo_answers(method, model, await http.json())
+            answers = demo_answers(method, model, json.loads(await http.read()))
         except (ValueError, LookupError) as error:
             return demo_error(400, "INVALID_ARGUMENT", f"The demo cannot read this request: {error!r}")
         if streams and http.query.get("alt") == "sse":
             return await self._stream(http, answers)
-        if self.fault == "cut" and http.transport:
-            http.transport.abort()
-        return web.json_response(answers if streams else answers[0])
+        if self.fault == "cut":
+            http.abort()
+        return demo_json(answers if streams else answers[0])
 
-    async def _stream(self, http: web.Request, chunks: list[dict[str, Any]]) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(http)
-        with contextlib.suppress(ConnectionError):  # whoever has heard enough may leave
-            for chunk in chunks[: len(chunks) // 2] if self.fault == "cut" else chunks:
-                await response.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
-                await asyncio.sleep(0.01)
-        if self.fault == "cut" and http.transport:
-            http.transport.abort()
-        return response
+    async def _stream(self, http: HttpRequest, chunks: list[dict[str, Any]]) -> HttpResponse:
+        http.begin({"Content-Type": "text/event-stream"}, b"")
+        for chunk in chunks[: len(chunks) // 2] if self.fault == "cut" else chunks:
+            http.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
+            await asyncio.sleep(0.01)
+        if self.fault == "cut":
+            http.abort()
+        http.end(b"")
+        return HttpResponse()
+
+
+def demo_json(body: Any, status: int = 200) -> HttpResponse:
+    return HttpResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
 
 
 def demo_model(name: str, methods: Sequence[str]) -> dict[str, Any]:
@@ -7672,9 +8047,9 @@ def demo_model(name: str, methods: Sequence[str]) -> dict[str, Any]:
     return {**about, **limits, "supportedGenerationMethods": list(methods), "thinking": chats}
 
 
-def demo_error(code: int, status: str, message: str) -> web.Response:
+def demo_error(code: int, status: str, message: str) -> HttpResponse:
     details = {"details": DEMO_429_DETAILS} if code == 429 else {}
-    return web.json_response({"error": {"code": code, "message": message, "status": status, **details}}, status=code)
+    return demo_json({"error": {"code": code, "message": message, "status": status, **details}}, code)
 
 
 def demo_answers(method: str, model: str, body: dict[str, Any]) -> list[dict[str, Any]]:
@@ -7808,17 +8183,8 @@ def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
     return {"values": [value / length for value in values]}
 
 
-def create_demo(fault: str | None) -> web.Application:
-    """The demo as an application of its own; `fault` (429, 503 or cut) makes it fail as Gemini does."""
-    demo = Demo(fault)
-    app = web.Application(client_max_size=128 << 20)  # more than the gateway lets in, which shall be who refuses
-    app.router.add_get("/v1beta/models", demo.list_models)
-    app.router.add_post("/v1beta/models/{call}", demo.call)
-    return app
-
-
 # ==============================================================================
-# 18. Command line
+# 19. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -8154,7 +8520,7 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
     fault = os.environ.get("AGPROXY_DEMO_FAULT") or None
     if fault not in (None, "cut", *DEMO_FAULTS):
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
-    port = await listen(create_demo(fault), "127.0.0.1", 0, stack)
+    port = await listen(Demo(fault), "127.0.0.1", 0, stack)
     demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
     # a fault that was asked for is seen at once
     return replace(config, accounts=(demo,), store="memory", max_wait_s=0)
@@ -8183,72 +8549,6 @@ def client_environment(config: Config) -> dict[str, str]:
     """The variables by which OpenAI's clients find the gateway."""
     key = config.api_key[0].key if config.api_key else "unused"
     return {"OPENAI_BASE_URL": config.base_url, "OPENAI_API_BASE": config.base_url, "OPENAI_API_KEY": key}
-
-
-async def listen(
-    app: web.Application,
-    host: str,
-    port: int,
-    stack: contextlib.AsyncExitStack,
-    connections_max: float = math.inf,
-    stall_s: float = 120.0,
-) -> int:
-    """Serves an application until the stack ends, then first lets nobody in any more; the port that it listens on."""
-    # aiohttp's default, no cancellation, would go on asking Gemini for a client that is gone
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    stack.push_async_callback(app.shutdown)
-    server: Any = runner.server
-    options = {"loop": asyncio.get_running_loop(), "access_log": None, "keepalive_timeout": KEEP_ALIVE_S}
-
-    def accept() -> Any:
-        full = len(server.connections) >= connections_max
-        return TurnedAway() if full else connection_class()(server, **options)
-
-    listener = await asyncio.get_running_loop().create_server(accept, host, port, backlog=1024)
-    stack.callback(listener.close)
-    for socket in listener.sockets:
-        if sys.platform == "linux":  # what a client does not take for so long ends its connection, streams or not
-            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
-    return int(listener.sockets[0].getsockname()[1])
-
-
-class TurnedAway:
-    """What one connection too many meets: an answer without a question, and the end."""
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
-        body = dump_bytes(error_body(Overloaded(text)))
-        transport.write(b"HTTP/1.1 503 Busy\r\nContent-Type: application/json\r\nConnection: close\r\n\r\n" + body)
-        transport.close()
-
-    def data_received(self, data: bytes) -> None: ...
-    def eof_received(self) -> None: ...
-    def connection_lost(self, error: Exception | None) -> None: ...
-
-
-@functools.cache
-def connection_class() -> Any:
-    """aiohttp's connection, which tells also of broken HTTP as all errors are told, and does not log what it was."""
-
-    class ClientConnection(web.RequestHandler):  # made late, so that --help does without aiohttp
-        __slots__ = ()
-
-        def handle_error(self, request: Any, status: int = 500, exc: Any = None, message: Any = None) -> Any:
-            if status != 400:
-                return super().handle_error(request, status, exc, message)
-            text = f"What came is not HTTP/1.1 ({type(exc).__name__}). Check the client, and that it uses no TLS here."
-            response = web.Response(body=dump_bytes(error_body(BadRequest(text))), status=status)
-            response.content_type = "application/json"
-            response.force_close()
-            return response
-
-        def log_exception(self, *told: Any, **more: Any) -> None:
-            if not isinstance(more.get("exc_info"), web.RequestPayloadError):  # of a body that nobody wanted to read
-                super().log_exception(*told, **more)
-
-    return ClientConnection
 
 
 @click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
@@ -8625,6 +8925,22 @@ def write_private(path: Path, text: str) -> None:
     made.replace(path)
 
 
+@value
+class Landing:
+    """The page at which a login ends."""
+
+    state: str
+    come: asyncio.Future[str]
+
+    async def handle(self, http: HttpRequest) -> HttpResponse:
+        if http.query.get("state") == self.state and not self.come.done():
+            self.come.set_result(f"?{urlencode(http.query)}")
+        return HttpResponse(b"agproxy has heard; this page may be closed.", 200, {"Content-Type": "text/plain"})
+
+    async def drain(self) -> None: ...
+    async def close(self) -> None: ...
+
+
 async def log_in(account: Account, config: Config, paste: bool) -> str:
     """The refresh token that the user grants in a browser. Raises UpstreamError.
 
@@ -8634,14 +8950,7 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     async with contextlib.AsyncExitStack() as stack:
         come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
-        async def hear(http: web.Request) -> web.Response:
-            if http.query.get("state") == state and not come.done():
-                come.set_result(str(http.rel_url))
-            return web.Response(text="agproxy has heard; this page may be closed.")
-
-        app = web.Application()
-        app.router.add_get("/", hear)
-        port = 1 if paste else await listen(app, "127.0.0.1", 0, stack)
+        port = 1 if paste else await listen(Landing(state, come), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
         click.echo(
             f"Open this in a browser, and let {account.name} in:\n{login_url(account, redirect, state, verifier)}"

@@ -5,8 +5,8 @@ from typing import Any
 
 import openai
 import pytest
-from aiohttp.test_utils import TestServer
 from fake_gemini import FakeGemini, said
+from gateway_server import GatewayServer
 from pydantic import BaseModel
 from test_sdk import answer, call
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own deprecations
 async def model(gemini: FakeGemini) -> AsyncIterator[Any]:
     app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     agents.set_tracing_disabled(True)
-    async with TestServer(app) as server:
+    async with GatewayServer(app) as server:
         base_url = str(server.make_url("/v1"))
         async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
             yield agents.OpenAIResponsesModel(model="gemini-3-pro-preview", openai_client=client)

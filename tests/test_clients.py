@@ -14,8 +14,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from aiohttp.test_utils import TestServer
 from fake_gemini import FakeGemini, said
+from gateway_server import GatewayServer
 from test_sdk import answer, call
 
 import antigravity_proxy as agproxy
@@ -33,7 +33,7 @@ needs_codex = pytest.mark.skipif(not (MODULES / ".bin/codex").exists(), reason="
 @pytest.fixture
 async def base_url(gemini: FakeGemini) -> AsyncIterator[str]:
     app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
-    async with TestServer(app) as server:
+    async with GatewayServer(app) as server:
         yield str(server.make_url("/v1"))
 
 

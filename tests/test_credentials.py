@@ -16,6 +16,7 @@ from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
 from conftest import HELLO, ROOT
 from fake_gemini import FakeGemini, account_of
+from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -36,7 +37,7 @@ async def start(gemini: FakeGemini, aiohttp_client: Any, kind: str) -> Start:
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(kind, name, gemini.url) for name in accounts)
         config = agproxy.Config(made, strategy="fill_first", **settings)
-        return await aiohttp_client(await agproxy.create_app(config))
+        return await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
 
     gemini.echo = True
     return start
@@ -185,7 +186,9 @@ async def test_embeddings_are_asked_of_those_that_make_them(gemini: FakeGemini, 
     body = {"model": "text-embedding-3-small", "input": ["x"]}
     for kinds, status in (((kind, "gemini"), 200), ((kind,), 404)):
         accounts = tuple(account_of(one, one, gemini.url) for one in kinds)
-        client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+        client = await aiohttp_client(
+            GatewayServer(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+        )
         response = await client.post("/v1/embeddings", json=body)
         assert response.status == status, await response.text()
     assert "only accounts of kind gemini do" in (await response.json())["error"]["message"]

@@ -5,8 +5,8 @@ from typing import Any
 
 import openai
 import pytest
-from aiohttp.test_utils import TestServer
 from fake_gemini import FakeGemini, said
+from gateway_server import GatewayServer
 from pydantic import BaseModel
 from test_sdk import answer, call
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # LangChain's own deprecation
 @pytest.fixture
 async def settings(gemini: FakeGemini) -> AsyncIterator[dict[str, Any]]:
     app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
-    async with TestServer(app) as server, openai.DefaultAsyncHttpxClient() as http:
+    async with GatewayServer(app) as server, openai.DefaultAsyncHttpxClient() as http:
         yield {"base_url": str(server.make_url("/v1")), "api_key": "unused", "http_async_client": http}
 
 

@@ -8,6 +8,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from fake_gemini import FakeGemini, said
+from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -47,7 +48,7 @@ async def ask(gemini: FakeGemini, aiohttp_client: Any) -> Ask:
     async def ask(*parts: dict[str, Any], **settings: Any) -> tuple[int, Any]:
         accounts = (agproxy.Account("a", "k", gemini.url),)
         client: TestClient[Any, Any] = await aiohttp_client(
-            await agproxy.create_app(agproxy.Config(accounts, **settings))
+            GatewayServer(await agproxy.create_app(agproxy.Config(accounts, **settings)))
         )
         gemini.script = [said("ok")]
         body = {"model": "gpt-4o", "messages": [{"role": "user", "content": list(parts)}]}
@@ -129,7 +130,9 @@ async def test_what_gemini_follows_itself_is_passed_on(url: str, ask: Ask, gemin
 
 async def test_an_image_in_a_tool_result_is_fetched_too(gemini: FakeGemini, media: str, aiohttp_client: Any) -> None:
     accounts = (agproxy.Account("a", "k", gemini.url),)
-    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, media_hosts=("127.0.0.1",))))
+    client = await aiohttp_client(
+        GatewayServer(await agproxy.create_app(agproxy.Config(accounts, media_hosts=("127.0.0.1",))))
+    )
     gemini.script = [said("ok")]
     call = {"id": "c1", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
     messages = [

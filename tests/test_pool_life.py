@@ -14,6 +14,7 @@ import yaml
 from click.testing import CliRunner, Result
 from conftest import HELLO, Serve
 from fake_gemini import KINDS, FakeGemini, error, said
+from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -207,7 +208,7 @@ async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "secret-key", gemini.url),))
-    client = await aiohttp_client(await agproxy.create_app(config))
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
     shown = await client.get("/agproxy/status")
     assert (shown.status, "secret" in await shown.text()) == (200, False)
     page = await client.get("/agproxy/status", headers={"Origin": "http://localhost:3000"})
@@ -278,7 +279,7 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     accounts = (agproxy.Account("a", "k", gemini.url),)
     chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
     config = agproxy.Config(accounts, fallback=chain, **{"max_wait_s": 0, **settings})
-    client = await aiohttp_client(await agproxy.create_app(config))
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
     gemini.script = list(script)
     response = await client.post("/v1/chat/completions", json=PRO)
     headers = response.headers
@@ -290,7 +291,7 @@ async def test_a_wait_is_given_up_when_it_is_long_and_the_limit_is_kept(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=1),)
-    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, max_wait_s=2)))
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(accounts, max_wait_s=2))))
     gemini.script = [said("x")] * 3
     gemini.silence_s = 0.3
     answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(3)))
@@ -304,7 +305,9 @@ async def test_a_mixed_pool_gets_a_body_of_each_form(gemini: FakeGemini, aiohttp
     from fake_gemini import account_of
 
     accounts = tuple(account_of(kind, kind, gemini.url) for kind in KINDS)
-    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    client = await aiohttp_client(
+        GatewayServer(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    )
     gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow.")] * 2 + [said('{"a": 1}')]
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -318,7 +321,9 @@ async def test_a_stream_that_ends_by_a_refusal_sends_the_account_to_rest(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
-    client = await aiohttp_client(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    client = await aiohttp_client(
+        GatewayServer(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+    )
     gemini.script = [[*said("half", reason=None), USED_UP[1]], said("b")]
     gemini.pause_s = 0.05  # so that the answer has begun
     cut = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})

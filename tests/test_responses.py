@@ -15,6 +15,7 @@ import openai
 import pytest
 from aiohttp.test_utils import TestClient
 from fake_gemini import FakeGemini, error, said
+from gateway_server import GatewayServer
 from openai_schema import findings
 from pydantic import BaseModel
 from test_golden import CASES, frames, without_null_usage
@@ -31,7 +32,9 @@ TOOL = {"type": "function", "name": "ls", "parameters": {"type": "object", "prop
 async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
     async def start(drain_s: float = 0.0, **settings: Any) -> TestClient:
         account = agproxy.Account("a", "k", gemini.url)
-        return await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
+        return await aiohttp_client(
+            GatewayServer(await agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
+        )
 
     return start
 

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from aiohttp.test_utils import TestServer
 from conftest import HELLO
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
+from gateway_server import GatewayServer
 from pydantic import BaseModel
 
 import antigravity_proxy as agproxy
@@ -20,7 +20,7 @@ import antigravity_proxy as agproxy
 async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a gateway with one account, of each kind."""
     app = await agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
-    async with TestServer(app) as server:
+    async with GatewayServer(app) as server:
         base_url = str(server.make_url("/v1"))
         async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
             yield client

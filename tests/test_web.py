@@ -11,6 +11,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
+from gateway_server import GatewayServer
 from openai_schema import findings
 
 import antigravity_proxy as agproxy
@@ -40,7 +41,7 @@ async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any, transport: 
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(transport, name, gemini[1]) for name in accounts)
         given = {"strategy": "round_robin", "max_wait_s": 0, **settings}
-        return await aiohttp_client(await agproxy.create_app(agproxy.Config(made, **given)))
+        return await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(made, **given))))
 
     return start
 
@@ -226,7 +227,7 @@ async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
     async with upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
         app = await agproxy.create_app(agproxy.Config((account,)))
-        server = TestServer(app)
+        server = GatewayServer(app)
         await server.start_server()
         async with TestClient(server) as client:
             response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
@@ -331,7 +332,9 @@ async def test_the_account_is_shown_as_configured(
     show: str, shown: str | None, gemini: Any, aiohttp_client: Any
 ) -> None:
     account = agproxy.Account("a", "k", gemini[1], email="me@example.com")
-    client = await aiohttp_client(await agproxy.create_app(agproxy.Config((account,), show_account=show)))
+    client = await aiohttp_client(
+        GatewayServer(await agproxy.create_app(agproxy.Config((account,), show_account=show)))
+    )
     gemini[0].script = [said("x")]
     response = await client.post("/v1/chat/completions", json=HELLO)
     assert response.headers.get("X-Account-Email") == shown
@@ -443,7 +446,7 @@ async def test_a_body_that_is_no_json_object(data: bytes, start: Start) -> None:
 
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
-    client = await aiohttp_client(await agproxy.create_app(config, running_max=1))
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(config, running_max=1)))
     gemini[0].script = [said("x")]
     gemini[0].silence_s = 0.2
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
@@ -469,7 +472,7 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
     endless.router.add_post("/{tail:.*}", never_ends)
     async with TestServer(endless) as upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
-        async with TestServer(await agproxy.create_app(agproxy.Config((account,)))) as server:
+        async with GatewayServer(await agproxy.create_app(agproxy.Config((account,)))) as server:
             reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 12)
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
