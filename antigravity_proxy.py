@@ -1524,11 +1524,22 @@ def collect(events: Iterable[Event]) -> Reply:
 
 def dumps(value: Any) -> str:
     """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
-    return compact_json(value)
+    return "".join(json_pieces(value, 0))
 
 
-# Made once: json.dumps would make one a call.
-compact_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False).encode
+def json_encoder() -> Callable[[Any, int], Iterable[str]]:
+    """The library's encoder, made once: its `encode` makes one a call, which costs more than a small text itself."""
+    one = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False)
+    make: Any = getattr(importlib.import_module("json.encoder"), "c_make_encoder", None)
+    if make is None:  # in a Python that is not CPython
+        return lambda value, _: one.iterencode(value)
+    made: Callable[[Any, int], Iterable[str]] = make(
+        None, one.default, encode_basestring, None, ":", ",", False, False, False
+    )
+    return made
+
+
+json_pieces = json_encoder()
 
 
 def dump_bytes(value: Any) -> bytes:
@@ -1998,6 +2009,8 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
 
     `hosted` tells whether tools that OpenAI would run itself are passed over; a web search always is taken.
     """
+    if fields.value.get("tools") is None and fields.value.get("functions") is None:
+        return ()
     tools: dict[tuple[str | None, str], Tool] = {}
     declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
     for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
@@ -3589,7 +3602,8 @@ class GeminiReader:
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        events = self._read([body])
+        self._try(lambda: self._chunk(self._parsed(body)))
+        events, self._events = self._events, []
         return events if self._failed else events + self._finish()
 
     def _read(self, texts: Iterable[bytes]) -> list[Event]:
@@ -3796,7 +3810,7 @@ class GeminiReader:
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        citations = citations_of(spoken, candidate.grounding)
+        citations = citations_of(spoken, candidate.grounding) if candidate.grounding else ()
         queries = [
             checked_text(query) for about in candidate.grounding for query in about.get("webSearchQueries") or ()
         ]
@@ -5643,9 +5657,15 @@ class DirectTransport:
 
     async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
         """The answer, once its head is there. Raises OSError and TimeoutError."""
-        lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        about = f"Host: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\nContent-Length: {len(body)}\r\n"
-        head = f"POST {self._path}{path} HTTP/1.1\r\n{about}{lines}\r\n".encode()
+        return await self._send(f"POST {self._path}{path}", {"Content-Length": str(len(body)), **headers}, body)
+
+    async def get(self, path: str, headers: Mapping[str, str]) -> Incoming:
+        """The same."""
+        return await self._send(f"GET {self._path}{path}", headers, b"")
+
+    async def _send(self, what: str, headers: Mapping[str, str], body: bytes) -> Incoming:
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        head = f"{what} HTTP/1.1\r\nHost: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n".encode()
         while self._idle:
             with contextlib.suppress(StaleConnection):  # closed by the other side in the meantime: nothing was heard
                 return await self._idle.pop().exchange(head, body)
@@ -5688,9 +5708,16 @@ class ProxiedTransport:
 
     async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
         """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
-        url, proxy = self._url + path, self.proxy
+        return await self._send(self._session.post, path, headers, body)
+
+    async def get(self, path: str, headers: Mapping[str, str]) -> Incoming:
+        """The same."""
+        return await self._send(self._session.get, path, headers, None)
+
+    async def _send(self, ask: Any, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
-            response = await self._session.post(url, data=body, headers=headers, proxy=proxy, allow_redirects=False)
+            about = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
+            response = await ask(self._url + path, **about)
         left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
         pour = Pour(response)
         pour.start(Incoming(pour, left_s, self._timeouts.idle_s))
@@ -5908,7 +5935,6 @@ class Upstream:
         self.clock: Callable[[], float] = time.time
         self.pool = AccountPool(())
         self.credentials = Credentials(self._post_form, lambda: self.clock())
-        self._session = open_session(config.timeouts)
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
         self._retired: list[DirectTransport | ProxiedTransport | MediaFetcher] = []
         self._projects: dict[str, str] = {}
@@ -5923,6 +5949,11 @@ class Upstream:
         self.media = MediaFetcher(config)
         self._config = config
         self.adopt(config)
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        """For tokens and projects; whoever has keys alone never loads aiohttp."""
+        return open_session(self._config.timeouts)
 
     def adopt(self, config: Config) -> None:
         """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
@@ -5949,7 +5980,8 @@ class Upstream:
         self.credentials.close()
         for opened in (*self._retired, *self._transports.values(), self.media):
             await opened.close()
-        await self._session.close()
+        if "_session" in self.__dict__:
+            await self._session.close()
 
     # ---- models
 
@@ -6010,15 +6042,12 @@ class Upstream:
         names: list[str] = []
         page = ""
         for _ in range(MODEL_PAGES_MAX):
-            url = f"{account.base_url}/v1beta/models?pageSize=1000&pageToken={quote(page)}"
-            headers = {"x-goog-api-key": account.api_key}
-            proxy = self._to(account).proxy
-            async with self._session.get(url, headers=headers, proxy=proxy, allow_redirects=False) as response:
-                self.skew_s = clock_skew(response.headers.get("Date"), time.time())
-                if response.status != 200:
-                    wait = response.headers.get("Retry-After", "")
-                    raise classify_error(response.status, parse_json(await response.read()), wait)
-                answer = await response.json(content_type=None)
+            path = f"/v1beta/models?pageSize=1000&pageToken={quote(page)}"
+            incoming = await self._to(account).get(path, {"x-goog-api-key": account.api_key, "User-Agent": USER_AGENT})
+            self.skew_s = clock_skew(incoming.headers.get("date"), time.time())
+            answer = parse_json(await incoming.read())
+            if incoming.status != 200:
+                raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
             for model in answer["models"]:
                 if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
                     names.append(model["name"].removeprefix("models/"))
@@ -6615,7 +6644,7 @@ def clock_skew(date: str | None, now: float) -> float:
 # ==============================================================================
 
 REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
-NOT_IN_A_HEAD = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|\r(?!\n)|(?<!\r)\n")
+CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
 GIVEN_ONCE = ("host", "content-length", "transfer-encoding", "content-type", "authorization")
 CLOSE: Mapping[str, str] = {"Connection": "close"}
@@ -6627,18 +6656,13 @@ def parse_head(data: bytes) -> tuple[str, str, bool, dict[str, str]]:
     Stricter than it must be: what two programs may read in two ways is no request.
     Source: https://www.rfc-editor.org/rfc/rfc9112#section-11.2
     """
-    if NOT_IN_A_HEAD.search(data):
-        raise ValueError("a control character in the head")
     first, *lines = data.decode("utf-8", "surrogateescape").split("\r\n")
     line = REQUEST_LINE.fullmatch(first)
     if line is None:
         raise ValueError("no request line")
     headers: dict[str, str] = {}
     for one in lines:
-        name, colon, value = one.partition(":")
-        name, value = name.lower(), value.strip(" \t")
-        if not (colon and HEADER_NAME.fullmatch(name)):
-            raise ValueError("an odd header line")
+        name, value = known_header(one) if len(one) < HEADER_KNOWN_MAX else parse_header(one)
         if name in headers:
             if name in GIVEN_ONCE:
                 raise ValueError(f"more than one {name}")
@@ -6647,6 +6671,18 @@ def parse_head(data: bytes) -> tuple[str, str, bool, dict[str, str]]:
     if "host" not in headers and line[3] == "1":
         raise ValueError("no host")
     return line[1], line[2], line[3] == "1", headers
+
+
+def parse_header(line: str) -> tuple[str, str]:
+    name, colon, value = line.partition(":")
+    name = name.lower()
+    if not colon or not HEADER_NAME.fullmatch(name) or CONTROLS.search(value):
+        raise ValueError("an odd header line")
+    return name, value.strip(" \t")
+
+
+HEADER_KNOWN_MAX = 200
+known_header = functools.lru_cache(256)(parse_header)  # a client's lines are mostly those of its last request
 
 
 def body_length(new: bool, headers: Mapping[str, str]) -> int:
@@ -6658,7 +6694,7 @@ def body_length(new: bool, headers: Mapping[str, str]) -> int:
         return -1
     if length is None:
         return 0
-    if not re.fullmatch(r"\d{1,15}", length, re.ASCII):
+    if not (length.isascii() and length.isdigit() and len(length) < 16):
         raise ValueError("an odd content-length")
     return int(length)
 
