@@ -6671,6 +6671,8 @@ class Gateway:
         self._tally = tally
         self._running: dict[Any, Answer | Merged | None] = {}
         """Each request's task, with its answer once that has begun."""
+        self._unbegun: set[Any] = set()
+        """Those tasks that wait for their answer to begin."""
         self._running_max = running_max
         self._draining = self._stopped = False
 
@@ -6682,6 +6684,8 @@ class Gateway:
         for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
                 answer.break_off(STOPPED)
+        for task in self._unbegun:
+            task.cancel()
         await self._wait(1)
         for task in self._running:
             task.cancel()
@@ -6938,12 +6942,16 @@ class Gateway:
     @contextlib.contextmanager
     def _unless_stopped(self) -> Iterator[None]:
         """Raises what a drain cut off as an error, so that the client is told."""
+        task = asyncio.current_task()
+        self._unbegun.add(task)
         try:
             yield
         except asyncio.CancelledError:
             if not self._stopped:
                 raise
             raise STOPPED from None
+        finally:
+            self._unbegun.discard(task)
 
     async def _begin(
         self, http: web.Request, trace: Trace, client: ClientStream

@@ -56,11 +56,11 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
         kept = {name: value for name, value in os.environ.items() if name not in WITHOUT_ACCOUNTS}
         process = await asyncio.create_subprocess_exec(
             sys.executable,
-            str(ROOT / "antigravity_proxy.py"),
+            *("-m", "antigravity_proxy"),  # unlike the file's name, not compiled anew each time
             "serve",
             *arguments,
             cwd=tmp_path,
-            env=kept | {"HOME": str(tmp_path)} | dict.fromkeys(HOMES, str(tmp_path)) | env,
+            env=kept | {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT)} | dict.fromkeys(HOMES, str(tmp_path)) | env,
             stderr=asyncio.subprocess.PIPE,
         )
         started.append(process)

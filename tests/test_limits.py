@@ -261,7 +261,7 @@ async def test_a_whole_answer_that_nobody_takes_is_let_go(start: Start, gemini: 
     gemini.script = [said("x" * (20 << 20))]
     async with raw(gateway, HELLO) as (reader, _):
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.2)
         got = 0
         with contextlib.suppress(ConnectionError):
             while piece := await asyncio.wait_for(reader.read(1 << 20), 5):
@@ -405,6 +405,7 @@ async def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_n
     assert await soak.soak(100, 1) == []
 
 
-def test_damaged_http_of_clients_and_of_gemini() -> None:
+def test_damaged_http_of_clients_and_of_gemini(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_wire, "AT_ONCE", 60)
     summary, failures = fuzz_wire.run(60)
     assert failures == [], summary

@@ -121,7 +121,7 @@ async def test_a_signal_lets_running_answers_finish(serve: Serve, file: str, gem
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [said("a", "b", "c")]
-    gemini.pause_s = 0.2
+    gemini.pause_s = 0.1
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True}) as response:
             assert await response.content.readline()
@@ -146,13 +146,14 @@ ASKED: dict[str, Any] = {
 async def test_what_takes_longer_than_the_drain_is_told_so(
     begun: bool, route: str, body: Any, stream: bool, serve: Serve, file: str, gemini: FakeGemini
 ) -> None:
-    served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.3")
+    served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.2")
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [said(*"abcdefghijklmnop")]
     gemini.pause_s, gemini.silence_s = 0.4, 0.0 if begun else 20.0
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
-        await asyncio.sleep(0.6)
+        while not (gemini.bodies and (asking.done() or not begun)):
+            await asyncio.sleep(0.01)
         served.process.send_signal(signal.SIGTERM)
         async with await asking as response:
             text = await response.text()
@@ -196,7 +197,8 @@ async def test_a_second_signal_ends_at_once(
     gemini.script, gemini.silence_s = [said("a")], 20
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/chat/completions", json=HELLO))
-        await asyncio.sleep(0.3)
+        while not gemini.bodies:
+            await asyncio.sleep(0.01)
         served.process.send_signal(number)
         await served.wait_for("(agproxy stops)")
         served.process.send_signal(number)
@@ -282,7 +284,7 @@ async def test_what_a_killed_gateway_was_making_has_failed(
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
     other = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
-    gemini.script, gemini.pause_s = [said("a", "b", "c")], 2.0
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 20.0
     body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/responses", json=body) as response:

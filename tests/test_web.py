@@ -474,13 +474,15 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
-            await asyncio.sleep(1)
-            held = sent
+            held = -1
+            while held < sent or not held:
+                held = sent
+                await asyncio.sleep(0.2)
             await asyncio.sleep(0.3)
             assert sent == held < 32 << 20  # what fits into the sockets' buffers, and no more
             await reader.readexactly(8 << 20)
-            await asyncio.sleep(0.2)
-            assert sent > held
+            while sent == held:
+                await asyncio.sleep(0.01)
             writer.close()
 
 
