@@ -8007,12 +8007,14 @@ def servable(config: Config) -> Config:
     return config
 
 
-def reloaded(accounts: str | None, host: str | None, port: int | None) -> Config:
-    """The config anew. Raises ConfigError."""
+def reloaded(log_handler: MaskingHandler, accounts: str | None, host: str | None, port: int | None) -> Config:
+    """The config anew; its secrets are masked before anybody uses it. Raises ConfigError."""
     try:
-        return servable(configured(accounts, host, port))
+        config = servable(configured(accounts, host, port))
     except Unusable as error:
         raise ConfigError(error.message) from None
+    log_handler.learn(config)
+    return config
 
 
 def fresh_key() -> str:
@@ -8035,18 +8037,25 @@ class MaskingHandler(logging.StreamHandler[Any]):
 
     def __init__(self, config: Config) -> None:
         super().__init__(sys.stderr)
+        self._known: list[str] = []
+        self.learn(config)
+
+    def learn(self, config: Config) -> None:
+        """Masks the secrets of another config too; the earlier ones stay, for a request may still carry them."""
         owners: list[Any] = [*config.accounts, *config.api_key]
         known = [getattr(owner, one.name) or "" for owner in owners for one in fields_of(owner) if not one.repr]
-        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]} if key]
+        forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
+        self._known = sorted(forms.union(self._known), key=len, reverse=True)  # one may begin with another
 
     def format(self, record: logging.LogRecord) -> str:
         return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))
 
 
-def set_up_logging(level: str, form: str, config: Config) -> None:
+def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
     handler = MaskingHandler(config)
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    return handler
 
 
 def banner(config: Config, running_max: float) -> str:
@@ -8304,9 +8313,9 @@ def serve(
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging(log_level, log_format, config)
+    log_handler = set_up_logging(log_level, log_format, config)
     try:
-        load = functools.partial(reloaded, accounts, host, port)
+        load = functools.partial(reloaded, log_handler, accounts, host, port)
         run_loop(run_until_signal(config, find_file(accounts, os.environ), load, drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."

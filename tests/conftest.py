@@ -44,6 +44,12 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         process.kill()
 
 
+async def until(holds: Callable[[], object], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110  # a fake, or another process, sets no event
+            await asyncio.sleep(0.01)
+
+
 class Served:
     """One `agproxy serve` process: what it said, and where it listens."""
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from conftest import HELLO, Serve
+from conftest import HELLO, Serve, until
 from fake_gemini import KINDS, FakeGemini, error, said
 
 import antigravity_proxy as agproxy
@@ -236,11 +236,9 @@ async def test_a_client_that_leaves_gives_its_account_back(
     gemini.pause_s = 20.0
     async with aiohttp.ClientSession() as session:
         leaving = asyncio.create_task(session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": stream}))
-        while not gemini.bodies:
-            await asyncio.sleep(0.01)
+        await until(lambda: gemini.bodies)
         gemini.silence_s = 0.0 if stream else 20.0
-        while len(gemini.bodies) < 2:  # the probe after a short rest
-            await asyncio.sleep(0.01)
+        await until(lambda: len(gemini.bodies) == 2)  # the probe after a short rest
         if stream:
             async with await leaving as answer:
                 await answer.content.readline()

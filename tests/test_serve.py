@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import HELLO, Serve
+from conftest import HELLO, Serve, until
 from fake_gemini import FakeGemini, error, said
 
 
@@ -152,8 +152,7 @@ async def test_what_takes_longer_than_the_drain_is_told_so(
     gemini.pause_s, gemini.silence_s = 0.4, 0.0 if begun else 20.0
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
-        while not (gemini.bodies and (asking.done() or not begun)):
-            await asyncio.sleep(0.01)
+        await until(lambda: gemini.bodies and (asking.done() or not begun))
         served.process.send_signal(signal.SIGTERM)
         async with await asking as response:
             text = await response.text()
@@ -197,8 +196,7 @@ async def test_a_second_signal_ends_at_once(
     gemini.script, gemini.silence_s = [said("a")], 20
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/chat/completions", json=HELLO))
-        while not gemini.bodies:
-            await asyncio.sleep(0.01)
+        await until(lambda: gemini.bodies)
         served.process.send_signal(number)
         await served.wait_for("(agproxy stops)")
         served.process.send_signal(number)

@@ -10,6 +10,7 @@ import openai
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from conftest import until
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
 from openai_schema import findings
 
@@ -481,8 +482,7 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
             await asyncio.sleep(0.3)
             assert sent == held < 32 << 20  # what fits into the sockets' buffers, and no more
             await reader.readexactly(8 << 20)
-            while sent == held:
-                await asyncio.sleep(0.01)
+            await until(lambda: sent > held)
             writer.close()
 
 
