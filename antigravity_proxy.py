@@ -175,6 +175,7 @@ CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
 CALLS_MAX = 1000
 CALL_ID_MAX = 64  # OpenAI's own limit
+MODEL_CHARS_MAX = 512
 ERROR_CHARS_MAX = 2000
 HEAD_BYTES_MAX = 64 << 10
 CHUNK_LINE_MAX = 4096
@@ -1632,6 +1633,13 @@ class Fields:
             raise self.missing(key)
         return value
 
+    def model(self) -> str:
+        """The model's name: it is looked up, logged, and sent on in a URL and in headers."""
+        name = self.needed_text("model")
+        if len(name) > MODEL_CHARS_MAX:
+            raise self.wrong("model", f"has {len(name)} characters", f"Send at most {MODEL_CHARS_MAX}")
+        return name
+
     def missing(self, key: str) -> BadRequest:
         return self.wrong(key, "is missing", "Add it", "missing_required_parameter")
 
@@ -1691,7 +1699,7 @@ def parse_chat(body: Any) -> Request:
     tools = parse_tools(fields, hosted=False)
     limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
     request = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         system=tuple(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m)),
         messages=tuple(parse_message(m) for m in messages if m.value.get("role") not in SYSTEM_ROLES),
         tools=tools,
@@ -1807,7 +1815,7 @@ def parse_completion(body: Any) -> list[Request]:
     fields = Fields(body)
     suffix = fields.text("suffix")
     shared = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         messages=(),
         system=(COMPLETE_THE_MIDDLE,) if suffix else (),
         max_output_tokens=fields.count("max_tokens", low=0) or None,
@@ -1863,9 +1871,7 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     form = fields.text("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise fields.wrong("encoding_format", f"is '{form}'", "Send float or base64")
-    return EmbeddingRequest(
-        fields.needed_text("model"), tuple(map(str, texts)), fields.count("dimensions"), form == "base64"
-    )
+    return EmbeddingRequest(fields.model(), tuple(map(str, texts)), fields.count("dimensions"), form == "base64")
 
 
 def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
@@ -1883,7 +1889,7 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
     summary = (reasoning.text("summary") or reasoning.text("generate_summary")) if reasoning else None
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
     request = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         system=(*([instructions] if instructions else []), *system),
         messages=messages,
         tools=tools,

@@ -15,7 +15,10 @@ from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 ROOT = Path(__file__).parent.parent
-WITHOUT_ACCOUNTS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT")
+NOT_PASSED = (
+    *("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT"),
+    "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew
+)
 HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
 
 
@@ -27,9 +30,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def command_of(folder: Path, *arguments: str, **env: str) -> tuple[list[str], dict[str, str]]:
     """What starts `agproxy serve`, and its environment: nothing of whoever runs the tests."""
-    kept = {name: value for name, value in os.environ.items() if name not in WITHOUT_ACCOUNTS}
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
     mine = {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | dict.fromkeys(HOMES, str(folder))
-    # by its module's name, for by its file's it is compiled anew each time
+    # by its module's name: a file that is named is always compiled
     return [sys.executable, "-m", "antigravity_proxy", "serve", *arguments], kept | mine | env
 
 
@@ -42,6 +45,14 @@ def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         assert process.stderr is not None
         yield next(line.split()[-1] for line in process.stderr if "base URL" in line)
         process.kill()
+
+
+def sdk(base_url: str) -> Any:
+    """OpenAI's client; it needs no certificates here, and to load them would take most of a test's time."""
+    import openai
+
+    http = openai.DefaultAsyncHttpxClient(verify=False)
+    return openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, http_client=http)
 
 
 async def until(holds: Callable[[], object], within_s: float = 10.0) -> None:

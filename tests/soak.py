@@ -217,8 +217,11 @@ async def soak(streams: int, seconds: float, seed: int = 0, every_s: float = 30.
     """Runs it, and prints what it sees; what is wrong."""
     async with await asyncio.start_server(functools.partial(answer, set()), "127.0.0.1", 0, backlog=4096) as upstream:
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
+        mine = asyncio.all_tasks()
         async with gateway(url) as lines:
-            return await watch(lines, streams, seconds, seed, every_s)
+            found = await watch(lines, streams, seconds, seed, every_s)
+        await asyncio.gather(*(asyncio.all_tasks() - mine))  # the ends of the upstream's connections
+        return found
 
 
 async def watch(lines: asyncio.StreamReader, streams: int, seconds: float, seed: int, every_s: float) -> list[str]:

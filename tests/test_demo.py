@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import HELLO, Serve
+from conftest import HELLO, Serve, sdk
 from pydantic import BaseModel
 
 TOOLS: Any = [
@@ -26,7 +26,7 @@ async def ai(demo_url: str, serve: Serve, request: pytest.FixtureRequest) -> Asy
     if fault := getattr(request, "param", ""):
         served = await serve("--demo", "--port", "0", AGPROXY_DEMO_FAULT=fault)
         base_url = await served.wait_for(r"base URL +(\S+)")
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+    async with sdk(base_url) as client:
         yield client
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import HELLO, Serve, until
+from conftest import HELLO, Serve, sdk, until
 from fake_gemini import FakeGemini, error, said
 
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path, gemini: FakeGemini) -> str:
 async def ai(serve: Serve, file: str) -> AsyncIterator[openai.AsyncOpenAI]:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+    async with sdk(base_url) as client:
         yield client
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import conftest
 import openai
 import pytest
 from aiohttp import web
@@ -51,7 +52,7 @@ async def sdk() -> AsyncIterator[Callable[[TestClient], openai.AsyncOpenAI]]:
     async with contextlib.AsyncExitStack() as stack:
 
         def sdk(client: TestClient) -> openai.AsyncOpenAI:
-            made = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0)
+            made = conftest.sdk(str(client.make_url("/v1")))
             stack.push_async_callback(made.close)
             return made
 
