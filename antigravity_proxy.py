@@ -176,6 +176,7 @@ CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
 CALLS_MAX = 1000
 CALL_ID_MAX = 64  # OpenAI's own limit
+MODEL_CHARS_MAX = 512
 ERROR_CHARS_MAX = 2000
 HEAD_BYTES_MAX = 64 << 10
 CHUNK_LINE_MAX = 4096
@@ -1643,6 +1644,13 @@ class Fields:
             raise self.missing(key)
         return value
 
+    def model(self) -> str:
+        """The model's name: it is looked up, logged, and sent on in a URL and in headers."""
+        name = self.needed_text("model")
+        if len(name) > MODEL_CHARS_MAX:
+            raise self.wrong("model", f"has {len(name)} characters", f"Send at most {MODEL_CHARS_MAX}")
+        return name
+
     def missing(self, key: str) -> BadRequest:
         return self.wrong(key, "is missing", "Add it", "missing_required_parameter")
 
@@ -1702,7 +1710,7 @@ def parse_chat(body: Any) -> Request:
     tools = parse_tools(fields, hosted=False)
     limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
     request = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         system=tuple(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m)),
         messages=tuple(parse_message(m) for m in messages if m.value.get("role") not in SYSTEM_ROLES),
         tools=tools,
@@ -1818,7 +1826,7 @@ def parse_completion(body: Any) -> list[Request]:
     fields = Fields(body)
     suffix = fields.text("suffix")
     shared = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         messages=(),
         system=(COMPLETE_THE_MIDDLE,) if suffix else (),
         max_output_tokens=fields.count("max_tokens", low=0) or None,
@@ -1874,9 +1882,7 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     form = fields.text("encoding_format") or "float"
     if form not in ("float", "base64"):
         raise fields.wrong("encoding_format", f"is '{form}'", "Send float or base64")
-    return EmbeddingRequest(
-        fields.needed_text("model"), tuple(map(str, texts)), fields.count("dimensions"), form == "base64"
-    )
+    return EmbeddingRequest(fields.model(), tuple(map(str, texts)), fields.count("dimensions"), form == "base64")
 
 
 def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
@@ -1894,7 +1900,7 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
     summary = (reasoning.text("summary") or reasoning.text("generate_summary")) if reasoning else None
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
     request = Request(
-        model=fields.needed_text("model"),
+        model=fields.model(),
         system=(*([instructions] if instructions else []), *system),
         messages=messages,
         tools=tools,
@@ -7172,6 +7178,8 @@ class Gateway:
         self._tally = tally
         self._running: dict[Any, Answer | Merged | None] = {}
         """Each request's task, with its answer once that has begun."""
+        self._unbegun: set[Any] = set()
+        """Those tasks that wait for their answer to begin."""
         self._running_max = running_max
         self._draining = self._stopped = False
 
@@ -7187,6 +7195,8 @@ class Gateway:
         for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
                 answer.break_off(STOPPED)
+        for task in self._unbegun:
+            task.cancel()
         await self._wait(1)
         for task in self._running:
             task.cancel()
@@ -7443,12 +7453,16 @@ class Gateway:
     @contextlib.contextmanager
     def _unless_stopped(self) -> Iterator[None]:
         """Raises what a drain cut off as an error, so that the client is told."""
+        task = asyncio.current_task()
+        self._unbegun.add(task)
         try:
             yield
         except asyncio.CancelledError:
             if not self._stopped:
                 raise
             raise STOPPED from None
+        finally:
+            self._unbegun.discard(task)
 
     async def _begin(
         self, http: HttpRequest, trace: Trace, client: ClientStream
@@ -8401,12 +8415,14 @@ def servable(config: Config) -> Config:
     return config
 
 
-def reloaded(accounts: str | None, host: str | None, port: int | None) -> Config:
-    """The config anew. Raises ConfigError."""
+def reloaded(log_handler: MaskingHandler, accounts: str | None, host: str | None, port: int | None) -> Config:
+    """The config anew; its secrets are masked before anybody uses it. Raises ConfigError."""
     try:
-        return servable(configured(accounts, host, port))
+        config = servable(configured(accounts, host, port))
     except Unusable as error:
         raise ConfigError(error.message) from None
+    log_handler.learn(config)
+    return config
 
 
 def fresh_key() -> str:
@@ -8429,18 +8445,25 @@ class MaskingHandler(logging.StreamHandler[Any]):
 
     def __init__(self, config: Config) -> None:
         super().__init__(sys.stderr)
+        self._known: list[str] = []
+        self.learn(config)
+
+    def learn(self, config: Config) -> None:
+        """Masks the secrets of another config too; the earlier ones stay, for a request may still carry them."""
         owners: list[Any] = [*config.accounts, *config.api_key]
         known = [getattr(owner, one.name) or "" for owner in owners for one in fields_of(owner) if not one.repr]
-        self._known = [form for key in known for form in {key, encode_basestring(key)[1:-1]} if key]
+        forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
+        self._known = sorted(forms.union(self._known), key=len, reverse=True)  # one may begin with another
 
     def format(self, record: logging.LogRecord) -> str:
         return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))
 
 
-def set_up_logging(level: str, form: str, config: Config) -> None:
+def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
     handler = MaskingHandler(config)
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    return handler
 
 
 def banner(config: Config, running_max: float) -> str:
@@ -8632,9 +8655,9 @@ def serve(
     """Start the gateway."""
     config = servable(configured(accounts, host, port, demo))
     warn_of_readers(find_file(accounts, os.environ))
-    set_up_logging(log_level, log_format, config)
+    log_handler = set_up_logging(log_level, log_format, config)
     try:
-        load = functools.partial(reloaded, accounts, host, port)
+        load = functools.partial(reloaded, log_handler, accounts, host, port)
         run_loop(run_until_signal(config, find_file(accounts, os.environ), load, drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."

@@ -3,8 +3,9 @@
 import asyncio
 import os
 import re
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 ROOT = Path(__file__).parent.parent
-WITHOUT_ACCOUNTS = ("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT")
+NOT_PASSED = (
+    *("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT"),
+    "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew
+)
 HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
 
 
@@ -22,6 +26,39 @@ HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes to the state of whoever runs it."""
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+
+
+def command_of(folder: Path, *arguments: str, **env: str) -> tuple[list[str], dict[str, str]]:
+    """What starts `agproxy serve`, and its environment: nothing of whoever runs the tests."""
+    kept = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
+    mine = {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | dict.fromkeys(HOMES, str(folder))
+    # by its module's name: a file that is named is always compiled
+    return [sys.executable, "-m", "antigravity_proxy", "serve", *arguments], kept | mine | env
+
+
+@pytest.fixture(scope="module")
+def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The base URL of one demo for all tests of a module."""
+    folder = tmp_path_factory.mktemp("demo")
+    command, env = command_of(folder, "--demo", "--port", "0", "--log-level", "error")
+    with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        yield next(line.split()[-1] for line in process.stderr if "base URL" in line)
+        process.kill()
+
+
+def sdk(base_url: str) -> Any:
+    """OpenAI's client; it needs no certificates here, and to load them would take most of a test's time."""
+    import openai
+
+    http = openai.DefaultAsyncHttpxClient(verify=False)
+    return openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0, http_client=http)
+
+
+async def until(holds: Callable[[], object], within_s: float = 10.0) -> None:
+    async with asyncio.timeout(within_s):
+        while not holds():  # noqa: ASYNC110  # a fake, or another process, sets no event
+            await asyncio.sleep(0.01)
 
 
 class Served:
@@ -53,15 +90,9 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     started: list[asyncio.subprocess.Process] = []
 
     async def serve(*arguments: str, **env: str) -> Served:
-        kept = {name: value for name, value in os.environ.items() if name not in WITHOUT_ACCOUNTS}
+        command, all_env = command_of(tmp_path, *arguments, **env)
         process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            str(ROOT / "antigravity_proxy.py"),
-            "serve",
-            *arguments,
-            cwd=tmp_path,
-            env=kept | {"HOME": str(tmp_path)} | dict.fromkeys(HOMES, str(tmp_path)) | env,
-            stderr=asyncio.subprocess.PIPE,
+            *command, cwd=tmp_path, env=all_env, stderr=asyncio.subprocess.PIPE
         )
         started.append(process)
         return Served(process)

@@ -33,7 +33,7 @@ import antigravity_proxy as agproxy
 FAULTS = ("none",) * 14 + ("cut", "reset", "garbage", "error", "silence", "busy", "leaves")
 ACCOUNTS = 8
 IDLE_S = 1.0
-REPORT_S = 0.5
+REPORT_S = 0.2
 SETTLED_S = 1.0
 
 
@@ -205,26 +205,36 @@ async def told(lines: asyncio.StreamReader) -> dict[str, int]:
             return dict(json.loads(line))
 
 
+async def settled(lines: asyncio.StreamReader, tasks: int) -> dict[str, int]:
+    """How the gateway is once it has no more tasks than that, or after all the time that its last ones may take."""
+    until = time.monotonic() + SETTLED_S + 2 * IDLE_S
+    while (state := await told(lines))["tasks"] > tasks and time.monotonic() < until:
+        pass
+    return state
+
+
 async def soak(streams: int, seconds: float, seed: int = 0, every_s: float = 30.0) -> list[str]:
     """Runs it, and prints what it sees; what is wrong."""
     async with await asyncio.start_server(functools.partial(answer, set()), "127.0.0.1", 0, backlog=4096) as upstream:
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
+        mine = asyncio.all_tasks()
         async with gateway(url) as lines:
-            return await watch(lines, streams, seconds, seed, every_s)
+            found = await watch(lines, streams, seconds, seed, every_s)
+        await asyncio.gather(*(asyncio.all_tasks() - mine))  # the ends of the upstream's connections
+        return found
 
 
 async def watch(lines: asyncio.StreamReader, streams: int, seconds: float, seed: int, every_s: float) -> list[str]:
     outcomes: Counter[str] = Counter()
-    url = f"http://127.0.0.1:{(await told(lines))['port']}"
+    idle = await told(lines)
+    url = f"http://127.0.0.1:{idle['port']}"
     await keep_asking(url, streams, min(5.0, seconds), seed + 1000)  # what is loaded and kept once
-    await asyncio.sleep(SETTLED_S + IDLE_S)
-    before, began = await told(lines), time.monotonic()
+    before, began = await settled(lines, idle["tasks"]), time.monotonic()
     while (left := seconds - (time.monotonic() - began)) > 0:
         outcomes += await keep_asking(url, streams, min(left, every_s), seed)
         seed += 1
         say_state(time.monotonic() - began, outcomes, await told(lines))
-    await asyncio.sleep(SETTLED_S + IDLE_S)
-    after = await told(lines)
+    after = await settled(lines, idle["tasks"])
     say_state(time.monotonic() - began, outcomes, after)
     wrong = [f"{count} x {outcome}" for outcome, count in outcomes.items() if outcome.startswith("WRONG")]
     bounds = {

@@ -5,7 +5,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import HELLO, Serve
+from conftest import HELLO, Serve, sdk
 from pydantic import BaseModel
 
 TOOLS: Any = [
@@ -21,11 +21,12 @@ TOOLS: Any = [
 
 
 @pytest.fixture
-async def ai(serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
-    fault = getattr(request, "param", "")
-    served = await serve("--demo", "--port", "0", AGPROXY_DEMO_FAULT=fault)
-    base_url = await served.wait_for(r"base URL +(\S+)")
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+async def ai(demo_url: str, serve: Serve, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
+    base_url = demo_url
+    if fault := getattr(request, "param", ""):
+        served = await serve("--demo", "--port", "0", AGPROXY_DEMO_FAULT=fault)
+        base_url = await served.wait_for(r"base URL +(\S+)")
+    async with sdk(base_url) as client:
         yield client
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 import aiohttp
 import fuzz_wire
-import openai
 import pytest
 import soak
-from conftest import HELLO
+from conftest import HELLO, sdk
 from fake_gemini import FakeGemini, error, said
 
 import antigravity_proxy as agproxy
@@ -73,7 +72,7 @@ async def test_silence_between_events_is_bridged_for_the_sdk(start: Start, gemin
     gemini.pause_s, gemini.script = 0.25, [said("Hel", "lo"), said("Hel", "lo")]
     async with session.post(url + CHAT, json=STREAM) as response:
         assert 2 <= (await response.text()).count(BEAT) <= 8
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as ai:
+    async with sdk(f"{url}/v1") as ai:
         stream = await ai.responses.create(model="gpt-4o", input="hi", stream=True)
         assert [event.type async for event in stream][-1] == "response.completed"
 
@@ -261,7 +260,7 @@ async def test_a_whole_answer_that_nobody_takes_is_let_go(start: Start, gemini: 
     gemini.script = [said("x" * (20 << 20))]
     async with raw(gateway, HELLO) as (reader, _):
         assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(1.2)
         got = 0
         with contextlib.suppress(ConnectionError):
             while piece := await asyncio.wait_for(reader.read(1 << 20), 5):
@@ -315,11 +314,11 @@ async def test_one_connection_too_many_is_told_so(start: Start, gemini: Any, ses
 
 
 async def wire(url: str, *pieces: bytes) -> bytes:
-    """What comes back until the connection is closed; each piece is sent after a moment."""
+    """What comes back until the connection is closed; each further piece is sent after a moment."""
     reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
-    for piece in pieces:
+    for number, piece in enumerate(pieces):
+        await asyncio.sleep(0.05 * bool(number))
         writer.write(piece)
-        await asyncio.sleep(0.05)
     try:
         return await asyncio.wait_for(reader.read(), 5)
     finally:
@@ -355,6 +354,7 @@ ENDLESS = [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n", b"X-A: " + b"a" * 70
         ([post(GOOD.replace(b'"hi"', b"1e999"))], 400),
         ([post(GOOD.replace(b"hi", b"\xff"))], 400),
         ([post(GOOD.replace(b'"hi"', b'"hi", "content": 5'))], 400),  # of two keys the last counts
+        ([post(GOOD.replace(b"gpt-4o", b"gemini-" + b"x" * 1_000_000))], 400),
         ([post(GOOD.replace(b"gpt-4o", b"gpt\\r\\nX-Made-Up: b"))], 404),
         ([post(GOOD.replace(b"gpt-4o", b"a\\r\\nX-Made-Up: b"))], 404),
         ([post(GOOD.replace(b"gpt-4o", "gemini-\u2028\u00e4\u540d".encode()))], 404),

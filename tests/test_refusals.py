@@ -196,7 +196,7 @@ async def test_to_a_client(
     ],
 )
 async def test_of_all_accounts(step: Any, status: int, code: str, start: Start, gemini: FakeGemini) -> None:
-    client = await start()
+    client = await start(max_wait_s=0)
     gemini.script = [step] * 3
     response = await client.post(CHAT, json=HELLO)
     told = (await response.json())["error"]

@@ -14,6 +14,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp.test_utils import TestClient
+from conftest import sdk
 from fake_gemini import FakeGemini, error, said
 from gateway_server import GatewayServer
 from openai_schema import findings
@@ -46,7 +47,7 @@ async def client(start: Start) -> TestClient:
 
 @pytest.fixture
 async def ai(client: TestClient) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0) as ai:
+    async with sdk(str(client.make_url("/v1"))) as ai:
         yield ai
 
 

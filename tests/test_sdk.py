@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import openai
 import pytest
-from conftest import HELLO
+from conftest import HELLO, sdk
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
 from gateway_server import GatewayServer
 from pydantic import BaseModel
@@ -22,7 +22,7 @@ async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterato
     app = await agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
     async with GatewayServer(app) as server:
         base_url = str(server.make_url("/v1"))
-        async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+        async with sdk(base_url) as client:
             yield client
 
 

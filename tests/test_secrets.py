@@ -12,6 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from click.testing import CliRunner
 from conftest import HELLO, Serve
 from gateway_server import GatewayServer
 
@@ -151,6 +152,30 @@ def test_whatever_is_logged_is_masked(form: str, capsys: pytest.CaptureFixture[s
     said = capsys.readouterr().err
     assert leaks(said) == []
     assert said.count("ValueError") >= len(SECRETS)
+
+
+def test_the_secrets_of_a_reload_are_masked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.yaml"
+    handlers: list[logging.Handler] = []
+    told: list[str] = []
+
+    def write(key: str) -> None:
+        path.write_text(json.dumps({"accounts": [{"name": "a", "api_key": key, "base_url": "http://127.0.0.1:9"}]}))
+
+    def serves(config: agproxy.Config, _: Path, load: Any, drain_s: float) -> None:
+        for key in ("plain account", "odd account"):
+            write(SECRETS[key])
+            load()
+            words = " ".join([*SECRETS.values(), SECRETS["plain account"] + "-and-longer"])
+            told.append(handlers[0].format(logging.LogRecord("x", 40, "", 0, words, (), None)))
+
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: handlers.extend(given["handlers"]))
+    monkeypatch.setattr(agproxy, "run_until_signal", serves)
+    monkeypatch.setattr(agproxy, "run_loop", lambda _: None)
+    write(SECRETS["plain account"] + "-and-longer")
+    assert CliRunner().invoke(agproxy.main, ["serve", "--accounts", str(path)]).exit_code == 0
+    assert [{"plain account", "odd account"} & {*leaks(text)} for text in told] == [{"odd account"}, set()]
+    assert not any("-and-longer" in text for text in told)
 
 
 async def test_a_mistake_of_the_gateways_is_logged_without_words(

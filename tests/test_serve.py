@@ -14,7 +14,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from conftest import HELLO, Serve
+from conftest import HELLO, Serve, sdk, until
 from fake_gemini import FakeGemini, error, said
 
 
@@ -30,7 +30,7 @@ def file(tmp_path: Path, gemini: FakeGemini) -> str:
 async def ai(serve: Serve, file: str) -> AsyncIterator[openai.AsyncOpenAI]:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
-    async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
+    async with sdk(base_url) as client:
         yield client
 
 
@@ -121,7 +121,7 @@ async def test_a_signal_lets_running_answers_finish(serve: Serve, file: str, gem
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [said("a", "b", "c")]
-    gemini.pause_s = 0.2
+    gemini.pause_s = 0.1
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True}) as response:
             assert await response.content.readline()
@@ -146,13 +146,13 @@ ASKED: dict[str, Any] = {
 async def test_what_takes_longer_than_the_drain_is_told_so(
     begun: bool, route: str, body: Any, stream: bool, serve: Serve, file: str, gemini: FakeGemini
 ) -> None:
-    served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.3")
+    served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.2")
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [said(*"abcdefghijklmnop")]
     gemini.pause_s, gemini.silence_s = 0.4, 0.0 if begun else 20.0
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
-        await asyncio.sleep(0.6)
+        await until(lambda: gemini.bodies and (asking.done() or not begun))
         served.process.send_signal(signal.SIGTERM)
         async with await asking as response:
             text = await response.text()
@@ -196,7 +196,7 @@ async def test_a_second_signal_ends_at_once(
     gemini.script, gemini.silence_s = [said("a")], 20
     async with aiohttp.ClientSession() as session:
         asking = asyncio.create_task(session.post(f"{base_url}/chat/completions", json=HELLO))
-        await asyncio.sleep(0.3)
+        await until(lambda: gemini.bodies)
         served.process.send_signal(number)
         await served.wait_for("(agproxy stops)")
         served.process.send_signal(number)
@@ -282,7 +282,7 @@ async def test_what_a_killed_gateway_was_making_has_failed(
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
     other = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
-    gemini.script, gemini.pause_s = [said("a", "b", "c")], 2.0
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 20.0
     body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/responses", json=body) as response:

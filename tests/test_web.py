@@ -6,10 +6,12 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import conftest
 import openai
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from conftest import until
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
 from gateway_server import GatewayServer
 from openai_schema import findings
@@ -51,7 +53,7 @@ async def sdk() -> AsyncIterator[Callable[[TestClient], openai.AsyncOpenAI]]:
     async with contextlib.AsyncExitStack() as stack:
 
         def sdk(client: TestClient) -> openai.AsyncOpenAI:
-            made = openai.AsyncOpenAI(base_url=str(client.make_url("/v1")), api_key="unused", max_retries=0)
+            made = conftest.sdk(str(client.make_url("/v1")))
             stack.push_async_callback(made.close)
             return made
 
@@ -477,13 +479,14 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
-            await asyncio.sleep(1)
-            held = sent
+            held = -1
+            while held < sent or not held:
+                held = sent
+                await asyncio.sleep(0.2)
             await asyncio.sleep(0.3)
             assert sent == held < 32 << 20  # what fits into the sockets' buffers, and no more
             await reader.readexactly(8 << 20)
-            await asyncio.sleep(0.2)
-            assert sent > held
+            await until(lambda: sent > held)
             writer.close()
 
 
