@@ -1,0 +1,226 @@
+"""HTTP/1.1 as clients speak it: what is read, what is refused, what goes back, over real sockets."""
+
+import asyncio
+import contextlib
+import json
+import zlib
+from collections.abc import AsyncIterator
+
+import pytest
+
+import antigravity_proxy as agproxy
+
+GET = "GET /a HTTP/1.1\r\nHost: x"
+
+
+class Echo:
+    """Answers with what it was asked."""
+
+    def __init__(self) -> None:
+        self.left = asyncio.Event()
+
+    async def handle(self, http: agproxy.HttpRequest) -> agproxy.HttpResponse:
+        if http.path == "/refused":
+            return agproxy.HttpResponse(b"no", 401)
+        if http.path == "/slow":
+            try:
+                await asyncio.sleep(60)
+            finally:
+                self.left.set()
+        if http.path == "/stream":
+            http.begin({"X-A": "b\r\nX-Made-Up: c"}, b"one")
+            http.write(b"two")
+            http.end(b"three")
+            return agproxy.HttpResponse()
+        try:
+            body = await http.read()
+        except agproxy.GatewayError as error:
+            return agproxy.HttpResponse(str(error.status).encode(), error.status, dict(error.headers))
+        told = {"method": http.method, "path": http.path, "query": http.query, "body": body.decode()}
+        return agproxy.HttpResponse(json.dumps(told).encode())
+
+    async def drain(self) -> None: ...
+    async def close(self) -> None: ...
+
+
+@pytest.fixture
+async def echo() -> AsyncIterator[tuple[Echo, int]]:
+    app = Echo()
+    async with contextlib.AsyncExitStack() as stack:
+        yield app, await agproxy.listen(app, "127.0.0.1", 0, stack)
+
+
+async def wire(port: int, *pieces: bytes, end: bool = False) -> bytes:
+    """What comes back until the connection is closed, or for a moment."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    for piece in pieces:
+        writer.write(piece)
+        await asyncio.sleep(0.02)
+    said = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        async with asyncio.timeout(5 if end else 0.3):
+            while piece := await reader.read(1 << 16):
+                said += piece
+    writer.transport.abort()
+    return said
+
+
+def body_of(answer: bytes) -> bytes:
+    return answer.partition(b"\r\n\r\n")[2]
+
+
+@pytest.mark.parametrize(
+    ("head", "reason"),
+    [
+        ("get /a HTTP/1.1\r\nHost: x", "no request line"),
+        ("GET /a HTTP/2.0\r\nHost: x", "no request line"),
+        ("GET  /a HTTP/1.1\r\nHost: x", "no request line"),
+        ("GET /a b HTTP/1.1\r\nHost: x", "no request line"),
+        ("GET /a HTTP/1.1", "no host"),
+        (f"{GET}\r\nHost: y", "more than one host"),
+        (f"{GET}\r\nX-A : b", "odd header"),
+        (f"{GET}\r\n X-A: b", "odd header"),
+        (f"{GET}\r\nX-A: b\r\n\tc", "odd header"),
+        (f"{GET}\r\nX-A", "odd header"),
+        (f"{GET}\r\n: b", "odd header"),
+        (f"{GET}\r\nX-A: b\x00c", "odd header"),
+        (f"{GET}\r\nX-A: b\nX-B: c", "odd header"),
+        (f"{GET}\r\nX-A: b\rX-B: c", "odd header"),
+        (f"{GET}\r\nX-A: {'b' * 300}\x7f", "odd header"),
+        (f"{GET}\r\nContent-Length: +1", "content-length"),
+        (f"{GET}\r\nContent-Length: 1, 1", "content-length"),
+        (f"{GET}\r\nContent-Length: \u00b2", "content-length"),
+        (f"{GET}\r\nContent-Length: {'1' * 16}", "content-length"),
+        (f"{GET}\r\nContent-Length: 1\r\nContent-Length: 1", "more than one content-length"),
+        (f"{GET}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked", "transfer-encoding"),
+        (f"{GET}\r\nTransfer-Encoding: gzip, chunked", "transfer-encoding"),
+        (f"{GET}\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "more than one transfer-encoding"),
+        ("GET /a HTTP/1.0\r\nTransfer-Encoding: chunked", "transfer-encoding"),
+        (f"{GET}\r\nX-A: {'b' * 70_000}", "larger than 64 KiB"),
+    ],
+)
+async def test_what_may_be_read_in_two_ways_is_refused(head: str, reason: str, echo: tuple[Echo, int]) -> None:
+    answer = await wire(echo[1], f"{head}\r\n\r\n{GET}\r\n\r\n".encode(), end=True)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1 + answer.count(b"not HTTP/1.1 ")  # what came behind it is not heard
+    told = json.loads(body_of(answer))["error"]
+    assert (told["type"], reason in told["message"]) == ("invalid_request_error", True), told
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"POST /a?b=c%20d&e= HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello",
+        b"\r\nPOST http://x/a?b=c%20d&e= HTTP/1.1\r\nhOST:x\r\ncontent-length:\t5 \r\n\r\nhello",
+        b"POST /%61?b=c+d&e HTTP/1.0\r\nContent-Length: 5\r\n\r\nhello",
+        b"POST /a?b=c+d&e HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: Chunked\r\n\r\n2\r\nhe\r\n3;x=y\r\nllo\r\n0\r\nT: x\r\n\r\n",
+        b"POST /a?b=c+d&e HTTP/1.1\r\nHost: x\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n%b"
+        % (len(zlib.compress(b"hello")), zlib.compress(b"hello")),
+        b"POST /a?b=c+d&e HTTP/1.1\r\nHost: x\r\nContent-Encoding: deflate\r\nContent-Length: %d\r\n\r\n%b"
+        % (len(zlib.compress(b"hello")[2:-4]), zlib.compress(b"hello")[2:-4]),
+    ],
+    ids=["usual", "odd", "old", "chunks", "packed", "packed raw"],
+)
+async def test_each_form_of_a_request_is_read_however_it_is_cut(sent: bytes, echo: tuple[Echo, int]) -> None:
+    asked = {"method": "POST", "path": "/a", "query": {"b": "c d", "e": ""}, "body": "hello"}
+    for cut in range(0, len(sent), 7):
+        reader, writer = await asyncio.open_connection("127.0.0.1", echo[1])
+        writer.write(sent[:cut])
+        await asyncio.sleep(0.001)
+        writer.write(sent[cut:])
+        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        length = int(head.partition(b"Content-Length: ")[2].split(b"\r\n")[0])
+        assert (head[:15], json.loads(await reader.readexactly(length))) == (b"HTTP/1.1 200 OK", asked)
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"+5\r\nhello\r\n0\r\n\r\n", b"0x5\r\nhello\r\n0\r\n\r\n", b"-1\r\n", b"5_0\r\n", b"\r\n", b"g\r\n", b"1" * 5000],
+)
+async def test_odd_chunks_are_refused(body: bytes, echo: tuple[Echo, int]) -> None:
+    head = b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    assert (await wire(echo[1], head + body, end=True)).startswith(b"HTTP/1.1 400 ")
+    later = await wire(echo[1], head, body, end=True)  # then it is the reader who is told
+    assert (later[:13], b"Connection: close" in later) == (b"HTTP/1.1 400 ", True)
+
+
+async def test_requests_on_one_connection_are_answered_in_their_order(echo: tuple[Echo, int]) -> None:
+    posts = b"".join(b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nok" % number for number in range(50))
+    answer = await wire(
+        echo[1], posts[:1000], posts[1000:] + b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    )
+    order = [part.split(b'"')[0] for part in answer.split(b'"path": "/')[1:]]
+    assert order == [b"%d" % number for number in range(50)] + [b"last"]
+
+
+async def test_an_old_client_keeps_its_connection_only_where_it_asks(echo: tuple[Echo, int]) -> None:
+    one = b"GET /a HTTP/1.0\r\n\r\n"
+    assert (await wire(echo[1], one * 2, end=True)).count(b"HTTP/1.1 200") == 1
+    kept = b"GET /a HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
+    answer = await wire(echo[1], kept + one, end=True)
+    assert (answer.count(b"HTTP/1.1 200"), answer.count(b"Connection: keep-alive")) == (2, 1)
+
+
+async def test_a_stream_is_framed_for_whom_knows_chunks(echo: tuple[Echo, int]) -> None:
+    new = await wire(echo[1], b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert body_of(new) == b"3\r\none\r\n3\r\ntwo\r\n5\r\nthree\r\n0\r\n\r\n"
+    assert b"\r\nX-A: b??X-Made-Up: c\r\n" in new
+    old = await wire(echo[1], b"GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", end=True)
+    assert (body_of(old), b"Connection: close" in old) == (b"onetwothree", True)
+
+
+async def test_a_head_is_asked_for_alone(echo: tuple[Echo, int]) -> None:
+    answer = await wire(echo[1], b"HEAD /a HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", end=True)
+    assert (b"Content-Length: " in answer, b"Date: " in answer, body_of(answer)) == (True, True, b"")
+
+
+async def test_a_refusal_is_heard_before_a_large_body_is_sent(echo: tuple[Echo, int]) -> None:
+    head = b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
+    answer = await wire(echo[1], head, *[bytes(1_000_000)] * 9, end=True)
+    assert (answer[:13], b"Connection: close" in answer, body_of(answer)) == (b"HTTP/1.1 401 ", True, b"no")
+
+
+async def test_a_body_that_is_too_large_is_refused_by_what_it_says_or_by_what_comes(
+    echo: tuple[Echo, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "BODY_BYTES_MAX", 100_000)
+    head = b"POST /a HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 100001\r\n\r\n"
+    assert (await wire(echo[1], head)).startswith(b"HTTP/1.1 413 ")
+    chunks = (
+        b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n" + b"8000\r\n" + bytes(0x8000) + b"\r\n"
+    )
+    assert (await wire(echo[1], chunks, *[chunks[-0x8008:]] * 4)).startswith(b"HTTP/1.1 413 ")
+
+
+async def test_a_body_that_does_not_come_is_given_up(echo: tuple[Echo, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agproxy, "BODY_S_MAX", 0.1)
+    monkeypatch.setattr(agproxy, "LINGER_S", 0.1)
+    answer = await wire(echo[1], b"POST /a HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhe", end=True)
+    assert (answer[:13], b"Connection: close" in answer) == (b"HTTP/1.1 408 ", True)
+
+
+async def test_a_silent_connection_is_closed(echo: tuple[Echo, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(agproxy, "KEEP_ALIVE_S", 0.2)
+    began = asyncio.get_running_loop().time()
+    answer = await wire(echo[1], b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /a HT", end=True)
+    assert (answer.count(b"HTTP/1.1 200"), asyncio.get_running_loop().time() - began < 3) == (1, True)
+
+
+async def test_whoever_leaves_is_not_worked_for(echo: tuple[Echo, int]) -> None:
+    app, port = echo
+    await wire(port, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n")
+    await asyncio.wait_for(app.left.wait(), 1)
+
+
+async def test_pipelined_requests_do_not_fill_the_memory(echo: tuple[Echo, int]) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", echo[1])
+    writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000)
+    await asyncio.sleep(0.5)
+    assert writer.transport.get_write_buffer_size() > 10 << 20  # nobody takes it
+    writer.transport.abort()
+
+
+async def test_an_unknown_packing_is_named(echo: tuple[Echo, int]) -> None:
+    with pytest.raises(agproxy.BadRequest, match=r"'br' is not served\. Send the body as it is"):
+        agproxy.unpacked(b"x", "br")
