@@ -22,10 +22,35 @@ NOT_PASSED = (
 HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("at_the_end") is not None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_bench(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[subprocess.Popen[str], Path] | None]:
+    """The benchmark with few requests, where its test is to run: it begins with the first test and is judged last."""
+    if not any(item.get_closest_marker("at_the_end") for item in request.session.items):
+        yield None
+        return
+    file = tmp_path_factory.mktemp("bench") / "figures.json"
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "bench.py"), "--quick", "--json", str(file)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        yield process, file
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def nowhere(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("state")
+
+
 @pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test writes to the state of whoever runs it."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+def home(request: pytest.FixtureRequest, nowhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test writes to the state of whoever runs it; one that uses no files has no folder of its own."""
+    own = "tmp_path" in request.fixturenames
+    monkeypatch.setenv("XDG_STATE_HOME", str(request.getfixturevalue("tmp_path") if own else nowhere))
 
 
 def command_of(folder: Path, *arguments: str, **env: str) -> tuple[list[str], dict[str, str]]:

@@ -20,7 +20,8 @@ import antigravity_proxy as agproxy
 HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 PATHS = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/embeddings", "/v1/models", "/healthz", "/x")
 AT_ONCE = 50
-SILENCE_S = 2.0
+PATIENCE_S = 1.0
+"""Of the gateway; a client waits twice as long for its first word."""
 
 
 # ---- requests
@@ -61,7 +62,7 @@ async def send(port: int, data: bytes, r: Random) -> bytes:
         for piece in g.cut(r, data, 3):
             writer.write(piece)
             await asyncio.sleep(0)
-        while piece := await asyncio.wait_for(reader.read(1 << 16), 0.5 if b"\r\n\r\n" in said else SILENCE_S):
+        while piece := await asyncio.wait_for(reader.read(1 << 16), PATIENCE_S * (0.5 if b"\r\n\r\n" in said else 2)):
             said += piece
     writer.transport.abort()
     return said
@@ -149,8 +150,12 @@ def never_long(*_: object) -> float:
 @contextlib.asynccontextmanager
 async def served(direct: bool) -> AsyncIterator[int]:
     """A gateway, impatient so that a case takes seconds at most, before the upstream above."""
-    patched = mock.patch.multiple(agproxy, DIRECT=direct, BODY_S_MAX=1.0, KEEP_ALIVE_S=1.0, rest_of=never_long)
-    timeouts = agproxy.Timeouts(connect_s=2, first_event_s=1, idle_s=1, total_s=2, stall_s=2)
+    patched = mock.patch.multiple(
+        agproxy, DIRECT=direct, BODY_S_MAX=PATIENCE_S, KEEP_ALIVE_S=PATIENCE_S, rest_of=never_long
+    )
+    timeouts = agproxy.Timeouts(
+        connect_s=2, first_event_s=PATIENCE_S, idle_s=PATIENCE_S, total_s=2 * PATIENCE_S, stall_s=2
+    )
     with patched, mock.patch.object(agproxy.random, "uniform", return_value=0.01):
         async with await asyncio.start_server(play, "127.0.0.1", 0) as upstream, contextlib.AsyncExitStack() as stack:
             url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"

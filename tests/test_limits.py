@@ -406,6 +406,7 @@ async def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_n
     assert await soak.soak(100, 1) == []
 
 
-def test_damaged_http_of_clients_and_of_gemini() -> None:
+def test_damaged_http_of_clients_and_of_gemini(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_wire, "PATIENCE_S", 0.5)
     summary, failures = fuzz_wire.run(60)
     assert failures == [], summary

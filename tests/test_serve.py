@@ -139,27 +139,29 @@ ASKED: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize(("route", "body"), ASKED.items(), ids=ASKED)
 @pytest.mark.parametrize(
     ("stream", "begun"), [(True, True), (True, False), (False, False)], ids=["begun", "silent", "whole"]
 )
 async def test_what_takes_longer_than_the_drain_is_told_so(
-    begun: bool, route: str, body: Any, stream: bool, serve: Serve, file: str, gemini: FakeGemini
+    begun: bool, stream: bool, serve: Serve, file: str, gemini: FakeGemini
 ) -> None:
     served = await serve("--accounts", file, "--port", "0", "--drain-s", "0.2")
     base_url = await served.wait_for(r"base URL +(\S+)")
-    gemini.script = [said(*"abcdefghijklmnop")]
+    gemini.script = [said(*"abcdefghijklmnop") for _ in ASKED]
     gemini.pause_s, gemini.silence_s = 0.4, 0.0 if begun else 20.0
     async with aiohttp.ClientSession() as session:
-        asking = asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
-        await until(lambda: gemini.bodies and (asking.done() or not begun))
+        asking = [
+            asyncio.create_task(session.post(f"{base_url}/{route}", json=body | {"stream": stream}))
+            for route, body in ASKED.items()
+        ]
+        await until(lambda: len(gemini.bodies) == len(ASKED) and (all(one.done() for one in asking) or not begun))
         served.process.send_signal(signal.SIGTERM)
-        async with await asking as response:
+        for route, response in zip(ASKED, await asyncio.gather(*asking), strict=True):
             text = await response.text()
-        assert response.status == (200 if stream and begun else 503)
-        assert "The gateway was stopped before the answer was whole." in text
-        assert "[DONE]" not in text or route == "responses"
-        assert ("event: response.failed" in text) == (route == "responses" and stream and begun)
+            assert response.status == (200 if stream and begun else 503)
+            assert "The gateway was stopped before the answer was whole." in text
+            assert "[DONE]" not in text or route == "responses"
+            assert ("event: response.failed" in text) == (route == "responses" and stream and begun)
     assert await served.ended() == 0
 
 

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,15 +10,15 @@ from load import Check, ResponseReader, order_faults
 from report import AGAIN, AGPROXY, YARDSTICK, Row
 from workloads import WORKLOADS, Workload, answers, event_bytes, texts
 
-BENCH = Path(__file__).parent / "bench.py"
 STREAM = replace(next(workload for workload in WORKLOADS if workload.name == "burst-1"), chunks=4)
 
 
-def test_every_workload_is_answered_whole_and_in_order(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCH), "--quick", "--json", str(tmp_path / "figures.json")]
-    ran = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    figures = json.loads((tmp_path / "figures.json").read_text())
+@pytest.mark.at_the_end
+def test_every_workload_is_answered_whole_and_in_order(quick_bench: tuple[subprocess.Popen[str], Path]) -> None:
+    process, file = quick_bench
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, told
+    figures = json.loads(file.read_text())
     assert {row["workload"] for row in figures["rows"]} == {workload.name for workload in WORKLOADS}
     assert not any(figures["faults"].values())
 
