@@ -6826,6 +6826,7 @@ class HttpRequest:
     def begin(self, headers: Mapping[str, str], data: bytes) -> None:
         """The head of an answer of unknown length, and what is there of its body."""
         self.begun = True
+        self.headers = {}  # a stream may last long
         self.close |= not (self._new and self.whole)
         framing = {"Transfer-Encoding": "chunked"} if self._new else {}
         self._connection.transport.write(self._render_head(200, {**headers, **framing}) + self._framed(data))
