@@ -8538,6 +8538,7 @@ def run_loop(main: Coroutine[Any, Any, None]) -> None:
 async def run_until_signal(config: Config, path: Path | None, load: Callable[[], Config], drain_s: float) -> None:
     """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills. Raises OSError."""
     stop = asyncio.Event()
+    on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
     source = Source(path, load, asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
@@ -8545,7 +8546,6 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
         app = await create_app(config, None, running_max, source, drain_s)
         port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)
         click.echo(banner(replace(config, port=port), running_max), err=True)
-        on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
         if source:
             on_signals(("SIGHUP",), lambda _: source.asked.set())
         spare_collector()
