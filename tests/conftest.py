@@ -1,6 +1,7 @@
 """A served process for the tests that need one."""
 
 import asyncio
+import gc
 import os
 import re
 import subprocess
@@ -24,6 +25,8 @@ HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("at_the_end") is not None)
+    gc.collect()
+    gc.freeze()  # thousands of cases and the schemas need not be walked again and again
 
 
 @pytest.fixture(scope="session", autouse=True)
