@@ -3599,21 +3599,20 @@ class GeminiReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        return self._read(self._splitter.feed(data))
+        return self._read(self._chunks, self._splitter.feed(data))
 
     def close(self, error: UpstreamError | None = None) -> list[Event]:
         """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
-        events = self._read(self._splitter.close())
+        events = self._read(self._chunks, self._splitter.close())
         return events if self._failed else events + self._finish(error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        self._try(lambda: self._chunk(self._parsed(body)))
-        events, self._events = self._events, []
+        events = self._read(lambda raw: self._chunk(self._parsed(raw)), body)
         return events if self._failed else events + self._finish()
 
-    def _read(self, texts: Iterable[bytes]) -> list[Event]:
-        self._try(self._chunks, texts)
+    def _read(self, step: Callable[[Any], None], what: Any) -> list[Event]:
+        self._try(step, what)
         events, self._events = self._events, []
         return events
 
@@ -6859,11 +6858,13 @@ class HttpRequest:
         return b"%x\r\n%b\r\n" % (len(data), data) if data and self._new else data
 
     def _render_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        keep = "Connection: close\r\n" if self.close else "" if self._new else "Connection: keep-alive\r\n"
-        lines = "".join([f"{name}: {printable(value)}\r\n" for name, value in headers.items()])
-        return encoded(
-            f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{keep}{lines}\r\n"
-        )
+        keep = CLOSE if self.close else {} if self._new else {"Connection": "keep-alive"}
+        return render_head(status, {**keep, **headers})
+
+
+def render_head(status: int, headers: Mapping[str, str]) -> bytes:
+    lines = "".join([f"{name}: {printable(value)}\r\n" for name, value in headers.items()])
+    return encoded(f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{lines}\r\n")
 
 
 def printable(value: str) -> str:
@@ -6927,7 +6928,7 @@ class App(Protocol):
 
 
 class Server:
-    """HTTP/1.1 for clients, at less than half of what aiohttp's server costs a request: a task and a write each."""
+    """What the connections of one listener share: who answers, and how many there may be."""
 
     def __init__(self, app: App, connections_max: float, stall_s: float) -> None:
         self.app = app
@@ -7024,6 +7025,7 @@ class ClientConnection:
                 request.send(response)
             if not request.whole:
                 await request.discard()
+            await request.taken()  # or requests in a row of a client that reads nothing would fill the memory
         except BaseException:
             self.transport.abort()
             raise
@@ -7039,8 +7041,8 @@ class ClientConnection:
         """The last answer of a connection; what still comes is not heard."""
         self._deaf = True
         body = dump_bytes(error_body(error))
-        about = f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\nConnection: close"
-        self.transport.write(b"HTTP/1.1 %d %b\r\n%b\r\n\r\n%b" % (error.status, b"Refused", about.encode(), body))
+        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **CLOSE}
+        self.transport.write(render_head(error.status, headers) + body)
         if self.transport.can_write_eof():
             self.transport.write_eof()
         self._server.loop.call_later(1, self.transport.close)

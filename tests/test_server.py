@@ -18,8 +18,12 @@ class Echo:
 
     def __init__(self) -> None:
         self.left = asyncio.Event()
+        self.asked = 0
 
     async def handle(self, http: agproxy.HttpRequest) -> agproxy.HttpResponse:
+        self.asked += 1
+        if http.path == "/large":
+            return agproxy.HttpResponse(bytes(1_000_000))
         if http.path == "/refused":
             return agproxy.HttpResponse(b"no", 401)
         if http.path == "/slow":
@@ -218,6 +222,15 @@ async def test_pipelined_requests_do_not_fill_the_memory(echo: tuple[Echo, int])
     writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000)
     await asyncio.sleep(0.5)
     assert writer.transport.get_write_buffer_size() > 10 << 20  # nobody takes it
+    writer.transport.abort()
+
+
+async def test_answers_that_nobody_reads_do_not_fill_the_memory(echo: tuple[Echo, int]) -> None:
+    app, port = echo
+    _, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
+    await asyncio.sleep(0.5)
+    assert 0 < app.asked < 50  # what fits into the sockets' buffers
     writer.transport.abort()
 
 
