@@ -238,6 +238,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 EFFORT_BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768), strict=True))
 
 TOOL_NAME_MAX = 64
+TOOL_NAME = re.compile(r"[A-Za-z_][\w.:-]*", re.ASCII)
 EMBEDDINGS_MAX = 2048
 EMBEDDINGS_A_CALL = 100
 ANSWER_TOOL = "give_final_answer"
@@ -1328,7 +1329,7 @@ class Tool:
     answers: bool = False
     """Not the client's: its argument is the final answer."""
     source: str = ""
-    """Where in the body it stands, as a JSON pointer."""
+    """Where in the body it stands, such as tools[0].function."""
 
 
 @value
@@ -1592,13 +1593,17 @@ def parse_json(text: str | bytes) -> Any:
 
 def parse_strict(text: str) -> Any:
     """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
+    if not ODD_NUMBER.search(text):
+        return parse_json(text)
     try:
         value = json.loads(text)
-        if re.search(r"NaN|Infinity|[eE]\+?\d{3}", text):
-            json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return None
     return value
+
+
+ODD_NUMBER = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{17}")  # which is none, or which orjson would round
 
 
 # ==============================================================================
@@ -1682,8 +1687,8 @@ class Fields:
         return None if value is None else Fields(value, self.at(key), self.changes)
 
     def objects(self, key: str) -> list[Fields]:
-        items = self.get(key, list, "an array") or []
-        return [Fields(item, f"{self.at(key)}[{i}]", self.changes) for i, item in enumerate(items)]
+        items, path = self.get(key, list, "an array") or (), self.at(key)
+        return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
 
 
 def escaped(key: str) -> str:
@@ -2021,7 +2026,8 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
     declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
     for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
         if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
-            fields.changes.append(Change(tool.source, "dropped", f"the tool '{tool.name}' is declared twice"))
+            pointer = pointer_of(tool.source)
+            fields.changes.append(Change(pointer, "dropped", f"the tool '{tool.name}' is declared twice"))
     return tuple(tools.values())
 
 
@@ -2045,9 +2051,8 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
 
 def parse_function(entry: Fields, inner: Fields) -> Tool:
     parameters = inner.object("parameters")
-    description = inner.text("description") or ""
-    source = pointer_of(inner.path)
-    return Tool(inner.needed_text("name"), description, parameters.value if parameters else None, source=source)
+    schema = parameters.value if parameters else None
+    return Tool(inner.needed_text("name"), inner.text("description") or "", schema, source=inner.path)
 
 
 def parse_custom(entry: Fields, inner: Fields) -> Tool:
@@ -2058,8 +2063,7 @@ def parse_custom(entry: Fields, inner: Fields) -> Tool:
     if grammar:
         description += f"\nThe input must follow this grammar:\n{grammar}"
     entry.change("type", "emulated", "free text is asked for as a function of one string")
-    name, source = inner.needed_text("name"), pointer_of(inner.path)
-    return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=source)
+    return Tool(inner.needed_text("name"), description, CUSTOM_PARAMETERS, custom=True, source=inner.path)
 
 
 def search_source(fields: Fields) -> dict[str, str]:
@@ -2882,7 +2886,7 @@ class Built:
     body: dict[str, Any]
     changes: tuple[Change, ...]
     tools: Mapping[str, Tool]
-    """By the name that Gemini knows the tool by."""
+    """By the name that Gemini knows them by, those whose calls are not simply calls of that name."""
 
 
 def build_generate_content(request: Request, traits: Traits, dialect: Dialect = "gemini") -> Built:
@@ -2903,6 +2907,7 @@ class Builder:
         self.takes_json_schema = traits.json_schema and dialect == "gemini"
         self.changes: list[Change] = []
         self.names: dict[tuple[str | None, str], str] = {}
+        self.taken: set[str] = set()
 
     def build(self) -> Built:
         request = self.request
@@ -2923,9 +2928,7 @@ class Builder:
         self.search(body, config)
         if config:
             body["generationConfig"] = config
-        bare = (replace(tool, description="", parameters=None) for tool in tools)  # a stream holds them for long
-        known = {self.names[tool.namespace, tool.name]: tool for tool in bare}
-        return Built(body, tuple(dict.fromkeys(self.changes)), known)
+        return Built(body, tuple(dict.fromkeys(self.changes)), self.renamed(tools))
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
@@ -2936,14 +2939,25 @@ class Builder:
         """The name that Gemini takes for a tool: its own where it may, else a short one that is never another's."""
         if known := self.names.get((namespace, name)):
             return known
-        whole = f"{namespace}__{name}" if namespace else name
-        made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
-        if len(made) > TOOL_NAME_MAX or made in self.names.values():
+        made = whole = f"{namespace}__{name}" if namespace else name
+        if not TOOL_NAME.fullmatch(whole):
+            made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
+        if len(made) > TOOL_NAME_MAX or made in self.taken:
             made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(encoded(whole)).hexdigest()[:8]}"
         if made != name and source:
-            self.change(f"{source}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
+            self.change(f"{pointer_of(source)}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
         self.names[namespace, name] = made
+        self.taken.add(made)
         return made
+
+    def renamed(self, tools: Iterable[Tool]) -> dict[str, Tool]:
+        """The tools of whose calls a reader must know more than their name; a stream holds them for long."""
+        named = [(self.names[tool.namespace, tool.name], tool) for tool in tools]
+        return {
+            name: replace(tool, description="", parameters=None)
+            for name, tool in named
+            if name != tool.name or tool.namespace or tool.custom or tool.answers
+        }
 
     def tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
@@ -2963,7 +2977,7 @@ class Builder:
             return declaration
         if self.takes_json_schema:
             return declaration | {"parametersJsonSchema": schema}
-        source = tool.source if tool.answers else f"{tool.source}/parameters"
+        source = tool.source if tool.answers else f"{pointer_of(tool.source)}/parameters"
         reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
         return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
 
@@ -3127,7 +3141,10 @@ class Builder:
                 results = [part for part in message.parts if isinstance(part, ToolResult)]
                 add_turn(contents, "user", self.orphans([one for one in results if id(one) not in answered]))
                 continue
-            add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
+            if message.role == "user":
+                add_turn(contents, "user", self.parts(message.parts))
+                continue
+            add_turn(contents, "model", self.parts(message.parts))
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
                 contents += self.results(calls, [answers.get(id(call)) for call in calls])
         self.end(contents)
@@ -3142,9 +3159,14 @@ class Builder:
             contents.append({"role": "user", "parts": [{"text": "Continue exactly where you stopped."}]})
 
     def parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        built = [made for part in parts for made in self.part(part)]
-        first_call = next((part for part in built if "functionCall" in part), None)
-        if first_call is not None and self.traits.signatures:
+        built: list[dict[str, Any]] = []
+        for part in parts:
+            if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
+                built.append({"text": part.text})
+            else:
+                built += self.part(part)
+        first_call = next((part for part in built if "functionCall" in part), None) if self.traits.signatures else None
+        if first_call is not None:
             first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
         return built
 
@@ -3525,10 +3547,10 @@ class Candidate:
     answered: bool = False
     """Has given its answer by the answer tool."""
     reason: str = ""
-    pcm: list[bytes] = field(default_factory=list)
+    pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
-    grounding: list[Mapping[str, Any]] = field(default_factory=list)
-    logprobs: list[Mapping[str, Any]] = field(default_factory=list)
+    grounding: tuple[Mapping[str, Any], ...] = ()
+    logprobs: tuple[Mapping[str, Any], ...] = ()
 
 
 @value
@@ -3584,7 +3606,7 @@ class GeminiReader:
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
-        self._ids: set[str] = set()
+        self._ids: frozenset[str] = frozenset()
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
         self._usage: Mapping[str, Any] = {}
@@ -3599,22 +3621,19 @@ class GeminiReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        return self._read(self._chunks, self._splitter.feed(data))
+        self._try(self._chunks, self._splitter.feed(data))
+        events, self._events = self._events, []
+        return events
 
     def close(self, error: UpstreamError | None = None) -> list[Event]:
         """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
-        events = self._read(self._chunks, self._splitter.close())
-        return events if self._failed else events + self._finish(error)
+        self._try(self._chunks, self._splitter.close())
+        return self._finish(error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        events = self._read(lambda raw: self._chunk(self._parsed(raw)), body)
-        return events if self._failed else events + self._finish()
-
-    def _read(self, step: Callable[[Any], None], what: Any) -> list[Event]:
-        self._try(step, what)
-        events, self._events = self._events, []
-        return events
+        self._try(lambda: self._chunk(self._parsed(body)))
+        return self._finish()
 
     def _chunks(self, texts: Iterable[bytes]) -> None:
         for text in texts:
@@ -3644,6 +3663,8 @@ class GeminiReader:
         before = len(self._events)
         self._chunk(chunk)
         self._shape = shape_of(raw, chunk, self._events[before:], self._candidates)
+        if self._shape:
+            self._usage, self._uncounted = {}, raw  # which is smaller
 
     def _parsed(self, raw: bytes) -> Any:
         try:
@@ -3691,9 +3712,9 @@ class GeminiReader:
         """What is told of a candidate beside its content."""
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
-        candidate.grounding += [raw[key] for key in ("groundingMetadata", "citationMetadata") if key in raw]
+        candidate.grounding += tuple(raw[key] for key in ("groundingMetadata", "citationMetadata") if key in raw)
         if result := raw.get("logprobsResult"):
-            candidate.logprobs += logprobs_of(result)
+            candidate.logprobs += tuple(logprobs_of(result))
 
     def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
@@ -3752,14 +3773,14 @@ class GeminiReader:
         """Gemini's own id for a call where it is one that OpenAI's clients take, else a new one."""
         usable = isinstance(given, str) and 0 < len(given) <= CALL_ID_MAX and given not in self._ids
         made: str = given if usable else self._new_id()
-        self._ids.add(made)
+        self._ids |= {made}
         return made
 
     def _media(self, choice: int, candidate: Candidate, media: Media) -> None:
         if media.mime.lower().startswith("audio/l16"):
             rate = re.search(r"rate=(\d{1,6})", media.mime)
             candidate.pcm_rate = int(rate[1]) if rate else candidate.pcm_rate
-            candidate.pcm.append(base64.b64decode(media.data))
+            candidate.pcm += (base64.b64decode(media.data),)
             candidate.said = True
         else:
             self._whole_part(choice, candidate, media)
@@ -3795,6 +3816,13 @@ class GeminiReader:
         self._events.append(Failed(error))
 
     def _finish(self, error: UpstreamError | None = None) -> list[Event]:
+        """What is left to be told, once, at the end."""
+        if not self._failed:
+            self._end(error)
+        events, self._events = self._events, []
+        return events
+
+    def _end(self, error: UpstreamError | None) -> None:
         if not self._candidates or not all(candidate.reason for candidate in self._candidates.values()):
             self._fail(error or UpstreamBroken("Gemini's answer broke off before its end. Try again."))
         for choice, candidate in sorted(self._candidates.items()):
@@ -3803,8 +3831,6 @@ class GeminiReader:
         if not self._failed:
             last = self._parsed(self._uncounted) if self._uncounted else {}
             self._emit(Ended(usage_of(last.get("usageMetadata") or self._usage)))
-        events, self._events = self._events, []
-        return events
 
     def _finish_choice(self, choice: int, candidate: Candidate) -> None:
         reason = FINISH_REASONS.get(candidate.reason, "stop")
@@ -3824,7 +3850,7 @@ class GeminiReader:
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         self._end_part(choice, candidate, tuple(ours))
-        self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
+        self._emit(Finished(choice, reason, candidate.logprobs))
 
 
 class CloudCodeReader(GeminiReader):
@@ -4145,7 +4171,7 @@ class ChatRenderer:
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
         self._media: dict[int, int] = {}
-        self._spoken: set[int] = set()
+        self._spoken: tuple[int, ...] = ()
         self._custom = False
         self._before_text: dict[int, str] = {}
         """Of each choice that has begun, how a chunk of its text begins."""
@@ -4210,7 +4236,7 @@ class ChatRenderer:
         if media.mime.startswith("audio/") and choice in self._spoken:
             return ""  # SDKs would join a second one with the first
         if media.mime.startswith("audio/"):
-            self._spoken.add(choice)
+            self._spoken += (choice,)
         elif self._head.images_in_text:
             return self._delta(choice, dumps({"content": f"![image]({data_url(media)})"}))
         index = self._media[choice] = self._media.get(choice, -1) + 1
@@ -5373,9 +5399,9 @@ class Incoming:
 
     # ---- to whoever wants it
 
-    async def _wait(self) -> None:
+    def _wait(self) -> asyncio.Future[None]:
         self._waiter = self._loop.create_future()
-        await self._waiter
+        return self._waiter
 
     async def head(self) -> None:
         """Returns once status and headers are there. Raises what kept them from coming: OSError, TimeoutError."""
@@ -5407,6 +5433,7 @@ class Incoming:
             self._pieces.clear()
             sink(data)
         self._sink = sink
+        self.headers = {}  # a stream may last long
         if not self._ended:
             self._alarm.cancel()
             self._last = self._loop.time()
@@ -5682,7 +5709,8 @@ class DirectTransport:
         protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
         loop = asyncio.get_running_loop()
         tls = tls_context() if self._tls else None
-        both: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}  # not in uvloop
+        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(self._host)  # uvloop cannot
+        both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
                 await loop.create_connection(lambda: protocol, self._host, self._port, ssl=tls, **both)
@@ -5842,7 +5870,7 @@ class Answer:
 
     async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
         """Hands the events of each read to the sink as they come; those that end the answer are returned."""
-        reader = self._reader
+        reader, self.first = self._reader, []
         if reader is None:
             return []
         error: UpstreamError | None = None
@@ -5901,6 +5929,7 @@ class Merged:
             last = await answer.flow(lambda events: sink(self._relay(choice, events)))
             return self._relay(choice, last)
 
+        self.first = []
         self._tasks = [asyncio.create_task(relay(choice, answer)) for choice, answer in enumerate(self._answers)]
         for done in asyncio.as_completed(self._tasks):
             events = await done
@@ -6832,8 +6861,9 @@ class HttpRequest:
 
     def write(self, data: bytes) -> None:
         """A piece of the body; whoever is gone gets nothing."""
-        if not self.gone:
-            self._connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
+        transport = self._connection.transport
+        if not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
 
     def end(self, data: bytes) -> None:
         """The last piece."""
@@ -6936,12 +6966,21 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self.connections_max = connections_max
         self.loop = asyncio.get_running_loop()
+        self._sweep()
 
     def accept(self) -> Any:
         return ClientConnection(self)
 
+    def _sweep(self) -> None:
+        """Closes the connections on which no whole head came for too long; one timer for them all."""
+        for connection in [*self.connections]:
+            if connection.waits_s() > KEEP_ALIVE_S:
+                connection.transport.close()
+        self._alarm = self.loop.call_later(KEEP_ALIVE_S / 8, self._sweep)
+
     async def close(self) -> None:
         """Ends all connections; what was written has a second to be taken."""
+        self._alarm.cancel()
         for connection in [*self.connections]:
             connection.transport.close()
         until = self.loop.time() + 1
@@ -6954,7 +6993,7 @@ class Server:
 class ClientConnection:
     """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
 
-    __slots__ = ("_alarm", "_deaf", "_request", "_rest", "_server", "_since", "_stall", "_task", "room", "transport")
+    __slots__ = ("_deaf", "_request", "_rest", "_server", "_since", "_stall", "_task", "room", "transport")
 
     def __init__(self, server: Server) -> None:
         self._server = server
@@ -6972,19 +7011,15 @@ class ClientConnection:
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         transport.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
-        self._alarm = self._server.loop.call_later(KEEP_ALIVE_S, self._look)
         self._server.connections.add(self)
         if len(self._server.connections) > self._server.connections_max:
             text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
             self._refuse(Overloaded(text))
             transport.close()
 
-    def _look(self) -> None:
-        """Closes the connection when no whole head came for too long. A timer a connection, none a request."""
-        left_s = KEEP_ALIVE_S if self._request else self._since + KEEP_ALIVE_S - self._server.loop.time()
-        if left_s <= 0:
-            return self.transport.close()
-        self._alarm = self._server.loop.call_later(left_s, self._look)
+    def waits_s(self) -> float:
+        """For how long there has been no request."""
+        return 0.0 if self._request else self._server.loop.time() - self._since
 
     def data_received(self, data: bytes) -> None:
         request = self._request
@@ -7052,7 +7087,6 @@ class ClientConnection:
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._alarm.cancel()
         if self._stall:
             self._stall.cancel()
         if self._task:  # nobody is asked any more for a client that is gone
@@ -7232,7 +7266,8 @@ class Gateway:
         task = asyncio.current_task()
         self._running[task] = None
         try:
-            response = await self._route(http, trace)
+            found = self._route(http, trace)
+            response = found if isinstance(found, HttpResponse) else await found
         except GatewayError as error:
             if error.code == "context_length_exceeded":
                 error.param = "input" if trace.route == "responses" else "messages"
@@ -7258,7 +7293,8 @@ class Gateway:
             fields = log_fields(trace, status, time.monotonic())
             log.info("%s", log_text(fields), extra={"fields": fields})
 
-    async def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse:
+    def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse | Coroutine[Any, Any, HttpResponse]:
+        """The answer, or who gives it. Raises GatewayError for whom is not let in."""
         match = ROUTE.fullmatch(SLASHES.sub("/", http.path))
         trace.route = route = route_of(match) if match else http.path
         self._guard(http)
@@ -7266,7 +7302,7 @@ class Gateway:
             return HttpResponse(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
         if admin := ADMIN.fullmatch(http.path):
-            return json_response(await self._administer(http, admin["what"], admin["id"] or ""), trace)
+            return self._tell_json(self._administer(http, admin["what"], admin["id"] or ""), trace)
         if match is None:
             base = f"http://{http.headers.get('host', 'localhost')}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
@@ -7281,16 +7317,23 @@ class Gateway:
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
-            return json_response(await self._models(match["id"]), trace)
+            return self._tell_json(self._models(match["id"]), trace)
         if route == "embeddings":
-            with self._unless_stopped():
-                return await self._embed(parse_body(await http.read()), trace)
+            return self._serve_whole(http, trace, self._embed)
         if route == "responses/input_tokens":
-            with self._unless_stopped():
-                return await self._count(parse_body(await http.read()), trace)
+            return self._serve_whole(http, trace, self._count)
         if route.startswith(STORED):
-            return await self._serve_stored(http, trace, match["stored"])
-        return await self._answer(http, trace)
+            return self._serve_stored(http, trace, match["stored"])
+        return self._answer(http, trace)
+
+    async def _tell_json(self, told: Awaitable[Any], trace: Trace) -> HttpResponse:
+        return json_response(await told, trace)
+
+    async def _serve_whole(
+        self, http: HttpRequest, trace: Trace, work: Callable[[Any, Trace], Awaitable[HttpResponse]]
+    ) -> HttpResponse:
+        with self._unless_stopped():
+            return await work(parse_body(await http.read()), trace)
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
         """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
@@ -7430,18 +7473,16 @@ class Gateway:
         client = self._client(http, trace)
         try:
             with self._unless_stopped():
-                stream, answer, renderer, payloads, kept = await self._begin(http, trace, client)
-            if isinstance(answer, Job):
-                return await client.copy(answer.follow(0)) if stream else bytes_response(answer.kept.object(), trace)
-            self._running[asyncio.current_task()] = http.source = answer
+                begun = await self._begin(http, trace, client)
+            if isinstance(begun, Job):
+                return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
+            self._running[asyncio.current_task()] = http.source = begun.answer
             try:
-                if stream:
-                    return await self._stream(client, trace, answer, renderer, payloads, kept)
-                return await self._whole(trace, answer, renderer, payloads, kept)
+                return await (self._stream(client, trace, begun) if client.held else self._whole(trace, begun))
             finally:
-                answer.close()
-                if kept:
-                    await kept.leave()
+                begun.answer.close()
+                if begun.kept:
+                    await begun.kept.leave()
         except GatewayError as error:
             if not client.begun:
                 raise
@@ -7467,10 +7508,8 @@ class Gateway:
         finally:
             self._unbegun.discard(task)
 
-    async def _begin(
-        self, http: HttpRequest, trace: Trace, client: ClientStream
-    ) -> tuple[bool, Answer | Merged | Job, Renderer, Mapping[str, bytes], Kept | None]:
-        """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
+    async def _begin(self, http: HttpRequest, trace: Trace, client: ClientStream) -> Begun | Job:
+        """The answer that has begun and what renders it; the request's own data are let go before a long stream."""
         requests, renderer, body, payloads = await self._understand(http, trace)
         first = requests[0]
         if first.stream:
@@ -7482,9 +7521,9 @@ class Gateway:
         trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
         if kept and body.get("background"):
-            return first.stream, await self._detach(requests[0], kept, trace), renderer, payloads, kept
+            return await self._detach(requests[0], kept, trace)
         answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
-        return first.stream, answer, renderer, payloads, kept
+        return Begun(answer, renderer, payloads, kept)
 
     async def _understand(
         self, http: HttpRequest, trace: Trace
@@ -7572,53 +7611,39 @@ class Gateway:
         self._upstream.signatures.learn(one.signatures)
         return [*parse_json(one.input), *one.response["output"]]
 
-    async def _whole(
-        self,
-        trace: Trace,
-        answer: Answer | Merged,
-        renderer: Renderer,
-        payloads: Mapping[str, bytes],
-        kept: Kept | None,
-    ) -> HttpResponse:
-        events = list(answer.first)
-        last = await answer.flow(events.extend)
+    async def _whole(self, trace: Trace, begun: Begun) -> HttpResponse:
+        events = list(begun.answer.first)
+        last = await begun.answer.flow(events.extend)
         events += last
         self._upstream.signatures.remember(events, trace.mapped_model)
         reply = collect(events)
         trace.usage = reply.usage
         trace.first_byte = time.monotonic()
-        whole = with_payloads(dump_bytes(renderer.whole(reply)), payloads)
-        if kept:
-            await kept.save()
+        whole = with_payloads(dump_bytes(begun.renderer.whole(reply)), begun.payloads)
+        if begun.kept:
+            await begun.kept.save()
         return bytes_response(whole, trace)
 
-    async def _stream(
-        self,
-        client: ClientStream,
-        trace: Trace,
-        answer: Answer | Merged,
-        renderer: Renderer,
-        payloads: Mapping[str, bytes],
-        kept: Kept | None,
-    ) -> HttpResponse:
+    async def _stream(self, client: ClientStream, trace: Trace, begun: Begun) -> HttpResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
-            frames = encoded(renderer.render_all(events))
-            return with_payloads(frames, payloads) if payloads else frames
+            frames = encoded(begun.renderer.render_all(events))
+            return with_payloads(frames, begun.payloads) if begun.payloads else frames
 
-        begun = render(answer.first)
-        if kept:
-            await kept.save()
+        frames = render(begun.answer.first)
+        if begun.kept:
+            await begun.kept.save()
         trace.first_byte = time.monotonic()
-        client.write(begun)
-        last = await answer.flow(lambda events: client.write(render(events)))
+        client.write(frames)
+        del frames  # a stream may last long
+        last = await begun.answer.flow(lambda events: client.write(render(events)))
         if last and isinstance(last[-1], Ended):
             trace.usage = last[-1].usage
         elif last and isinstance(last[-1], Failed):
             trace.error = last[-1].error.code or last[-1].error.type
         frames = render(last)
-        if kept:
-            await kept.save()  # before the client reads that it is over
+        if begun.kept:
+            await begun.kept.save()  # before the client reads that it is over
         return client.end(frames)
 
     # ---- kept responses
@@ -7655,7 +7680,7 @@ class Gateway:
             return json_response({"id": id, "object": "response", "deleted": True}, trace)
         if http.query.get("stream") == "true":
             return await self._replay(http, trace, one, job)
-        return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
+        return bytes_response(job.object(), trace) if job else json_response(one.response, trace)
 
     async def _replay(self, http: HttpRequest, trace: Trace, one: StoredResponse, job: Job | None) -> HttpResponse:
         """The stream of a response from where the client wants it, and what is still to come of it."""
@@ -7676,6 +7701,16 @@ class Gateway:
         again = ResponseRenderer(head, {}).replay
         data = one.events or encoded(again(one.response))
         return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
+
+
+@value
+class Begun:
+    """An answer that has begun, and what makes bytes of it."""
+
+    answer: Answer | Merged
+    renderer: Renderer
+    payloads: Mapping[str, bytes]
+    kept: Kept | None
 
 
 class Kept:
@@ -7764,6 +7799,10 @@ class Job:
             self._asked = True
             if self._answer:
                 self._answer.close()
+
+    def object(self) -> bytes:
+        """The response as far as it is made."""
+        return self.kept.object()
 
     def _bytes(self, text: str) -> bytes:
         return with_payloads(encoded(text), self.kept.payloads)
@@ -7873,6 +7912,11 @@ class ClientStream:
     @property
     def begun(self) -> bool:
         return self._http.begun
+
+    @property
+    def held(self) -> bool:
+        """Whether the answer is to be streamed."""
+        return self._renderer is not None
 
     def hold(self, renderer: Renderer) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
