@@ -379,20 +379,20 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 # Fields that nothing reads are of the right type all the same.
-UNREAD_FIELDS: Mapping[str, tuple[type, str]] = {
+UNREAD_FIELDS: Mapping[str, tuple[Collection[type], str]] = {
     **dict.fromkeys(
         ("logit_bias", "metadata", "prompt_cache_options", "moderation", "prediction", "client_metadata"),
-        (dict, "an object"),
+        ((dict,), "an object"),
     ),
     **dict.fromkeys(
         ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
-        (str, "a string"),
+        ((str,), "a string"),
     ),
-    **dict.fromkeys(("include", "context_management"), (list, "an array")),
-    **dict.fromkeys(("best_of", "max_tool_calls"), (int, "a whole number")),
-    "truncation": (str, "a string"),
-    "store": (bool, "true or false"),
-    "echo": (bool, "true or false"),
+    **dict.fromkeys(("include", "context_management"), ((list,), "an array")),
+    **dict.fromkeys(("best_of", "max_tool_calls"), ((int,), "a whole number")),
+    "truncation": ((str,), "a string"),
+    "store": ((bool,), "true or false"),
+    "echo": ((bool,), "true or false"),
 }
 
 # What is served while the upstream's own list cannot be had.
@@ -1504,23 +1504,18 @@ def collect(events: Iterable[Event]) -> Reply:
     """The whole answer. Raises the GatewayError of a Failed event."""
     reply = Reply()
     for event in events:
-        match event:
-            case PartEnd(choice, part):
-                reply.choices.setdefault(choice, Choice()).parts.append(part)
-            case Annotated(choice, citations, searches):
-                made = reply.choices.setdefault(choice, Choice())
-                made.citations, made.searches = citations, searches
-            case Finished(choice, reason, logprobs):
-                made = reply.choices.setdefault(choice, Choice())
-                made.reason, made.logprobs = reason, logprobs
-            case Ended(usage):
-                reply.usage = usage
-            case Failed(error):
-                raise error
-            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta():
-                pass
-            case _:
-                assert_never(event)
+        if isinstance(event, PartEnd | Annotated | Finished):
+            made = reply.choices.get(event.choice) or reply.choices.setdefault(event.choice, Choice())
+            if isinstance(event, PartEnd):
+                made.parts.append(event.part)
+            elif isinstance(event, Finished):
+                made.reason, made.logprobs = event.reason, event.logprobs
+            else:
+                made.citations, made.searches = event.citations, event.searches
+        elif isinstance(event, Ended):
+            reply.usage = event.usage
+        elif isinstance(event, Failed):
+            raise event.error
     return reply
 
 
@@ -1631,17 +1626,15 @@ class Fields:
     def change(self, key: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer_of(self.at(key)), kind, reason))
 
-    def get(self, key: str, kind: type | tuple[type, ...], word: str) -> Any:
+    def get(self, key: str, kinds: Collection[type], word: str) -> Any:
         value = self.value.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
-        return value
+        if value is None or value.__class__ in kinds:
+            return value
+        raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
 
     def text(self, key: str) -> str | None:
-        value: str | None = self.get(key, str, "a string")
-        return value
+        value: str | None = self.value.get(key)
+        return value if value is None or value.__class__ is str else self.get(key, (str,), "a string")
 
     def needed_text(self, key: str) -> str:
         value = self.text(key)
@@ -1664,18 +1657,18 @@ class Fields:
         return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, bool, "true or false")
+        value = self.get(key, (bool,), "true or false") if key in self.value else None
         return default if value is None else bool(value)
 
     def number(self, key: str, low: float, high: float) -> float | None:
-        value: float | None = self.get(key, (int, float), "a number")
+        value: float | None = self.get(key, (int, float), "a number") if key in self.value else None
         if value is not None and not low <= value <= high:
             code = "decimal_below_min_value" if value < low else "decimal_above_max_value"
             raise self.wrong(key, f"is {value}", f"Send a number from {low} to {high}", code)
         return value
 
     def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
-        value: int | None = self.get(key, int, "a whole number")
+        value: int | None = self.get(key, (int,), "a whole number") if key in self.value else None
         if value is not None and not low <= value <= high:
             code = "integer_below_min_value" if value < low else "integer_above_max_value"
             limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
@@ -1683,11 +1676,11 @@ class Fields:
         return value
 
     def object(self, key: str) -> Fields | None:
-        value = self.get(key, dict, "an object")
+        value = self.get(key, (dict,), "an object") if key in self.value else None
         return None if value is None else Fields(value, self.at(key), self.changes)
 
     def objects(self, key: str) -> list[Fields]:
-        items, path = self.get(key, list, "an array") or (), self.at(key)
+        items, path = self.get(key, (list,), "an array") or (), self.at(key)
         return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
 
 
@@ -1773,7 +1766,7 @@ def explain_fields(
 def parse_modalities(fields: Fields) -> tuple[str, ...]:
     if fields.value.get("audio") is not None:
         raise fields.wrong("audio", "is not served", "Leave it out", "unsupported_parameter")
-    wished = fields.get("modalities", list, "an array") or []
+    wished = fields.get("modalities", (list,), "an array") or []
     if not all(one in ("text", "image") for one in wished):
         raise fields.wrong(
             "modalities", "asks for what is not served", "Send text, or text and image", "unsupported_value"
@@ -1801,7 +1794,7 @@ def parse_sampling(fields: Fields) -> dict[str, Any]:
 
 def parse_seed(fields: Fields) -> int | None:
     """The seed; Gemini's has 32 bits."""
-    seed: int | None = fields.get("seed", int, "a whole number")
+    seed: int | None = fields.get("seed", (int,), "a whole number")
     if seed is not None and seed != seed & 0x7FFFFFFF:
         fields.change("seed", "clamped", "its lower 31 bits are sent")
     return None if seed is None else seed & 0x7FFFFFFF
@@ -1820,7 +1813,7 @@ def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: boo
         return ThinkingWish(effort=effort, show=show, source=source)
     return ThinkingWish(
         effort=config.text("thinking_level") or effort,
-        budget=config.get("thinking_budget", int, "a whole number"),
+        budget=config.get("thinking_budget", (int,), "a whole number"),
         show=config.flag("include_thoughts", default=show),
         source=pointer_of(config.path),
     )
@@ -2069,7 +2062,7 @@ def parse_custom(entry: Fields, inner: Fields) -> Tool:
 def search_source(fields: Fields) -> dict[str, str]:
     """Where a web search is asked for, if it is: as a hosted tool, or by chat's own field."""
     asked = fields.object("web_search_options") is not None
-    for i, tool in enumerate(fields.get("tools", list, "an array") or ()):
+    for i, tool in enumerate(fields.get("tools", (list,), "an array") or ()):
         if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
             return {"search": f"/tools/{i}"}
     return {"search": "/web_search_options"} if asked else {}
@@ -2485,12 +2478,9 @@ class AccountPool:
         """Whether any limit was given or learned."""
         self.update(accounts, strategy, reserve)
 
-    @property
-    def accounts(self) -> tuple[Account, ...]:
-        return tuple(seat.account for seat in self._seats)
-
     def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
         """Takes other accounts in; who is unchanged keeps its state, who changed keeps only what a person paused."""
+        self.accounts = tuple(accounts)
         self._strategy, self._reserve = strategy, reserve
         known = {seat.account.name: seat for seat in self._seats}
         self._seats = []
@@ -3712,7 +3702,9 @@ class GeminiReader:
         """What is told of a candidate beside its content."""
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
-        candidate.grounding += tuple(raw[key] for key in ("groundingMetadata", "citationMetadata") if key in raw)
+        for key in ("groundingMetadata", "citationMetadata"):
+            if key in raw:
+                candidate.grounding += (raw[key],)
         if result := raw.get("logprobsResult"):
             candidate.logprobs += tuple(logprobs_of(result))
 
@@ -3840,17 +3832,19 @@ class GeminiReader:
             return self._fail(UpstreamBroken(f"Gemini's answer is empty ({told_reason(candidate.reason)}). Try again."))
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
+        self._end_part(choice, candidate, self._annotate(choice, candidate) if candidate.grounding else ())
+        self._emit(Finished(choice, reason, candidate.logprobs))
+
+    def _annotate(self, choice: int, candidate: Candidate) -> tuple[Citation, ...]:
+        """Tells what the whole text rests on; the citations of the part that is open, counted in it."""
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        citations = citations_of(spoken, candidate.grounding) if candidate.grounding else ()
-        queries = [
-            checked_text(query) for about in candidate.grounding for query in about.get("webSearchQueries") or ()
-        ]
+        citations = citations_of(spoken, candidate.grounding)
+        queries = [query for about in candidate.grounding for query in about.get("webSearchQueries") or ()]
         if citations or queries:
-            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(queries))))
+            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(map(checked_text, queries)))))
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
-        self._end_part(choice, candidate, tuple(ours))
-        self._emit(Finished(choice, reason, candidate.logprobs))
+        return tuple(ours)
 
 
 class CloudCodeReader(GeminiReader):
@@ -5347,12 +5341,12 @@ class Incoming:
     It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
     """
 
-    def __init__(self, channel: Channel, first_s: float, idle_s: float) -> None:
+    def __init__(self, channel: Channel, loop: asyncio.AbstractEventLoop, first_s: float, idle_s: float) -> None:
         self.status = 0
         """Until the head has come."""
         self.headers: Mapping[str, str] = {}
         self._channel = channel
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._pieces: list[bytes] = []
         self._sink: Callable[[bytes], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -5567,7 +5561,8 @@ class Connection:
     Source: https://www.rfc-editor.org/rfc/rfc9112
     """
 
-    def __init__(self, idle: list[Connection], timeouts: Timeouts) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts) -> None:
+        self._loop = loop
         self._idle = idle
         self._timeouts = timeouts
         self._head = b""
@@ -5581,7 +5576,7 @@ class Connection:
         if self._transport.is_closing():
             raise StaleConnection
         self._silent = True
-        self._incoming = incoming = Incoming(self, self._timeouts.first_event_s, self._timeouts.idle_s)
+        self._incoming = incoming = Incoming(self, self._loop, self._timeouts.first_event_s, self._timeouts.idle_s)
         self._transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
         if len(body) >= JOINED_BYTES_MAX:
             self._transport.write(body)
@@ -5621,8 +5616,7 @@ class Connection:
         version, status = first.split(" ", 2)[:2]
         if status.startswith("1"):
             return self._read_head(incoming, rest)  # 100 Continue, 103 Early Hints: the answer is still to come
-        fields = (line.partition(":") for line in lines)
-        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        headers = dict(map(known_field, lines))
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         self._unframer = Unframer(headers)
         incoming.begin(int(status), headers)
@@ -5668,6 +5662,13 @@ class Connection:
         self._transport.abort()
 
 
+@functools.lru_cache(256)
+def known_field(line: str) -> tuple[str, str]:
+    """Name and value of an answer's header; most lines are those of the last answer."""
+    name, _, value = line.partition(":")
+    return name.strip().lower(), value.strip()
+
+
 class StaleConnection(ConnectionError):
     """The upstream closed the connection without a byte of an answer."""
 
@@ -5705,9 +5706,9 @@ class DirectTransport:
         return await connection.exchange(head, body)
 
     async def _connect(self) -> Connection:
-        connection = Connection(self._idle, self._timeouts)
-        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
         loop = asyncio.get_running_loop()
+        connection = Connection(loop, self._idle, self._timeouts)
+        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
         tls = tls_context() if self._tls else None
         several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(self._host)  # uvloop cannot
         both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
@@ -5751,9 +5752,9 @@ class ProxiedTransport:
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
             about = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
             response = await ask(self._url + path, **about)
-        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-        pour = Pour(response)
-        pour.start(Incoming(pour, left_s, self._timeouts.idle_s))
+        loop, pour = asyncio.get_running_loop(), Pour(response)
+        left_s = (deadline.when() or 0.0) - loop.time()
+        pour.start(Incoming(pour, loop, left_s, self._timeouts.idle_s))
         return pour.incoming
 
     async def close(self) -> None:
@@ -6746,7 +6747,7 @@ class HttpRequest:
     """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
 
     __slots__ = (
-        *("method", "path", "headers", "close", "begun", "ended", "whole", "source"),
+        *("method", "path", "headers", "close", "begun", "ended", "whole", "source", "task"),
         *("_query", "_new", "_connection", "_left", "_chunks", "_pieces", "_size", "_come", "_error"),
     )
 
@@ -6758,6 +6759,8 @@ class HttpRequest:
         self.close = "close" in said or not (self._new or "keep-alive" in said)
         self.begun = self.ended = False
         """Whether the head of the answer went out, and its end."""
+        self.task: asyncio.Task[None] | None = None
+        """Who answers it."""
         self.source: Answer | Merged | None = None
         """What the answer is made of: it pauses while the client does not take what was written."""
         self._connection = connection
@@ -6809,9 +6812,8 @@ class HttpRequest:
 
     async def read(self) -> bytes:
         """The body, unpacked, once. Raises BodyTooLarge, BodyTooSlow, and BadRequest for a broken one."""
-        too_large = BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
         if self._left > BODY_BYTES_MAX:
-            raise too_large
+            raise too_large()
         if not self.whole:
             if self.headers.get("expect", "").lower() == "100-continue" and not self._size:
                 self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6819,7 +6821,7 @@ class HttpRequest:
                 keep_buffers()
             await self._rest_of_body(BODY_S_MAX)
         if self._error or self._size > BODY_BYTES_MAX:
-            raise self._error or too_large
+            raise self._error or too_large()
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         packing = self.headers.get("content-encoding", "identity").lower()
@@ -6893,13 +6895,15 @@ class HttpRequest:
 
 
 def render_head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = "".join([f"{name}: {printable(value)}\r\n" for name, value in headers.items()])
+    lines = "".join(
+        [f"{name}: {value if value.isprintable() else printable(value)}\r\n" for name, value in headers.items()]
+    )
     return encoded(f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{lines}\r\n")
 
 
 def printable(value: str) -> str:
     """A header's value without what would end it."""
-    return value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+    return "".join(c if c.isprintable() else "?" for c in value)
 
 
 @functools.cache
@@ -6915,6 +6919,10 @@ def http_date(now: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
 
 
+def too_large(when: str = "") -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB{when}. Send a smaller one.")
+
+
 def unpacked(data: bytes, packing: str) -> bytes:
     """The body as it was before it was packed. Raises BadRequest, BodyTooLarge."""
     if packing not in ("gzip", "x-gzip", "deflate"):
@@ -6926,7 +6934,7 @@ def unpacked(data: bytes, packing: str) -> bytes:
     except zlib.error:
         body = b""
     if len(body) > BODY_BYTES_MAX:
-        raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB when unpacked. Send a smaller one.")
+        raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
         text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
         raise BadRequest(text, headers=CLOSE)
@@ -6993,14 +7001,13 @@ class Server:
 class ClientConnection:
     """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
 
-    __slots__ = ("_deaf", "_request", "_rest", "_server", "_since", "_stall", "_task", "room", "transport")
+    __slots__ = ("_deaf", "_request", "_rest", "_server", "_since", "_stall", "room", "transport")
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._rest = b""
         """What came and belongs to no request yet."""
         self._request: HttpRequest | None = None
-        self._task: asyncio.Task[None] | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._since = server.loop.time()
         """When the connection was made, or its last request was over."""
@@ -7051,7 +7058,7 @@ class ClientConnection:
         except ValueError as error:
             return self._refuse(not_http(error))
         self._request = request
-        self._task = self._server.loop.create_task(self._serve(request))
+        request.task = self._server.loop.create_task(self._serve(request))
 
     async def _serve(self, request: HttpRequest) -> None:
         try:
@@ -7064,7 +7071,7 @@ class ClientConnection:
         except BaseException:
             self.transport.abort()
             raise
-        self._request = self._task = None
+        self._request = request.task = None
         self._since = self._server.loop.time()
         if request.close:
             self.transport.close()
@@ -7089,8 +7096,8 @@ class ClientConnection:
         self._server.connections.discard(self)
         if self._stall:
             self._stall.cancel()
-        if self._task:  # nobody is asked any more for a client that is gone
-            self._task.cancel()
+        if self._request and self._request.task:  # nobody is asked any more for a client that is gone
+            self._request.task.cancel()
 
     # ---- a client that is slow
 
@@ -7169,7 +7176,11 @@ ROUTE = re.compile(
 )
 
 
-SLASHES = re.compile("/{2,}")
+@functools.lru_cache(256)
+def match_route(path: str) -> re.Match[str] | None:
+    return ROUTE.fullmatch(re.sub("/{2,}", "/", path))
+
+
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]+))?")
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -7263,8 +7274,7 @@ class Gateway:
         given = http.headers.get("x-request-id") or http.headers.get("x-client-request-id") or ""
         trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
         response: HttpResponse | None = None
-        task = asyncio.current_task()
-        self._running[task] = None
+        self._running[http.task] = None
         try:
             found = self._route(http, trace)
             response = found if isinstance(found, HttpResponse) else await found
@@ -7279,7 +7289,7 @@ class Gateway:
             log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
-            del self._running[task]
+            del self._running[http.task]
             self._tell(trace, response.status if response else 499)
         response.headers |= self._cors(http)
         return response
@@ -7295,7 +7305,7 @@ class Gateway:
 
     def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse | Coroutine[Any, Any, HttpResponse]:
         """The answer, or who gives it. Raises GatewayError for whom is not let in."""
-        match = ROUTE.fullmatch(SLASHES.sub("/", http.path))
+        match = match_route(http.path)
         trace.route = route = route_of(match) if match else http.path
         self._guard(http)
         if http.method == "OPTIONS":
@@ -7332,7 +7342,7 @@ class Gateway:
     async def _serve_whole(
         self, http: HttpRequest, trace: Trace, work: Callable[[Any, Trace], Awaitable[HttpResponse]]
     ) -> HttpResponse:
-        with self._unless_stopped():
+        with self._unless_stopped(http.task):
             return await work(parse_body(await http.read()), trace)
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
@@ -7426,8 +7436,8 @@ class Gateway:
                 f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
             )
             raise Forbidden(text, code="host_not_allowed")
-        origin = http.headers.get("origin", "")
-        if re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
+        origin = http.headers.get("origin")
+        if origin and re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
             text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
             raise Forbidden(text, code="origin_not_allowed")
 
@@ -7472,11 +7482,11 @@ class Gateway:
     async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         client = self._client(http, trace)
         try:
-            with self._unless_stopped():
+            with self._unless_stopped(http.task):
                 begun = await self._begin(http, trace, client)
             if isinstance(begun, Job):
                 return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
-            self._running[asyncio.current_task()] = http.source = begun.answer
+            self._running[http.task] = http.source = begun.answer
             try:
                 return await (self._stream(client, trace, begun) if client.held else self._whole(trace, begun))
             finally:
@@ -7495,9 +7505,8 @@ class Gateway:
         return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
 
     @contextlib.contextmanager
-    def _unless_stopped(self) -> Iterator[None]:
+    def _unless_stopped(self, task: Any) -> Iterator[None]:
         """Raises what a drain cut off as an error, so that the client is told."""
-        task = asyncio.current_task()
         self._unbegun.add(task)
         try:
             yield
@@ -7982,6 +7991,7 @@ def finite(number: str) -> float:
     return value
 
 
+BOM = b"\xef\xbb\xbf"
 BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
@@ -8011,7 +8021,7 @@ def parse_body(data: bytes) -> Any:
         with contextlib.suppress(ValueError):  # what it refuses is told by the standard library, or taken
             return orjson.loads(data)
     try:
-        return BODY_DECODER.decode(data.decode("utf-8-sig"))
+        return BODY_DECODER.decode(data.removeprefix(BOM).decode())
     except RecursionError:
         raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
     except ValueError as error:
