@@ -2797,7 +2797,7 @@ class SignatureMemory:
         for event in events:
             if isinstance(event, PartEnd) and isinstance(event.part, ToolCall | Text) and event.part.signature:
                 self._known[signature_key(event.part)] = (model, event.part.signature)
-        self._forget()
+                self._forget()
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
         """Takes in what `signature_entry` told of earlier answers."""
@@ -3611,7 +3611,10 @@ class GeminiReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        self._try(self._chunks, self._splitter.feed(data))
+        try:
+            self._chunks(self._splitter.feed(data))
+        except MISSHAPEN:
+            self._fail(not_understood())
         events, self._events = self._events, []
         return events
 
@@ -3667,8 +3670,8 @@ class GeminiReader:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
         try:
             step(*what)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-            self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
+        except MISSHAPEN:
+            self._fail(not_understood())
 
     def _chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
@@ -3845,6 +3848,13 @@ class GeminiReader:
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
         return tuple(ours)
+
+
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def not_understood() -> UpstreamBroken:
+    return UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
 
 
 class CloudCodeReader(GeminiReader):
@@ -5599,7 +5609,10 @@ class Connection:
             if not incoming.status:
                 data = self._read_head(incoming, data)
             if incoming.status:
-                self._read_body(incoming, data)
+                if body := self._unframer.feed(data):
+                    incoming.push(body)
+                if self._unframer.done:
+                    self._end(incoming)
         except (ValueError, IndexError):
             incoming.abort(ConnectionError("what came is not HTTP"))
 
@@ -5622,18 +5635,16 @@ class Connection:
         incoming.begin(int(status), headers)
         return rest
 
-    def _read_body(self, incoming: Incoming, data: bytes) -> None:
-        if body := self._unframer.feed(data):
-            incoming.push(body)
+    def _end(self, incoming: Incoming) -> None:
+        """The answer is whole; the connection may serve another one. Raises ValueError."""
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
-        if self._unframer.done:
-            self._incoming = None
-            if self._keep and not self._transport.is_closing():
-                self._idle.append(self)
-            else:
-                self._transport.close()
-            incoming.end()
+        self._incoming = None
+        if self._keep and not self._transport.is_closing():
+            self._idle.append(self)
+        else:
+            self._transport.close()
+        incoming.end()
 
     def eof_received(self) -> None:
         """Nothing to do: asyncio closes the transport and calls connection_lost."""
@@ -6747,7 +6758,7 @@ class HttpRequest:
     """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
 
     __slots__ = (
-        *("method", "path", "headers", "close", "begun", "ended", "whole", "source", "task"),
+        *("method", "path", "headers", "close", "begun", "ended", "whole", "source", "task", "quiet"),
         *("_query", "_new", "_connection", "_left", "_chunks", "_pieces", "_size", "_come", "_error"),
     )
 
@@ -6759,6 +6770,8 @@ class HttpRequest:
         self.close = "close" in said or not (self._new or "keep-alive" in said)
         self.begun = self.ended = False
         """Whether the head of the answer went out, and its end."""
+        self.quiet = True
+        """Nothing was written since somebody looked."""
         self.task: asyncio.Task[None] | None = None
         """Who answers it."""
         self.source: Answer | Merged | None = None
@@ -6855,7 +6868,7 @@ class HttpRequest:
 
     def begin(self, headers: Mapping[str, str], data: bytes) -> None:
         """The head of an answer of unknown length, and what is there of its body."""
-        self.begun = True
+        self.begun, self.quiet = True, False
         self.headers = {}  # a stream may last long
         self.close |= not (self._new and self.whole)
         framing = {"Transfer-Encoding": "chunked"} if self._new else {}
@@ -6863,8 +6876,8 @@ class HttpRequest:
 
     def write(self, data: bytes) -> None:
         """A piece of the body; whoever is gone gets nothing."""
-        transport = self._connection.transport
-        if not transport.is_closing():
+        self.quiet, transport = False, self._connection.transport
+        if data and not transport.is_closing():
             transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
 
     def end(self, data: bytes) -> None:
@@ -7488,7 +7501,7 @@ class Gateway:
                 return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
             self._running[http.task] = http.source = begun.answer
             try:
-                return await (self._stream(client, trace, begun) if client.held else self._whole(trace, begun))
+                return await (self._stream(http, client, trace, begun) if client.held else self._whole(trace, begun))
             finally:
                 begun.answer.close()
                 if begun.kept:
@@ -7633,7 +7646,7 @@ class Gateway:
             await begun.kept.save()
         return bytes_response(whole, trace)
 
-    async def _stream(self, client: ClientStream, trace: Trace, begun: Begun) -> HttpResponse:
+    async def _stream(self, http: HttpRequest, client: ClientStream, trace: Trace, begun: Begun) -> HttpResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
             frames = encoded(begun.renderer.render_all(events))
@@ -7645,7 +7658,7 @@ class Gateway:
         trace.first_byte = time.monotonic()
         client.write(frames)
         del frames  # a stream may last long
-        last = await begun.answer.flow(lambda events: client.write(render(events)))
+        last = await begun.answer.flow(lambda events: http.write(render(events)))
         if last and isinstance(last[-1], Ended):
             trace.usage = last[-1].usage
         elif last and isinstance(last[-1], Failed):
@@ -7907,7 +7920,7 @@ class ClientStream:
     Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
     """
 
-    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer", "_silent")
+    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer")
 
     def __init__(self, http: HttpRequest, config: Config, headers: Callable[[], dict[str, str]]) -> None:
         self._http = http
@@ -7915,8 +7928,6 @@ class ClientStream:
         self._beat_s = config.heartbeat_s
         self._renderer: Renderer | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._silent = False
-        """Nothing was written since the last look."""
 
     @property
     def begun(self) -> bool:
@@ -7935,11 +7946,9 @@ class ClientStream:
 
     def write(self, data: bytes) -> None:
         if self._http.begun:
-            if data:
-                self._http.write(data)
+            self._http.write(data)
         else:
             self._http.begin({"Content-Type": "text/event-stream", "Cache-Control": "no-cache"} | self._headers(), data)
-        self._silent = False
 
     def end(self, data: bytes) -> HttpResponse:
         if not self._http.begun:
@@ -7969,10 +7978,10 @@ class ClientStream:
 
     def _beat(self) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
-        if self._silent or not self._http.begun:
+        if self._http.quiet:
             self.write(HEARTBEAT)
         else:
-            self._silent = True
+            self._http.quiet = True
         self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
 
 
