@@ -59,7 +59,6 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterable,
-    Iterator,
     Mapping,
     Sequence,
 )
@@ -1499,19 +1498,22 @@ class Reply:
     choices: dict[int, Choice] = field(default_factory=dict)
     usage: Usage = field(default_factory=Usage)
 
+    def choice(self, number: int) -> Choice:
+        return self.choices.get(number) or self.choices.setdefault(number, Choice())
+
 
 def collect(events: Iterable[Event]) -> Reply:
     """The whole answer. Raises the GatewayError of a Failed event."""
     reply = Reply()
     for event in events:
-        if isinstance(event, PartEnd | Annotated | Finished):
-            made = reply.choices.get(event.choice) or reply.choices.setdefault(event.choice, Choice())
-            if isinstance(event, PartEnd):
-                made.parts.append(event.part)
-            elif isinstance(event, Finished):
-                made.reason, made.logprobs = event.reason, event.logprobs
-            else:
-                made.citations, made.searches = event.citations, event.searches
+        if isinstance(event, PartEnd):
+            reply.choice(event.choice).parts.append(event.part)
+        elif isinstance(event, Finished):
+            made = reply.choice(event.choice)
+            made.reason, made.logprobs = event.reason, event.logprobs
+        elif isinstance(event, Annotated):
+            made = reply.choice(event.choice)
+            made.citations, made.searches = event.citations, event.searches
         elif isinstance(event, Ended):
             reply.usage = event.usage
         elif isinstance(event, Failed):
@@ -1803,6 +1805,8 @@ def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: boo
     """The wish for thinking: an effort, or Google's own thinking_config, which its SDK users send in `extra_body`."""
     extra = fields.object("extra_body")
     google = (extra or fields).object("google")
+    if extra is None and google is None:
+        return ThinkingWish(effort=effort, show=show, source=source)
     config = google.object("thinking_config") if google else None
     for inner, read in ((extra, "google"), (google, "thinking_config")):
         for key in inner.value if inner else ():
@@ -3642,7 +3646,7 @@ class GeminiReader:
         except ValueError:
             return False
         rest = end + len(shape.after)
-        like = text.startswith(shape.before) and text[end:rest] == shape.after
+        like = text.startswith(shape.before) and text.startswith(shape.after, end)
         if not like or not said or raw[rest - len(text) :].translate(None, DIGITS) != shape.rest:
             return False
         shape.candidate.texts.append(said)
@@ -5344,18 +5348,49 @@ def token_error(account: Account, status: int, told: Mapping[str, Any]) -> Upstr
 # ==============================================================================
 
 
+class Deadline:
+    """Rings when a moment has come that is put off again and again; a timer lasts for many of them."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._at = math.inf
+        self._ring: Callable[[], None]
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, seconds: float, ring: Callable[[], None]) -> None:
+        self._at, self._ring = self.loop.time() + seconds, ring
+        if self._timer is None or self._timer.when() > self._at:
+            self.stop()
+            self._timer = self.loop.call_at(self._at, self._look)
+
+    def clear(self) -> None:
+        """Nothing is waited for; the timer goes on for what may come next."""
+        self._at = math.inf
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self) -> None:
+        self._timer = None
+        if self.loop.time() >= self._at:
+            self._ring()
+        elif self._at < math.inf:
+            self._timer = self.loop.call_at(self._at, self._look)
+
+
 class Incoming:
     """An HTTP answer that is waited for. Its body comes in pieces: to whoever reads, or straight to a sink.
 
     It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
     """
 
-    def __init__(self, channel: Channel, loop: asyncio.AbstractEventLoop, first_s: float, idle_s: float) -> None:
+    def __init__(self, channel: Channel, deadline: Deadline, first_s: float, idle_s: float) -> None:
         self.status = 0
         """Until the head has come."""
         self.headers: Mapping[str, str] = {}
         self._channel = channel
-        self._loop = loop
+        self._deadline, self._loop = deadline, deadline.loop
         self._pieces: list[bytes] = []
         self._sink: Callable[[bytes], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -5364,7 +5399,7 @@ class Incoming:
         self._error: Exception | None = None
         self._idle_s = idle_s
         self._last = 0.0
-        self._alarm = self._loop.call_later(first_s, self._give_up)
+        deadline.set(first_s, self._give_up)
 
     # ---- from the wire
 
@@ -5385,7 +5420,7 @@ class Incoming:
         if not self._ended:
             self._ended = True
             self._error = error
-            self._alarm.cancel()
+            self._deadline.clear()
             self._wake()
 
     def _wake(self) -> None:
@@ -5393,10 +5428,10 @@ class Incoming:
             self._waiter.set_result(None)
 
     def _check_silence(self) -> None:
-        """One alarm at a time, set anew from the last piece, so that a piece costs no timer."""
+        """The deadline is put off from the last piece once it is over, so that a piece costs no timer."""
         silent_s = 0.0 if self._paused else self._loop.time() - self._last
         if silent_s < self._idle_s:
-            self._alarm = self._loop.call_later(self._idle_s - silent_s, self._check_silence)
+            self._deadline.set(self._idle_s - silent_s, self._check_silence)
         else:
             self._give_up()
 
@@ -5441,9 +5476,8 @@ class Incoming:
         self._sink = sink
         self.headers = {}  # a stream may last long
         if not self._ended:
-            self._alarm.cancel()
             self._last = self._loop.time()
-            self._alarm = self._loop.call_later(self._idle_s, self._check_silence)
+            self._deadline.set(self._idle_s, self._check_silence)
         while not self._ended:
             await self._wait()
         if self._error:
@@ -5574,7 +5608,7 @@ class Connection:
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts) -> None:
-        self._loop = loop
+        self._deadline = Deadline(loop)
         self._idle = idle
         self._timeouts = timeouts
         self._head = b""
@@ -5588,7 +5622,8 @@ class Connection:
         if self._transport.is_closing():
             raise StaleConnection
         self._silent = True
-        self._incoming = incoming = Incoming(self, self._loop, self._timeouts.first_event_s, self._timeouts.idle_s)
+        wait = self._timeouts
+        self._incoming = incoming = Incoming(self, self._deadline, wait.first_event_s, wait.idle_s)
         self._transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
         if len(body) >= JOINED_BYTES_MAX:
             self._transport.write(body)
@@ -5652,6 +5687,7 @@ class Connection:
         """Nothing to do: asyncio closes the transport and calls connection_lost."""
 
     def connection_lost(self, error: Exception | None) -> None:
+        self._deadline.stop()
         if self in self._idle:
             self._idle.remove(self)
         if self._incoming is None:
@@ -5701,13 +5737,13 @@ class DirectTransport:
         self._timeouts = timeouts
         self._idle: list[Connection] = []
 
-    async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
+    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Awaitable[Incoming]:
         """The answer, once its head is there. Raises OSError and TimeoutError."""
-        return await self._send(f"POST {self._path}{path}", {"Content-Length": str(len(body)), **headers}, body)
+        return self._send(f"POST {self._path}{path}", {"Content-Length": str(len(body)), **headers}, body)
 
-    async def get(self, path: str, headers: Mapping[str, str]) -> Incoming:
+    def get(self, path: str, headers: Mapping[str, str]) -> Awaitable[Incoming]:
         """The same."""
-        return await self._send(f"GET {self._path}{path}", headers, b"")
+        return self._send(f"GET {self._path}{path}", headers, b"")
 
     async def _send(self, what: str, headers: Mapping[str, str], body: bytes) -> Incoming:
         lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
@@ -5753,13 +5789,13 @@ class ProxiedTransport:
         self._timeouts = timeouts
         self._session = open_session(timeouts)
 
-    async def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Incoming:
+    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Awaitable[Incoming]:
         """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
-        return await self._send(self._session.post, path, headers, body)
+        return self._send(self._session.post, path, headers, body)
 
-    async def get(self, path: str, headers: Mapping[str, str]) -> Incoming:
+    def get(self, path: str, headers: Mapping[str, str]) -> Awaitable[Incoming]:
         """The same."""
-        return await self._send(self._session.get, path, headers, None)
+        return self._send(self._session.get, path, headers, None)
 
     async def _send(self, ask: Any, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
@@ -5767,7 +5803,7 @@ class ProxiedTransport:
             response = await ask(self._url + path, **about)
         loop, pour = asyncio.get_running_loop(), Pour(response)
         left_s = (deadline.when() or 0.0) - loop.time()
-        pour.start(Incoming(pour, loop, left_s, self._timeouts.idle_s))
+        pour.start(Incoming(pour, Deadline(loop), left_s, self._timeouts.idle_s))
         return pour.incoming
 
     async def close(self) -> None:
@@ -6035,7 +6071,8 @@ class Upstream:
 
     async def resolve(self, name: str) -> str:
         """The upstream's name for a model. Raises ModelNotFound."""
-        mapped = self._map_model(name, await self.models())
+        known = self._models is not None and time.monotonic() < self._models_until
+        mapped = self._map_model(name, self._models if known else await self.models())
         if mapped.wished and mapped.wished not in self._told:
             self._told.add(mapped.wished)
             log.warning("%s is not listed by the upstream; %s is asked instead", mapped.wished, mapped.model)
@@ -6106,10 +6143,8 @@ class Upstream:
 
     # ---- answers
 
-    async def ask_all(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
+    async def ask_all(self, requests: Sequence[Request], trace: Trace) -> Merged:
         """The answers to all requests as one, begun in all of them. Raises what the first failed one raised."""
-        if len(requests) == 1:
-            return await self.ask(requests[0], trace, sse=requests[0].stream)
         tasks = [asyncio.create_task(self.ask(request, trace, sse=True)) for request in requests]
         try:
             return Merged(await asyncio.gather(*tasks))
@@ -6337,14 +6372,17 @@ def enveloped(account: Account, project: str, model: str, method: str, body: byt
     Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
     """
     if account.kind == "gemini":
-        return f"/v1beta/models/{quote(model)}:{method}", body
+        return f"/v1beta/models/{quoted_model(model)}:{method}", body
     if account.kind == "vertex":
         place = f"projects/{quote(project)}/locations/{account.location}/publishers/google"
-        return f"/v1/{place}/models/{quote(model)}:{method}", body
+        return f"/v1/{place}/models/{quoted_model(model)}:{method}", body
     if method == "countTokens":
         return f"/v1internal:{method}", body
     about = dump_bytes({"model": model, "project": project})
     return f"/v1internal:{method}", b'%b,"request":%b}' % (about[:-1], body)
+
+
+quoted_model = functools.lru_cache(256)(quote)
 
 
 Attempt = Callable[[Lease], Awaitable[T]]
@@ -7241,10 +7279,10 @@ class Gateway:
         self._tally = tally
         self._running: dict[Any, Answer | Merged | None] = {}
         """Each request's task, with its answer once that has begun."""
-        self._unbegun: set[Any] = set()
+        self.unbegun: set[Any] = set()
         """Those tasks that wait for their answer to begin."""
         self._running_max = running_max
-        self._draining = self._stopped = False
+        self._draining = self.stopped = False
 
     def beside(self, work: Coroutine[Any, Any, None], at_end: Callable[[], Awaitable[None]] | None = None) -> None:
         """Does some work as long as the gateway lives, and what is to be done at its end."""
@@ -7254,11 +7292,11 @@ class Gateway:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
         await self._wait(self._drain_s)
-        self._stopped = True
+        self.stopped = True
         for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
                 answer.break_off(STOPPED)
-        for task in self._unbegun:
+        for task in self.unbegun:
             task.cancel()
         await self._wait(1)
         for task in self._running:
@@ -7357,7 +7395,7 @@ class Gateway:
     async def _serve_whole(
         self, http: HttpRequest, trace: Trace, work: Callable[[Any, Trace], Awaitable[HttpResponse]]
     ) -> HttpResponse:
-        with self._unless_stopped(http.task):
+        with Unbegun(self, http.task):
             return await work(parse_body(await http.read()), trace)
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
@@ -7497,7 +7535,7 @@ class Gateway:
     async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         client = self._client(http, trace)
         try:
-            with self._unless_stopped(http.task):
+            with Unbegun(self, http.task):
                 begun = await self._begin(http, trace, client)
             if isinstance(begun, Job):
                 return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
@@ -7519,19 +7557,6 @@ class Gateway:
     def _client(self, http: HttpRequest, trace: Trace) -> ClientStream:
         return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
 
-    @contextlib.contextmanager
-    def _unless_stopped(self, task: Any) -> Iterator[None]:
-        """Raises what a drain cut off as an error, so that the client is told."""
-        self._unbegun.add(task)
-        try:
-            yield
-        except asyncio.CancelledError:
-            if not self._stopped:
-                raise
-            raise STOPPED from None
-        finally:
-            self._unbegun.discard(task)
-
     async def _begin(self, http: HttpRequest, trace: Trace, client: ClientStream) -> Begun | Job:
         """The answer that has begun and what renders it; the request's own data are let go before a long stream."""
         requests, renderer, body, payloads = await self._understand(http, trace)
@@ -7546,7 +7571,11 @@ class Gateway:
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
         if kept and body.get("background"):
             return await self._detach(requests[0], kept, trace)
-        answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
+        answer: Answer | Merged
+        if len(requests) == 1 and first.n == 1:
+            answer = await self._upstream.ask(requests[0], trace, sse=first.stream)
+        else:
+            answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
         return Begun(answer, renderer, payloads, kept)
 
     async def _understand(
@@ -7725,6 +7754,21 @@ class Gateway:
         again = ResponseRenderer(head, {}).replay
         data = one.events or encoded(again(one.response))
         return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
+
+
+class Unbegun:
+    """While an answer has not begun: raises what a drain cut off as an error, so that the client is told."""
+
+    def __init__(self, gateway: Gateway, task: Any) -> None:
+        self._gateway, self._task = gateway, task
+
+    def __enter__(self) -> None:
+        self._gateway.unbegun.add(self._task)
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self._gateway.unbegun.discard(self._task)
+        if self._gateway.stopped and isinstance(error, asyncio.CancelledError):
+            raise STOPPED from None
 
 
 @value
