@@ -125,16 +125,9 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
     "MAX_TOKENS": "length",
-    "SAFETY": "content_filter",
-    "RECITATION": "content_filter",
-    "LANGUAGE": "content_filter",
-    "BLOCKLIST": "content_filter",
-    "PROHIBITED_CONTENT": "content_filter",
-    "SPII": "content_filter",
+    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"), "content_filter"),
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "content_filter"),
     "MODEL_ARMOR": "content_filter",
-    "IMAGE_SAFETY": "content_filter",
-    "IMAGE_PROHIBITED_CONTENT": "content_filter",
-    "IMAGE_RECITATION": "content_filter",
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
@@ -209,28 +202,11 @@ SIGNATURE_SENTINEL = "skip_thought_signature_validator"
 
 # Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
 BUILTIN_ALIASES: Mapping[str, str] = {
-    "gpt-4o": "gemini-2.5-flash",
-    "gpt-*mini*": "gemini-2.5-flash-lite",
-    "gpt-*nano*": "gemini-2.5-flash-lite",
-    "gpt-5*": "gemini-2.5-pro",
-    "gpt-5*mini*": "gemini-2.5-flash",
-    "gpt-5*nano*": "gemini-2.5-flash-lite",
-    "gpt-*": "gemini-2.5-flash",
-    "chatgpt-*": "gemini-2.5-flash",
-    "o1*": "gemini-2.5-pro",
-    "o3*": "gemini-2.5-pro",
-    "o4*": "gemini-2.5-pro",
-    "o1-mini*": "gemini-2.5-flash",
-    "o3-mini*": "gemini-2.5-flash",
-    "o4-mini*": "gemini-2.5-flash",
-    "codex*": "gemini-2.5-pro",
-    "codex*mini*": "gemini-2.5-flash",
-    "davinci-*": "gemini-2.5-flash",
-    "babbage-*": "gemini-2.5-flash-lite",
-    "text-davinci-*": "gemini-2.5-flash",
-    "claude-*": "gemini-2.5-pro",
-    "claude-*haiku*": "gemini-2.5-flash-lite",
-    "claude-instant*": "gemini-2.5-flash-lite",
+    **dict.fromkeys(("gpt-4o", "gpt-*", "chatgpt-*", "davinci-*", "text-davinci-*"), "gemini-2.5-flash"),
+    **dict.fromkeys(("gpt-*mini*", "gpt-*nano*", "gpt-5*nano*", "babbage-*"), "gemini-2.5-flash-lite"),
+    **dict.fromkeys(("gpt-5*", "o1*", "o3*", "o4*", "codex*", "claude-*"), "gemini-2.5-pro"),
+    **dict.fromkeys(("gpt-5*mini*", "o1-mini*", "o3-mini*", "o4-mini*", "codex*mini*"), "gemini-2.5-flash"),
+    **dict.fromkeys(("claude-*haiku*", "claude-instant*"), "gemini-2.5-flash-lite"),
     "text-embedding-*": "gemini-embedding-001",
 }
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -259,19 +235,12 @@ PASSED_LINKS = re.compile(
     r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://",
     re.IGNORECASE,
 )
-FILE_TYPES = {"txt": "text/plain", "md": "text/plain", "py": "text/plain", "csv": "text/csv", "html": "text/html"} | {
-    "": "application/pdf",
-    "pdf": "application/pdf",
-    "json": "text/plain",
-    "xml": "text/xml",
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "mp3": "audio/mp3",
-    "wav": "audio/wav",
-    "mp4": "video/mp4",
-}
+FILE_TYPES = {
+    **dict.fromkeys(("", "pdf"), "application/pdf"),
+    **dict.fromkeys(("txt", "md", "py", "json"), "text/plain"),
+    **dict.fromkeys(("jpg", "jpeg"), "image/jpeg"),
+    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
+} | {"png": "image/png", "webp": "image/webp", "mp3": "audio/mp3", "wav": "audio/wav", "mp4": "video/mp4"}
 # Google's Schema has these words as JSON Schema has them, of these types; the handled ones are translated.
 SCHEMA_WORDS: Mapping[str, Any] = {
     **dict.fromkeys(("title", "description", "format", "pattern"), str),
@@ -282,15 +251,9 @@ SCHEMA_WORDS: Mapping[str, Any] = {
     "propertyOrdering": list,
 }
 SCHEMA_HANDLED = {
-    "type",
-    "enum",
-    "const",
-    "items",
-    "properties",
-    "required",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-} | {*("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id")}
+    *("type", "enum", "const", "items", "properties", "required", "exclusiveMinimum", "exclusiveMaximum"),
+    *("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id"),
+}
 # Without any of these a function takes no arguments.
 SCHEMA_CONTENT = ("properties", "$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties")
 SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
@@ -318,15 +281,12 @@ SAMPLING_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "max_tokens": ("mapped", "generationConfig.maxOutputTokens, where max_completion_tokens is not there"),
     "logit_bias": ("dropped", "Gemini has no bias by token"),
     "user": ("ignored", "who asks has no effect on the answer"),
-    "metadata": ("ignored", "no effect on the answer"),
-    "store": ("ignored", "no effect on the answer"),
     "service_tier": ("ignored", "there is one tier"),
-    "safety_identifier": ("ignored", "no effect on the answer"),
+    **dict.fromkeys(("metadata", "store", "safety_identifier"), ("ignored", "no effect on the answer")),
     "prompt_cache_key": ("ignored", "Gemini caches prompts by itself"),
     "prompt_cache_retention": ("ignored", "Gemini caches prompts by itself"),
     "prompt_cache_options": ("ignored", "Gemini caches prompts by itself"),
-    "extra_body": ("mapped", "google.thinking_config"),
-    "google": ("mapped", "google.thinking_config"),
+    **dict.fromkeys(("extra_body", "google"), ("mapped", "google.thinking_config")),
 }
 TOOL_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "tools": ("mapped", "tools[0].functionDeclarations"),
@@ -366,32 +326,24 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "text": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
     "reasoning": ("mapped", "generationConfig.thinkingConfig"),
     "include": ("ignored", "what there is, is included"),
-    "truncation": ("ignored", "nothing is truncated"),
+    **dict.fromkeys(("truncation", "context_management"), ("ignored", "nothing is truncated")),
     "max_tool_calls": ("ignored", "counts hosted tools only"),
     "client_metadata": ("ignored", "no effect on the answer"),
-    "context_management": ("ignored", "nothing is truncated"),
     "store": ("mapped", "the response is kept, for previous_response_id"),
     "previous_response_id": ("mapped", "the conversation that is kept, before the input"),
     "background": ("mapped", "answered beside the connection, where responses are kept"),
-    "conversation": ("mapped", "refused"),
-    "prompt": ("mapped", "refused"),
+    **dict.fromkeys(("conversation", "prompt"), ("mapped", "refused")),
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 # Fields that nothing reads are of the right type all the same.
 UNREAD_FIELDS: Mapping[str, tuple[type, str]] = {
-    **dict.fromkeys(
-        ("logit_bias", "metadata", "prompt_cache_options", "moderation", "prediction", "client_metadata"),
-        (dict, "an object"),
-    ),
-    **dict.fromkeys(
-        ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
-        (str, "a string"),
-    ),
+    **dict.fromkeys(("logit_bias", "metadata", "prompt_cache_options", "moderation"), (dict, "an object")),
+    **dict.fromkeys(("prediction", "client_metadata"), (dict, "an object")),
+    **dict.fromkeys(("user", "service_tier", "safety_identifier", "truncation", "verbosity"), (str, "a string")),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), (str, "a string")),
     **dict.fromkeys(("include", "context_management"), (list, "an array")),
     **dict.fromkeys(("best_of", "max_tool_calls"), (int, "a whole number")),
-    "truncation": (str, "a string"),
-    "store": (bool, "true or false"),
-    "echo": (bool, "true or false"),
+    **dict.fromkeys(("store", "echo"), (bool, "true or false")),
 }
 
 # What is served while the upstream's own list cannot be had.
