@@ -429,13 +429,13 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # 2. Errors
 # ==============================================================================
 # GatewayError
-# ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
+# ├── BadRequest            the client's mistake, with the field's path where it is in one
+# │   └ Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
 # ├── StoreTrouble          what is kept cannot be read or written for now
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
-#     │   ├── TooLong, TooLarge
+#     │   ├── TooLarge
 #     │   ├── ModelGone     this account does not have the model
 #     │   └── SignatureRefused  worth one more try without the thought signatures
 #     ├── RateLimited       this account or its project, for now
@@ -481,31 +481,26 @@ class GatewayError(Exception):
 class BadRequest(GatewayError):
     status = 400
     type = "invalid_request_error"
-    default_code = None
+    default_code: ClassVar[str | None] = None
 
 
-class Unauthorized(GatewayError):
+class Unauthorized(BadRequest):
     status = 401
-    type = "invalid_request_error"
     default_code = "invalid_api_key"
 
 
-class Forbidden(GatewayError):
+class Forbidden(BadRequest):
     status = 403
     type = "permission_error"
-    default_code = None
 
 
-class ModelNotFound(GatewayError):
+class ModelNotFound(BadRequest):
     status = 404
-    type = "invalid_request_error"
     default_code = "model_not_found"
 
 
-class ResponseNotFound(GatewayError):
+class ResponseNotFound(BadRequest):
     status = 404
-    type = "invalid_request_error"
-    default_code = None
 
 
 class StoreTrouble(GatewayError):
@@ -513,27 +508,23 @@ class StoreTrouble(GatewayError):
     default_code = "server_is_overloaded"
 
 
-class UnknownUrl(GatewayError):
+class UnknownUrl(BadRequest):
     status = 404
-    type = "invalid_request_error"
     default_code = "unknown_url"
 
 
-class MethodNotAllowed(GatewayError):
+class MethodNotAllowed(BadRequest):
     status = 405
-    type = "invalid_request_error"
     default_code = "method_not_supported"
 
 
-class BodyTooLarge(GatewayError):
+class BodyTooLarge(BadRequest):
     status = 413
-    type = "invalid_request_error"
     default_code = "request_too_large"
 
 
-class BodyTooSlow(GatewayError):
+class BodyTooSlow(BadRequest):
     status = 408
-    type = "invalid_request_error"
     default_code = "request_timeout"
 
 
@@ -571,10 +562,6 @@ class ModelGone(UpstreamRefused):
     quota = "model"
     advice = "Use a name of `agproxy models`, or map it in models.map."
     default_code = "model_not_found"
-
-
-class TooLong(UpstreamRefused):
-    default_code = "context_length_exceeded"
 
 
 class TooLarge(UpstreamRefused):
@@ -669,7 +656,8 @@ REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] =
     ((429,), "", RateLimited, None),
     ((401, 403), "", CredentialRefused, None),
     ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
-    ((400,), r"token count.* exceeds|maximum number of tokens|[Cc]ontext (length|window)", TooLong, None),
+    ((400,), r"token count.* exceeds|maximum number of tokens", UpstreamRefused, "context_length_exceeded"),
+    ((400,), r"[Cc]ontext (length|window)", UpstreamRefused, "context_length_exceeded"),
     ((400, 413), r"payload size exceeds", TooLarge, None),
     ((413,), "", TooLarge, None),
     ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
