@@ -430,7 +430,8 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # ==============================================================================
 # GatewayError
 # ├── BadRequest            the client's mistake, with the field's path where it is in one
-# │   └ Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
+# │   ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl
+# │   └── MethodNotAllowed, BodyTooLarge, BodyTooSlow
 # ├── StoreTrouble          what is kept cannot be read or written for now
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
@@ -686,99 +687,6 @@ class ConfigError(Exception):
     """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
 
-@value
-class Account:
-    name: str
-    api_key: str = field(default="", repr=False)
-    base_url: str = GEMINI_URL
-    kind: str = "gemini"
-    email: str | None = None
-    weight: float = 1.0
-    """By how much more it is asked than one of weight 1."""
-    max_concurrency: int | None = None
-    quota_group: str | None = None
-    """Accounts of one Google project share its quota."""
-    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By model or pattern, and by quota, what its project may be asked."""
-    proxy: str | None = field(default=None, repr=False)
-    credentials: str = ""
-    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
-    client_id: str = ""
-    client_secret: str = field(default="", repr=False)
-    refresh_token: str = field(default="", repr=False)
-    service_account: str = field(default="", repr=False)
-    """The JSON of a service account's file."""
-    token_url: str = TOKEN_URL
-    project: str = ""
-    location: str = "global"
-
-
-@value
-class ClientKey:
-    """A key that lets a client in, and the name by which the log knows that client."""
-
-    name: str
-    key: str = field(repr=False)
-
-
-@value
-class Timeouts:
-    connect_s: float = 10.0
-    first_event_s: float = 300.0
-    idle_s: float = 300.0
-    total_s: float | None = None
-    """None: as long as it takes."""
-    stall_s: float = 120.0
-
-
-@value
-class Config:
-    accounts: tuple[Account, ...]
-    host: str | None = None
-    port: int = 8045
-    auth_mode: str = "auto"
-    api_key: tuple[ClientKey, ...] = ()
-    allow_lan_access: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    show_account: str = "masked"
-    upstream_proxy: str | None = field(default=None, repr=False)
-    strict: bool = False
-    strategy: str = "affinity"
-    max_wait_s: float = 10.0
-    reserve: float = 0.0
-    """The share of each known limit that is left alone while another account can answer."""
-    store: str | None = None
-    fetch_media: bool = True
-    media_hosts: tuple[str, ...] = ()
-    images_in_text: bool = False
-    timeouts: Timeouts = Timeouts()
-    heartbeat_s: float = 15.0
-    default_model: str | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    demo: bool = False
-
-    @property
-    def auth(self) -> str:
-        """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
-        if self.auth_mode != "auto":
-            return self.auth_mode
-        return "all_except_health" if self.allow_lan_access else "off"
-
-    @property
-    def bind(self) -> str:
-        """The address to listen on."""
-        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
-
-    @property
-    def base_url(self) -> str:
-        """What a client on this machine is set to."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
-        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
-
-
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
@@ -788,33 +696,37 @@ class ConfigFile:
         self.read = read
         self.problems: list[str] = []
 
-    def at(self, node: Any, text: str) -> str:
-        return f"{self.source}:{node.start_mark.line + 1}: {text}"
+    def note(self, node: Any, problem: str) -> None:
+        self.problems.append(f"{self.source}:{node.start_mark.line + 1}: {problem}")
+
+    def value(self, kind: Kind, node: Any, where: str) -> Any:
+        """The value of a node; None where a problem was noted."""
+        try:
+            return kind(self, node, where)
+        except ValueError as error:
+            return self.note(node, f"'{where}' {error}")
 
     def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         """The values given in a mapping, each read by its kind; null is as if the key were not there."""
         values: dict[str, Any] = {}
         for key, value in self.pairs(node, path or "the file", kinds):
             if not isinstance(key.value, str):
-                self.problems.append(self.at(key, "a key must be a word."))
+                self.note(key, "a key must be a word.")
                 continue
             where = f"{path}.{key.value}".lstrip(".")
             if key.value not in kinds:
-                self.problems.append(self.at(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}"))
+                self.note(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}")
             elif key.value in values:
-                self.problems.append(self.at(key, f"'{where}' stands here twice; remove one."))
-            elif value.tag != YAML_NULL:
-                try:
-                    values[key.value] = kinds[key.value](self, value, where)
-                except ValueError as error:
-                    self.problems.append(self.at(value, f"'{where}' {error}"))
+                self.note(key, f"'{where}' stands here twice; remove one.")
+            elif value.tag != YAML_NULL and (read := self.value(kinds[key.value], value, where)) is not None:
+                values[key.value] = read
         return values
 
     def pairs(self, node: Any, path: str, known: Iterable[str]) -> list[tuple[Any, Any]]:
         if node is None or node.tag == YAML_NULL:
             return []
         if node.tag != YAML_MAP:
-            self.problems.append(self.at(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)})."))
+            self.note(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)}).")
             return []
         pairs: list[tuple[Any, Any]] = node.value
         return pairs
@@ -877,6 +789,9 @@ def read_number(low: float, high: float, kind: type[int | float] = float) -> Kin
         return value
 
     return read
+
+
+read_seconds = read_number(0.001, 86400)
 
 
 def read_word(*words: str) -> Kind:
@@ -943,70 +858,185 @@ def read_section(kinds: Mapping[str, Kind]) -> Kind:
     return lambda file, node, where: file.section(node, where, kinds)
 
 
+def setting(read: Kind, **more: Any) -> Any:
+    """A field that the accounts file may give under its name, and how it is read there."""
+    return field(metadata={"read": read}, **more)
+
+
+def keys_of(kind: type[Any]) -> dict[str, Kind]:
+    """The keys that a class of settings is given by."""
+    return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
+
+
+def read_into(kind: type[T]) -> Kind:
+    return lambda file, node, where: kind(**file.section(node, where, keys_of(kind)))
+
+
+@value
+class Account:
+    name: str
+    api_key: str = setting(read_secret, default="", repr=False)
+    base_url: str = setting(read_url, default=GEMINI_URL)
+    kind: str = setting(read_word("gemini", "vertex", "cloudcode"), default="gemini")
+    email: str | None = setting(read_text, default=None)
+    weight: float = setting(read_number(0.01, 1000), default=1.0)
+    """By how much more it is asked than one of weight 1."""
+    max_concurrency: int | None = setting(read_number(1, 100000, int), default=None)
+    quota_group: str | None = setting(read_text, default=None)
+    """Accounts of one Google project share its quota."""
+    limits: Mapping[str, Mapping[str, int]] = setting(
+        read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))), default_factory=dict
+    )
+    """By model or pattern, and by quota, what its project may be asked."""
+    proxy: str | None = setting(read_url, default=None, repr=False)
+    credentials: str = setting(read_path, default="")
+    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
+    client_id: str = setting(read_secret, default="")
+    client_secret: str = setting(read_secret, default="", repr=False)
+    refresh_token: str = setting(read_secret, default="", repr=False)
+    service_account: str = field(default="", repr=False)
+    """The JSON of a service account's file."""
+    token_url: str = setting(read_url, default=TOKEN_URL)
+    project: str = setting(read_secret, default="")
+    location: str = setting(read_text, default="global")
+
+
+ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+
+
+@value
+class ClientKey:
+    """A key that lets a client in, and the name by which the log knows that client."""
+
+    name: str = setting(read_text)
+    key: str = setting(read_secret, repr=False)
+
+
 def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
     """One key, or a list of `{name, key}`."""
     if node.tag != YAML_LIST:
         return (ClientKey("client", read_secret(file, node, where)),)
-    given = [file.section(item, f"{where}[{i}]", CLIENT_KEY_KEYS) for i, item in enumerate(node.value)]
-    if not all(len(one) == len(CLIENT_KEY_KEYS) for one in given):
+    keys = keys_of(ClientKey)
+    found = [file.section(item, f"{where}[{i}]", keys) for i, item in enumerate(node.value)]
+    if not all(len(one) == len(keys) for one in found):
         raise ValueError("must be one key, or a list of entries with a `name` and a `key` each.")
-    return tuple(ClientKey(**one) for one in given)
+    return tuple(ClientKey(**one) for one in found)
+
+
+@value
+class Timeouts:
+    connect_s: float = setting(read_seconds, default=10.0)
+    first_event_s: float = setting(read_seconds, default=300.0)
+    idle_s: float = setting(read_seconds, default=300.0)
+    total_s: float | None = setting(read_seconds, default=None)
+    """None: as long as it takes."""
+    stall_s: float = setting(read_seconds, default=120.0)
+
+
+@value
+class Config:
+    accounts: tuple[Account, ...]
+    host: str | None = setting(read_text, default=None)
+    port: int = setting(read_number(0, 65535, int), default=8045)
+    auth_mode: str = setting(read_word("off", "strict", "all_except_health", "auto"), default="auto")
+    api_key: tuple[ClientKey, ...] = setting(read_keys, default=())
+    allow_lan_access: bool = setting(read_flag, default=False)
+    allowed_hosts: tuple[str, ...] = setting(read_hosts, default=())
+    cors_origins: tuple[str, ...] = setting(read_origins, default=())
+    show_account: str = setting(read_word("full", "masked", "off"), default="masked")
+    upstream_proxy: str | None = setting(read_url, default=None, repr=False)
+    strict: bool = setting(read_flag, default=False)
+    strategy: str = setting(read_word(*STRATEGIES), default="affinity")
+    max_wait_s: float = setting(read_number(0, 3600), default=10.0)
+    reserve: float = setting(read_number(0, 0.9), default=0.0)
+    """The share of each known limit that is left alone while another account can answer."""
+    store: str | None = setting(read_store, default=None)
+    fetch_media: bool = setting(read_flag, default=True)
+    media_hosts: tuple[str, ...] = setting(read_texts, default=())
+    images_in_text: bool = setting(read_flag, default=False)
+    timeouts: Timeouts = setting(read_into(Timeouts), default=Timeouts())
+    heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
+    default_model: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    demo: bool = False
+
+    @property
+    def auth(self) -> str:
+        """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
+        if self.auth_mode != "auto":
+            return self.auth_mode
+        return "all_except_health" if self.allow_lan_access else "off"
+
+    @property
+    def bind(self) -> str:
+        """The address to listen on."""
+        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
+
+    @property
+    def base_url(self) -> str:
+        """What a client on this machine is set to."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
+        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
 
 
 def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
     if node.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
-    accounts = [read_account(file, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
+    accounts = [file.value(read_account, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
     return tuple(account for account in accounts if account)
 
 
 def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
     """The account; None where it is disabled or a problem was noted."""
     known = len(file.problems)
-    pairs = file.pairs(node, where, ACCOUNT_KEYS)
-    if any(key.value == "enabled" and str(value.value).lower() in ("false", "no", "off") for key, value in pairs):
+    given = file.section(node, where, ACCOUNT_KEYS)
+    if not given.pop("enabled", True):
+        del file.problems[known:]  # its variables need not be set
         return None
-    given = file.section(node, where, ACCOUNT_KEYS) if len(file.problems) == known else {}
-    given.pop("enabled", None)
+    if len(file.problems) > known:
+        return None
     given.setdefault("name", given.get("email"))
-    if not given.get("name") and len(file.problems) == known:
-        file.problems.append(file.at(node, f"'{where}' needs a `name` or an `email`."))
-    if len(file.problems) == known:
-        problems = with_credentials(file, given)
-        file.problems += [file.at(node, f"'{where}' {problem}") for problem in problems]
-    return Account(**given) if len(file.problems) == known else None
-
-
-def with_credentials(file: ConfigFile, given: dict[str, Any]) -> list[str]:
-    """Fills in what the kind of the account implies and what its credentials file holds; what is wrong with them."""
+    if not given["name"]:
+        raise ValueError("needs a `name` or an `email`.")
     kind = given.setdefault("kind", "gemini")
-    strange = [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]
-    if strange:
-        return [f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."]
-    if kind == "gemini":
-        return [] if given.get("api_key") else ["needs an `api_key`."]
+    if strange := [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]:
+        raise ValueError(f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind.")
+    if kind != "gemini":
+        add_login(file, given, kind)
+    elif "api_key" not in given:
+        raise ValueError("needs an `api_key`.")
+    return Account(**given)
+
+
+def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
+    """Fills in what the kind of the account implies and what its credentials file holds. Raises ValueError."""
     if kind == "vertex" and not given.get("project"):
-        return ["needs a `project`."]
+        raise ValueError("needs a `project`.")
     region = given.get("location", "global")
     if not re.fullmatch(r"[a-z0-9-]+", region):
-        return [f"has the location '{region}'. Use a region's name such as europe-west1, or global."]
+        raise ValueError(f"has the location '{region}'. Use a region's name such as europe-west1, or global.")
     vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
     given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
     named = "credentials" in given
     if not named and not (given.get("client_id") and given.get("client_secret")):
-        return ["needs `credentials: FILE`, or the `client_id` and `client_secret` of an OAuth client of yours."]
+        client = "the `client_id` and `client_secret` of an OAuth client of yours"
+        raise ValueError(f"needs `credentials: FILE`, or {client}.")
     if not named and not given.get("refresh_token"):
         word = re.sub(r"[^\w.@-]", "_", given["name"])
         given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
     text = file.read(Path(given["credentials"])) if "credentials" in given else None
-    if text is None:
-        missing = f"names {given.get('credentials')}, which cannot be read. Check `credentials`."
-        return [missing] if named else []
-    return read_credentials(text, given)
+    if text is not None:
+        read_credentials(text, given)
+    elif named:
+        raise ValueError(f"names {given['credentials']}, which cannot be read. Check `credentials`.")
 
 
-def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
-    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it."""
+def read_credentials(text: str, given: dict[str, Any]) -> None:
+    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
     found: Any = None
     with contextlib.suppress(ValueError):
         found = json.loads(text)
@@ -1017,18 +1047,10 @@ def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
     elif texts.keys() >= set(USER_KEYS):
         given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
     else:
-        return [f"has {given['credentials']}, which is no authorized_user and no service_account file. Make it anew."]
-    return []
+        name = given["credentials"]
+        raise ValueError(f"has {name}, which is no authorized_user and no service_account file. Make it anew.")
 
 
-USER_KEYS = ("client_id", "client_secret", "refresh_token")
-OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
-
-
-CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
-TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
-    ("connect_s", "first_event_s", "idle_s", "total_s", "stall_s"), read_number(0.001, 86400)
-)
 TRAIT_KEYS: Mapping[str, Kind] = {
     **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
     "thinking": read_word("none", "budget", "level"),
@@ -1037,53 +1059,14 @@ TRAIT_KEYS: Mapping[str, Kind] = {
     "budget": read_range,
     "output_tokens_max": read_number(1, 1 << 30, int),
 }
-PROXY_KEYS: Mapping[str, Kind] = {
-    "host": read_text,
-    "port": read_number(0, 65535, int),
-    "auth_mode": read_word("off", "strict", "all_except_health", "auto"),
-    "api_key": read_keys,
-    "allow_lan_access": read_flag,
-    "allowed_hosts": read_hosts,
-    "cors_origins": read_origins,
-    "show_account": read_word("full", "masked", "off"),
-    "upstream_proxy": read_url,
-    "strict": read_flag,
-    "strategy": read_word(*STRATEGIES),
-    "max_wait_s": read_number(0, 3600),
-    "reserve": read_number(0, 0.9),
-    "store": read_store,
-    "fetch_media": read_flag,
-    "media_hosts": read_texts,
-    "images_in_text": read_flag,
-    "timeouts": read_section(TIMEOUT_KEYS),
-    "heartbeat_s": read_number(0, 3600),
-}
 MODELS_KEYS: Mapping[str, Kind] = {
     "default": read_text,
     "map": read_map(read_text),
     "fallback": read_map(read_texts),
     "traits": read_map(read_section(TRAIT_KEYS)),
 }
-ACCOUNT_KEYS: Mapping[str, Kind] = {
-    "name": read_text,
-    "email": read_text,
-    "kind": read_word("gemini", "vertex", "cloudcode"),
-    "enabled": read_flag,
-    "weight": read_number(0.01, 1000),
-    "max_concurrency": read_number(1, 100000, int),
-    "quota_group": read_text,
-    "limits": read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))),
-    "base_url": read_url,
-    "proxy": read_url,
-    "api_key": read_secret,
-    "credentials": read_path,
-    **dict.fromkeys(USER_KEYS, read_secret),
-    "token_url": read_url,
-    "project": read_secret,
-    "location": read_text,
-}
 SECTIONS: Mapping[str, Kind] = {
-    "proxy": read_section(PROXY_KEYS),
+    "proxy": read_section(keys_of(Config)),
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
@@ -1114,10 +1097,9 @@ def load_config(
         raise ConfigError(f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line.") from None
     given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
-    timeouts = Timeouts(**proxy.pop("timeouts", {}))
     renamed = {"default": "default_model", "map": "aliases"}
     chosen = {renamed.get(key, key): value for key, value in models.items()}
-    config = Config(given.get("accounts", ()), **proxy, **chosen, timeouts=timeouts)
+    config = Config(given.get("accounts", ()), **proxy, **chosen)
     problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
     if problems:
         raise ConfigError("\n".join(problems))
