@@ -98,7 +98,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 else:
-    asyncio, aiohttp = _Lazy("asyncio"), _Lazy("aiohttp")
+    asyncio, aiohttp, sqlite3 = map(_Lazy, ("asyncio", "aiohttp", "sqlite3"))
 
 T = TypeVar("T")
 
@@ -4810,8 +4810,6 @@ class Database:
         return await asyncio.shield(done)
 
     def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        import sqlite3
-
         if time.monotonic() < self._busy_until:
             raise StoreTrouble("The store is busy. Try again in some seconds.")  # else each would wait in turn
         try:
@@ -4824,8 +4822,6 @@ class Database:
             raise StoreTrouble(f"The store cannot be used ({error}). Try again, or look at proxy.store.") from None
 
     def _open(self) -> sqlite3.Connection:
-        import sqlite3
-
         try:
             return open_database(self.path)
         except (OSError, sqlite3.Error) as error:
@@ -4841,17 +4837,11 @@ class Database:
 
 def open_database(path: Path | None) -> sqlite3.Connection:
     """The file with its tables, made where it is not there yet. Raises OSError and sqlite3.Error."""
-    import sqlite3
-
     if path is not None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
     try:
-        connection.execute("PRAGMA auto_vacuum = FULL")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA secure_delete = ON")
         connection.executescript(DATABASE_TABLES)
     except BaseException:
         connection.close()
@@ -4861,6 +4851,7 @@ def open_database(path: Path | None) -> sqlite3.Connection:
 
 # Of `responses`, `keeper` is the gateway that makes one, or nothing where it is over.
 DATABASE_TABLES = """
+PRAGMA auto_vacuum = FULL; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA secure_delete = ON;
 CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value BLOB);
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB, events BLOB,
@@ -4872,8 +4863,6 @@ CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WIT
 
 def hold_file(path: Path) -> sqlite3.Connection | None:
     """Holds a file for as long as this process lives, however that ends; None where another one holds it."""
-    import sqlite3
-
     held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         held.execute("PRAGMA journal_mode = OFF")  # else a file would stay behind a killed process
@@ -4956,11 +4945,8 @@ class ResponseStore:
         """The key for what clients carry for this gateway, and for all others with the same file."""
 
         def read(connection: sqlite3.Connection) -> bytes:
-            known = "SELECT value FROM secrets WHERE name = 'seal'"
-            if (row := connection.execute(known).fetchone()) is None:
-                connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
-                row = connection.execute(known).fetchone()
-            value: bytes = row[0]
+            connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
+            value: bytes = connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
             return value
 
         self._secret = self._secret or await self._run(read)
@@ -5044,10 +5030,7 @@ class PoolStore:
         self._written: dict[str, str] = {}
 
     async def load(self) -> None:
-        def read(database: sqlite3.Connection) -> dict[str, str]:
-            return dict(database.execute("SELECT name, value FROM pool").fetchall())
-
-        self._written = await self._run(read) or {}
+        self._written = await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool"))) or {}
         self._pool.restore(self._written, self._clock())
 
     async def keep(self, rested: asyncio.Event) -> None:
@@ -5151,7 +5134,8 @@ class Credentials:
         form = {"grant_type": "refresh_token", "refresh_token": token.refresh_token or account.refresh_token}
         form |= {"client_id": account.client_id, "client_secret": account.client_secret}
         if account.service_account:
-            form = {"grant_type": JWT_GRANT, "assertion": signed_assertion(account, now)}
+            grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+            form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
             raise AccountBarred(f"{account.name} has no login yet. Run `agproxy login {account.name}`.")
         told = await self._ask(account, form, "access_token")
@@ -5195,9 +5179,6 @@ def login_code(address: str, state: str) -> str:
         why = "; ".join(given.get("error", ["it is not the address of this login"]))
         raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
     return given["code"][0]
-
-
-JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 
 def signed_assertion(account: Account, now: float) -> str:
