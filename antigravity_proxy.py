@@ -8148,19 +8148,15 @@ agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
 agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
 
-# What a person pastes for each client: where, and the text. {base}, {root} (without /v1) and the
+# What a person pastes for each client: its name, where, and the text. {base}, {root} (without /v1) and the
 # key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
-CLIENTS: Mapping[str, tuple[str, str]] = {
-    "curl": (
-        "a shell",
-        """\
+RECIPES = """
+== curl: a shell
 curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
-  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
-    ),
-    "aider": ("a shell", "aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}"),
-    "codex": (
-        "~/.codex/config.toml, then: export OPENAI_API_KEY={word}",
-        """\
+  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'
+== aider: a shell
+aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}
+== codex: ~/.codex/config.toml, then: export OPENAI_API_KEY={word}
 model = "gpt-5.5"
 model_provider = "agproxy"
 
@@ -8168,26 +8164,17 @@ model_provider = "agproxy"
 name = "agproxy"
 base_url = "{base}"
 wire_api = "responses"
-env_key = "OPENAI_API_KEY\"""",
-    ),
-    "llm": (
-        "extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}",
-        """\
+env_key = "OPENAI_API_KEY"
+== llm: extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}
 - model_id: agproxy
   model_name: gpt-4o
   api_base: "{base}"
-  api_key_name: agproxy""",
-    ),
-    "langchain": (
-        "Python",
-        """\
+  api_key_name: agproxy
+== langchain: Python
 from langchain_openai import ChatOpenAI
 
-model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})""",
-    ),
-    "opencode": (
-        "opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello",
-        """\
+model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})
+== opencode: opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello
 {{
   "$schema": "https://opencode.ai/config.json",
   "provider": {{
@@ -8197,11 +8184,8 @@ model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})""",
       "models": {{"gpt-4o": {{}}}}
     }}
   }}
-}}""",
-    ),
-    "continue": (
-        "~/.continue/config.yaml",
-        """\
+}}
+== continue: ~/.continue/config.yaml
 name: agproxy
 version: 0.0.1
 schema: v1
@@ -8211,22 +8195,16 @@ models:
     model: gpt-4o
     apiBase: {base}
     apiKey: {json}
-    roles: [chat, edit, apply, autocomplete]""",
-    ),
-    "cline": (
-        "Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible",
-        """\
+    roles: [chat, edit, apply, autocomplete]
+== cline: Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible
 Base URL: {base}
 API Key: {key}
-Model ID: gpt-4o""",
-    ),
-    "cursor": (
-        "Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet",
-        """\
+Model ID: gpt-4o
+== cursor: Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet
 OpenAI API Key: {key}
-Override OpenAI Base URL: {base}""",
-    ),
-}
+Override OpenAI Base URL: {base}
+"""
+CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
 DOORS_NOT_BUILT = {"claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"}
 SHELLS: Mapping[str, Callable[[str, str], str]] = {
     "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
@@ -8335,6 +8313,10 @@ def fresh_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
 
 
+def echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
 class JsonFormatter(logging.Formatter):
     """A log record as one JSON object a line."""
 
@@ -8374,11 +8356,8 @@ def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
 
 def banner(config: Config, running_max: float) -> str:
     """What a person needs to know at the start."""
-    proxies = {
-        without_credentials(p)
-        for a in config.accounts
-        if (p := proxy_for(a.base_url, a.proxy or config.upstream_proxy))
-    }
+    proxies = (proxy_for(account.base_url, account.proxy or config.upstream_proxy) for account in config.accounts)
+    without_users = sorted({re.sub(r"//[^/@]*@", "//", proxy) for proxy in proxies if proxy})
     names = ", ".join(account.name for account in config.accounts)
     open_to_all = config.auth == "off" and not is_loopback(config.bind)
     lines = [
@@ -8389,7 +8368,7 @@ def banner(config: Config, running_max: float) -> str:
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         f"  at once   {running_max} requests, as open files allow",
         f"  store     {config.store} (responses; proxy.store)",
-        *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
+        *(f"  proxy     {proxy}" for proxy in without_users),
         *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
     ]
@@ -8408,10 +8387,6 @@ def stored_at(config: Config, env: Mapping[str, str]) -> str:
         raise Unusable(text, "config_invalid") from None
 
 
-def without_credentials(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
 def raise_file_limit() -> float:
     """Lets this process open as many files as it may; how many requests, of two sockets and an idle one each, that is."""
     try:
@@ -8423,12 +8398,6 @@ def raise_file_limit() -> float:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 3)
-
-
-def spare_collector() -> None:
-    """Keeps the garbage collector from walking the modules again and again: a tenth of what a request costs."""
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
@@ -8453,7 +8422,8 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
         click.echo(banner(replace(config, port=port), running_max), err=True)
         if source:
             on_signals(("SIGHUP",), lambda _: source.asked.set())
-        spare_collector()
+        gc.freeze()  # else the collector walks the modules again and again: a tenth of what a request costs
+        gc.set_threshold(10_000, 20, 20)
         tell_systemd("READY=1")
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -8530,41 +8500,38 @@ accounts_option = click.option(
     metavar="FILE",
     help="The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]",
 )
-host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-port_option = click.option(
-    "--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: $AGPROXY_PORT, 8045]"
-)
-
-
 demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+Where = tuple[str | None, str | None, int | None]
+
+
+def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where the gateway is, as one argument `where`."""
+
+    @functools.wraps(command)
+    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
+        command(where=(accounts, host, port), **more)
+
+    ports = click.IntRange(0, 65535)
+    host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+    port_option = click.option("--port", type=ports, help="Port to listen on.  [default: $AGPROXY_PORT, 8045]")
+    return host_option(port_option(accounts_option(with_where)))
 
 
 @main.command()
-@host_option
-@port_option
-@accounts_option
+@gateway_options
 @demo_option
-@click.option(
-    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
-)
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(LOG_LEVELS))
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
 @click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
-def serve(
-    host: str | None,
-    port: int | None,
-    accounts: str | None,
-    demo: bool,
-    log_level: str,
-    log_format: str,
-    drain_s: float,
-) -> None:
+def serve(where: Where, demo: bool, log_level: str, log_format: str, drain_s: float) -> None:
     """Start the gateway."""
-    config = servable(configured(accounts, host, port, demo))
-    warn_of_readers(find_file(accounts, os.environ))
+    config = servable(configured(*where, demo))
+    path = find_file(where[0], os.environ)
+    warn_of_readers(path)
     log_handler = set_up_logging(log_level, log_format, config)
     try:
-        load = functools.partial(reloaded, log_handler, accounts, host, port)
-        run_loop(run_until_signal(config, find_file(accounts, os.environ), load, drain_s))
+        run_loop(run_until_signal(config, path, functools.partial(reloaded, log_handler, *where), drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -8600,7 +8567,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     """List the models that are served, or say what NAME maps to and by which rule."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    listed = asyncio.run(list_models(config))
+    listed = asyncio.run(with_upstream(config, Upstream.models))
     if name is None:
         if listed is None:
             click.echo("The upstream's list cannot be had; `agproxy check --online` says why.", err=True)
@@ -8615,11 +8582,12 @@ def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     click.echo(f"{name} -> {mapped.model} (by {mapped.rule}{instead})")
 
 
-async def list_models(config: Config) -> tuple[str, ...] | None:
+async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
+    """What is asked of the accounts' upstream, without a gateway."""
     async with contextlib.AsyncExitStack() as stack:
         upstream = Upstream(await with_demo(config, stack))
         stack.push_async_callback(upstream.close)
-        return await upstream.models()
+        return await ask(upstream)
 
 
 @main.command()
@@ -8629,21 +8597,19 @@ def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = servable(replace(configured(accounts), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
-    found: Sequence[tuple[str, ...]]
-    found = asyncio.run(probe(config)) if online else [(told_credentials(a), a.base_url) for a in config.accounts]
-    rows: list[tuple[str, ...]] = [("account", "kind", *(ONLINE_COLUMNS if online else ("key", "upstream")))]
+    columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
+    offline: Sequence[tuple[str, ...]] = [(told_credentials(account), account.base_url) for account in config.accounts]
+    found = asyncio.run(with_upstream(config, probe)) if online else offline
+    rows = [("account", "kind", *columns)]
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
     click.echo(render_table(rows))
     if any(account.kind == "cloudcode" for account in config.accounts):
-        click.echo(TERMS)
+        click.echo(
+            "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts "
+            "have been closed for it. API keys (kind gemini) are the recommended kind."
+        )
     if any(row[0] == "no" for row in found):
         sys.exit(1)
-
-
-TERMS = (
-    "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts have "
-    "been closed for it. API keys (kind gemini) are the recommended kind."
-)
 
 
 def told_credentials(account: Account) -> str:
@@ -8660,16 +8626,9 @@ def render_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-ONLINE_COLUMNS = ("reachable", "models", "remedy")
-
-
-async def probe(config: Config) -> Sequence[tuple[str, ...]]:
+async def probe(upstream: Upstream) -> Sequence[tuple[str, ...]]:
     """Of each account: whether its upstream answers, with how many models, and what to do where it does not."""
-    upstream = Upstream(config)
-    try:
-        return await asyncio.gather(*(probe_account(upstream, account) for account in config.accounts))
-    finally:
-        await upstream.close()
+    return await asyncio.gather(*(probe_account(upstream, account) for account in upstream.pool.accounts))
 
 
 async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str, str]:
@@ -8728,25 +8687,18 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
             refuse_dropped(changes)
     except GatewayError as error:
         raise Unusable(error.message, error.code or "invalid_body") from None
-    click.echo(
-        json.dumps(
-            {
-                "model": requests[0].model,
-                "mapped_model": mapped.model,
-                "rule": mapped.rule,
-                "fields": explain_fields(body, table, changes),
-                "requests": [one.body for one in built],
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
+    echo_json(
+        {
+            "model": requests[0].model,
+            "mapped_model": mapped.model,
+            "rule": mapped.rule,
+            "fields": explain_fields(body, table, changes),
+            "requests": [one.body for one in built],
+        }
     )
 
 
 # ---- the running gateway
-
-
-Where = tuple[str | None, str | None, int | None]
 
 
 def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
@@ -8754,8 +8706,7 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
     import urllib.error
     import urllib.request
 
-    accounts, host, port = where
-    config = configured(accounts, host, port, with_accounts=False)
+    config = configured(*where, with_accounts=False)
     url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
     request = urllib.request.Request(url, None if body is None else dump_bytes(body))
     if config.api_key:
@@ -8774,16 +8725,6 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
     raise Unusable(text, "no_gateway")
 
 
-def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that find the running gateway, as one argument `where`."""
-
-    @functools.wraps(command)
-    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
-        command(where=(accounts, host, port), **more)
-
-    return accounts_option(host_option(port_option(with_where)))
-
-
 @main.command("status")
 @gateway_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
@@ -8792,10 +8733,12 @@ def print_status(where: Where, as_json: bool, watch: bool) -> None:
     """Show what each account of the running gateway does, who rests until when and why, and what was used."""
     while True:
         told = ask_gateway(where, "status")
-        text = json.dumps(told, indent=2, ensure_ascii=False) if as_json else status_table(told["accounts"])
         if watch:
             click.clear()
-        click.echo(text)
+        if as_json:
+            echo_json(told)
+        else:
+            click.echo(status_table(told["accounts"]))
         if not watch:
             return
         time.sleep(2)
@@ -8827,9 +8770,8 @@ TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
 def steer_pool(where: Where, action: str, name: str) -> None:
     """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
     account, _, model = name.partition("/")
-    click.echo(
-        status_table(ask_gateway(where, "pool", {"action": action, "account": account, "model": model})["accounts"])
-    )
+    told = ask_gateway(where, "pool", {"action": action, "account": account, "model": model})
+    click.echo(status_table(told["accounts"]))
 
 
 @main.command("why")
@@ -8842,9 +8784,8 @@ def print_why(where: Where, id: str) -> None:
     click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
     for number, step in enumerate(decisions, 1):
         waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
-        click.echo(
-            f"{number}. {step['model']}{waited}: {step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
-        )
+        answered = f"{step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
+        click.echo(f"{number}. {step['model']}{waited}: {answered}")
         for account, state in step["considered"].items():
             click.echo(f"   {account} {state}")
 
@@ -8914,31 +8855,27 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
     async with contextlib.AsyncExitStack() as stack:
         come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
         port = 1 if paste else await listen(Landing(state, come), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
-        click.echo(
-            f"Open this in a browser, and let {account.name} in:\n{login_url(account, redirect, state, verifier)}"
-        )
+        url = login_url(account, redirect, state, verifier)
+        click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
         if paste:
             answer = await asyncio.to_thread(click.prompt, "The address that the browser ends at (it shows no page)")
         else:
             answer = await come
-        code = login_code(answer, state)
-        upstream = Upstream(replace(config, accounts=()))
-        stack.push_async_callback(upstream.close)
-        return await upstream.credentials.redeem(account, code, redirect, verifier)
+    code = login_code(answer, state)
+    return await with_upstream(
+        replace(config, accounts=()), lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier)
+    )
 
 
 @main.command("env")
-@host_option
-@port_option
-@accounts_option
+@gateway_options
 @click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
 @click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
-def print_env(host: str | None, port: int | None, accounts: str | None, shell: str, client: str | None) -> None:
+def print_env(where: Where, shell: str, client: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
-    config = with_key(configured(accounts, host, port, with_accounts=False))
+    config = with_key(configured(*where, with_accounts=False))
     values = client_environment(config)
     if client in DOORS_NOT_BUILT:
         raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
@@ -8947,11 +8884,11 @@ def print_env(host: str | None, port: int | None, accounts: str | None, shell: s
         filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
         filled |= {"word": shlex.quote(key), "bearer": shlex.quote(f"Authorization: Bearer {key}")}
         filled["json"] = json.dumps(key)
-        where, text = (text.format(**filled) for text in CLIENTS[client])
-        click.echo(f"# {where}", err=True)
+        place, text = CLIENTS[client].format(**filled).rstrip().split("\n", 1)
+        click.echo(f"# {place}", err=True)
         click.echo(text)
     elif shell == "json":
-        click.echo(json.dumps(values, indent=2))
+        echo_json(values)
     else:
         click.echo("\n".join(SHELLS[shell](name, value) for name, value in values.items()))
 
