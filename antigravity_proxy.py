@@ -366,40 +366,34 @@ ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
 @value
 class Traits:
-    """What a model can and must do; asked through traits_of, never by its name in passing."""
+    """What a model can and must do, by default the oldest; asked through traits_of, never by its name in passing."""
 
-    thinking: Literal["none", "budget", "level"] = "level"
-    thinks: bool = True
+    thinking: Literal["none", "budget", "level"] = "none"
+    thinks: bool = False
     """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
     can_stop_thinking: bool = False
     budget: tuple[int, int] = (128, 32768)
     levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
-    signatures: bool = True
+    signatures: bool = False
     """Refuses a function call in the history that has no thought signature."""
     call_ids: bool = False
     """Gives its function calls ids, and wants them back."""
     sampling: bool = True
-    penalties: bool = False
-    logprobs: bool = False
-    json_schema: bool = True
+    penalties: bool = True
+    logprobs: bool = True
+    json_schema: bool = False
     """Takes standard JSON Schema; without it, Google's subset."""
-    json_with_tools: bool = True
-    files_in_results: bool = True
+    json_with_tools: bool = False
+    files_in_results: bool = False
     prefill: bool = True
     """Continues an answer that the last turn begins."""
     answers: tuple[str, ...] = ("TEXT",)
-    output_tokens_max: int = 65535
+    output_tokens_max: int = 8192
 
 
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
 # Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
-    (
-        r".*",
-        (0, 0),
-        {"thinking": "none", "thinks": False, "signatures": False, "json_with_tools": False, "files_in_results": False}
-        | {"penalties": True, "logprobs": True, "output_tokens_max": 8192, "json_schema": False},
-    ),
     (r".*", (2, 0), {"json_schema": True}),
     (r".*-image(-.+)?", (0, 0), {"answers": ("TEXT", "IMAGE")}),
     (r".*-tts", (0, 0), {"answers": ("AUDIO",)}),
@@ -407,12 +401,9 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r"-pro", (2, 5), {"thinking": "budget", "thinks": True, "budget": (128, 32768)}),
     (r"-flash", (2, 5), {"thinking": "budget", "thinks": True, "budget": (0, 24576), "can_stop_thinking": True}),
     (r"-flash-lite", (2, 5), {"thinking": "budget", "budget": (512, 24576), "can_stop_thinking": True}),
-    (
-        r".*",
-        (3, 0),
-        {"thinking": "level", "thinks": True, "signatures": True, "json_with_tools": True, "files_in_results": True}
-        | {"can_stop_thinking": False, "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH"), "budget": (128, 32768)},
-    ),
+    (r".*", (3, 0), {"thinking": "level", "thinks": True, "can_stop_thinking": False, "budget": (128, 32768)}),
+    (r".*", (3, 0), {"signatures": True, "json_with_tools": True, "files_in_results": True}),
+    (r".*", (3, 0), {"levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")}),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
@@ -7960,7 +7951,8 @@ class Demo:
             return demo_error(404, "NOT_FOUND", f"The demo has no {http.path}.")
         if name:
             return await self._call(http, *name[1:].partition(":")[::2])
-        return demo_json({"models": [demo_model(name, methods) for name, methods in DEMO_MODELS.items()]})
+        models = ({"name": f"models/{name}", "supportedGenerationMethods": DEMO_MODELS[name]} for name in DEMO_MODELS)
+        return demo_json({"models": list(models)})
 
     async def drain(self) -> None: ...
     async def close(self) -> None: ...
@@ -7994,13 +7986,6 @@ class Demo:
 
 def demo_json(body: Any, status: int = 200) -> HttpResponse:
     return HttpResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
-
-
-def demo_model(name: str, methods: Sequence[str]) -> dict[str, Any]:
-    about = {"name": f"models/{name}", "displayName": name.replace("-", " ").title()}
-    chats = "generateContent" in methods
-    limits = {"inputTokenLimit": 1_048_576 if chats else 2048, "outputTokenLimit": 65_536 if chats else 1}
-    return {**about, **limits, "supportedGenerationMethods": list(methods), "thinking": chats}
 
 
 def demo_error(code: int, status: str, message: str) -> HttpResponse:
@@ -8249,7 +8234,7 @@ def read_if_there(path: Path) -> str | None:
     return None
 
 
-class Unusable(click.ClickException):
+class Unusable(click.ClickException, ConfigError):
     """What the user gave cannot be used; the code at the end stands in README's table."""
 
     exit_code = 2
@@ -8301,10 +8286,7 @@ def servable(config: Config) -> Config:
 
 def reloaded(log_handler: MaskingHandler, accounts: str | None, host: str | None, port: int | None) -> Config:
     """The config anew; its secrets are masked before anybody uses it. Raises ConfigError."""
-    try:
-        config = servable(configured(accounts, host, port))
-    except Unusable as error:
-        raise ConfigError(error.message) from None
+    config = servable(configured(accounts, host, port))
     log_handler.learn(config)
     return config
 
