@@ -8710,20 +8710,13 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
 @main.command("status")
 @gateway_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
-def print_status(where: Where, as_json: bool, watch: bool) -> None:
+def print_status(where: Where, as_json: bool) -> None:
     """Show what each account of the running gateway does, who rests until when and why, and what was used."""
-    while True:
-        told = ask_gateway(where, "status")
-        if watch:
-            click.clear()
-        if as_json:
-            echo_json(told)
-        else:
-            click.echo(status_table(told["accounts"]))
-        if not watch:
-            return
-        time.sleep(2)
+    told = ask_gateway(where, "status")
+    if as_json:
+        echo_json(told)
+    else:
+        click.echo(status_table(told["accounts"]))
 
 
 def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
