@@ -782,9 +782,6 @@ def read_number(low: float, high: float, kind: type[int | float] = float) -> Kin
     return read
 
 
-read_seconds = read_number(0.001, 86400)
-
-
 def read_word(*words: str) -> Kind:
     def read(file: ConfigFile, node: Any, where: str) -> str:
         if node.value not in words:
@@ -845,8 +842,8 @@ def read_map(kind: Kind) -> Kind:
     return read
 
 
-def read_section(kinds: Mapping[str, Kind]) -> Kind:
-    return lambda file, node, where: file.section(node, where, kinds)
+def read_section(kinds: Mapping[str, Kind], make: Callable[..., Any] = dict) -> Kind:
+    return lambda file, node, where: make(**file.section(node, where, kinds))
 
 
 def setting(read: Kind, **more: Any) -> Any:
@@ -857,10 +854,6 @@ def setting(read: Kind, **more: Any) -> Any:
 def keys_of(kind: type[Any]) -> dict[str, Kind]:
     """The keys that a class of settings is given by."""
     return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
-
-
-def read_into(kind: type[T]) -> Kind:
-    return lambda file, node, where: kind(**file.section(node, where, keys_of(kind)))
 
 
 @value
@@ -895,6 +888,7 @@ class Account:
 ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
 USER_KEYS = ("client_id", "client_secret", "refresh_token")
 OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+read_seconds = read_number(0.001, 86400)
 
 
 @value
@@ -947,7 +941,7 @@ class Config:
     fetch_media: bool = setting(read_flag, default=True)
     media_hosts: tuple[str, ...] = setting(read_texts, default=())
     images_in_text: bool = setting(read_flag, default=False)
-    timeouts: Timeouts = setting(read_into(Timeouts), default=Timeouts())
+    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), default=Timeouts())
     heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
