@@ -1123,14 +1123,11 @@ def is_public(host: str) -> bool:
     address = ip_address(host.strip("[]").partition("%")[0])
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in NAT64:
+        if address in ip_network("64:ff9b::/96"):  # NAT64
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
     return address.is_global and not address.is_multicast
-
-
-NAT64 = ip_network("64:ff9b::/96")
 
 
 def is_address(host: str) -> bool:
@@ -8562,7 +8559,8 @@ def check(accounts: str | None, online: bool) -> None:
 
 def told_credentials(account: Account) -> str:
     if account.kind == "gemini":
-        return masked_key(account.api_key)
+        key = account.api_key  # enough of it to tell two apart, too little to use one
+        return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
     if account.service_account:
         return "service account"
     return "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
@@ -8606,11 +8604,6 @@ def remedy_of(error: UpstreamError, kind: str) -> str:
     new_key = "Make a new key at https://aistudio.google.com/apikey."
     refused_key = isinstance(error, CredentialRefused) and kind == "gemini"
     return next(found, new_key if refused_key else "" if ". " in error.message else error.advice)
-
-
-def masked_key(key: str) -> str:
-    """Enough of a key to tell two apart, too little to use one."""
-    return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
 
 
 @main.command()
@@ -8687,6 +8680,7 @@ def print_status(where: Where, as_json: bool) -> None:
 
 def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
     """A line an account, and one for each model that it was asked for."""
+    quotas = ("requests_per_minute", "requests_per_day", "tokens_per_day")
     rows = [("account", "kind", "model", "in flight", "requests/min", "requests/day", "tokens/day", "state")]
     for one in accounts:
         shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
@@ -8694,14 +8688,9 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
         about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
         rows.append((*about, "; ".join([one["state"], *shared])))
         for model in one["models"]:
-            counts = (
-                f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in TABLE_QUOTAS
-            )
+            counts = (f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in quotas)
             rows.append(("", "", model["model"], "", *counts, model["state"]))
     return render_table(rows)
-
-
-TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
 
 
 @main.command("pool")
