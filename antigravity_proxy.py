@@ -214,6 +214,7 @@ EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 EFFORT_BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768), strict=True))
 
 TOOL_NAME_MAX = 64
+TOOL_NAME = re.compile(r"[A-Za-z_][\w.:-]*", re.ASCII)
 EMBEDDINGS_MAX = 2048
 EMBEDDINGS_A_CALL = 100
 ANSWER_TOOL = "give_final_answer"
@@ -336,14 +337,14 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 # Fields that nothing reads are of the right type all the same.
-UNREAD_FIELDS: Mapping[str, tuple[type, str]] = {
-    **dict.fromkeys(("logit_bias", "metadata", "prompt_cache_options", "moderation"), (dict, "an object")),
-    **dict.fromkeys(("prediction", "client_metadata"), (dict, "an object")),
-    **dict.fromkeys(("user", "service_tier", "safety_identifier", "truncation", "verbosity"), (str, "a string")),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), (str, "a string")),
-    **dict.fromkeys(("include", "context_management"), (list, "an array")),
-    **dict.fromkeys(("best_of", "max_tool_calls"), (int, "a whole number")),
-    **dict.fromkeys(("store", "echo"), (bool, "true or false")),
+UNREAD_FIELDS: Mapping[str, tuple[Collection[type], str]] = {
+    **dict.fromkeys(("logit_bias", "metadata", "prompt_cache_options", "moderation"), ((dict,), "an object")),
+    **dict.fromkeys(("prediction", "client_metadata"), ((dict,), "an object")),
+    **dict.fromkeys(("user", "service_tier", "safety_identifier", "truncation", "verbosity"), ((str,), "a string")),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ((str,), "a string")),
+    **dict.fromkeys(("include", "context_management"), ((list,), "an array")),
+    **dict.fromkeys(("best_of", "max_tool_calls"), ((int,), "a whole number")),
+    **dict.fromkeys(("store", "echo"), ((bool,), "true or false")),
 }
 
 # What is served while the upstream's own list cannot be had.
@@ -1232,7 +1233,7 @@ class Tool:
     answers: bool = False
     """Not the client's: its argument is the final answer."""
     source: str = ""
-    """Where in the body it stands, as a JSON pointer."""
+    """Where in the body it stands, such as tools[0].function."""
 
 
 @value
@@ -1407,23 +1408,18 @@ def collect(events: Iterable[Event]) -> Reply:
     """The whole answer. Raises the GatewayError of a Failed event."""
     reply = Reply()
     for event in events:
-        match event:
-            case PartEnd(choice, part):
-                reply.choices.setdefault(choice, Choice()).parts.append(part)
-            case Annotated(choice, citations, searches):
-                made = reply.choices.setdefault(choice, Choice())
-                made.citations, made.searches = citations, searches
-            case Finished(choice, reason, logprobs):
-                made = reply.choices.setdefault(choice, Choice())
-                made.reason, made.logprobs = reason, logprobs
-            case Ended(usage):
-                reply.usage = usage
-            case Failed(error):
-                raise error
-            case Started() | PartStart() | TextDelta() | ThinkingDelta() | ArgumentsDelta():
-                pass
-            case _:
-                assert_never(event)
+        if isinstance(event, PartEnd | Annotated | Finished):
+            made = reply.choices.get(event.choice) or reply.choices.setdefault(event.choice, Choice())
+            if isinstance(event, PartEnd):
+                made.parts.append(event.part)
+            elif isinstance(event, Finished):
+                made.reason, made.logprobs = event.reason, event.logprobs
+            else:
+                made.citations, made.searches = event.citations, event.searches
+        elif isinstance(event, Ended):
+            reply.usage = event.usage
+        elif isinstance(event, Failed):
+            raise event.error
     return reply
 
 
@@ -1451,8 +1447,7 @@ def dump_bytes(value: Any) -> bytes:
     """Compact JSON in UTF-8. Raises ValueError as `dumps`, and BadRequest for what is nested too deep."""
     if orjson is not None:
         with contextlib.suppress(TypeError):  # half a surrogate pair, a number of more than 64 bits, 254 levels
-            made: bytes = orjson.dumps(value)
-            return made
+            return b"%b" % orjson.dumps(value)  # which holds several times what it needs
     try:
         return encoded(dumps(value))
     except RecursionError:
@@ -1496,13 +1491,17 @@ def parse_json(text: str | bytes) -> Any:
 
 def parse_strict(text: str) -> Any:
     """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
+    if not ODD_NUMBER.search(text):
+        return parse_json(text)
     try:
         value = json.loads(text)
-        if re.search(r"NaN|Infinity|[eE]\+?\d{3}", text):
-            json.dumps(value, allow_nan=False)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return None
     return value
+
+
+ODD_NUMBER = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{17}")  # which is none, or which orjson would round
 
 
 # ==============================================================================
@@ -1530,17 +1529,15 @@ class Fields:
     def change(self, key: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer_of(self.at(key)), kind, reason))
 
-    def get(self, key: str, kind: type | tuple[type, ...], word: str) -> Any:
+    def get(self, key: str, kinds: Collection[type], word: str) -> Any:
         value = self.value.get(key)
-        if value is None:
-            return None
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
-        return value
+        if value is None or value.__class__ in kinds:
+            return value
+        raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
 
     def text(self, key: str) -> str | None:
-        value: str | None = self.get(key, str, "a string")
-        return value
+        value: str | None = self.value.get(key)
+        return value if value is None or value.__class__ is str else self.get(key, (str,), "a string")
 
     def needed_text(self, key: str) -> str:
         value = self.text(key)
@@ -1563,18 +1560,18 @@ class Fields:
         return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
 
     def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, bool, "true or false")
+        value = self.get(key, (bool,), "true or false") if key in self.value else None
         return default if value is None else bool(value)
 
     def number(self, key: str, low: float, high: float) -> float | None:
-        value: float | None = self.get(key, (int, float), "a number")
+        value: float | None = self.get(key, (int, float), "a number") if key in self.value else None
         if value is not None and not low <= value <= high:
             code = "decimal_below_min_value" if value < low else "decimal_above_max_value"
             raise self.wrong(key, f"is {value}", f"Send a number from {low} to {high}", code)
         return value
 
     def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
-        value: int | None = self.get(key, int, "a whole number")
+        value: int | None = self.get(key, (int,), "a whole number") if key in self.value else None
         if value is not None and not low <= value <= high:
             code = "integer_below_min_value" if value < low else "integer_above_max_value"
             limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
@@ -1582,12 +1579,12 @@ class Fields:
         return value
 
     def object(self, key: str) -> Fields | None:
-        value = self.get(key, dict, "an object")
+        value = self.get(key, (dict,), "an object") if key in self.value else None
         return None if value is None else Fields(value, self.at(key), self.changes)
 
     def objects(self, key: str) -> list[Fields]:
-        items = self.get(key, list, "an array") or []
-        return [Fields(item, f"{self.at(key)}[{i}]", self.changes) for i, item in enumerate(items)]
+        items, path = self.get(key, (list,), "an array") or (), self.at(key)
+        return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
 
 
 def escaped(key: str) -> str:
@@ -1672,7 +1669,7 @@ def explain_fields(
 def parse_modalities(fields: Fields) -> tuple[str, ...]:
     if fields.value.get("audio") is not None:
         raise fields.wrong("audio", "is not served", "Leave it out", "unsupported_parameter")
-    wished = fields.get("modalities", list, "an array") or []
+    wished = fields.get("modalities", (list,), "an array") or []
     if not all(one in ("text", "image") for one in wished):
         raise fields.wrong(
             "modalities", "asks for what is not served", "Send text, or text and image", "unsupported_value"
@@ -1700,7 +1697,7 @@ def parse_sampling(fields: Fields) -> dict[str, Any]:
 
 def parse_seed(fields: Fields) -> int | None:
     """The seed; Gemini's has 32 bits."""
-    seed: int | None = fields.get("seed", int, "a whole number")
+    seed: int | None = fields.get("seed", (int,), "a whole number")
     if seed is not None and seed != seed & 0x7FFFFFFF:
         fields.change("seed", "clamped", "its lower 31 bits are sent")
     return None if seed is None else seed & 0x7FFFFFFF
@@ -1719,7 +1716,7 @@ def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: boo
         return ThinkingWish(effort=effort, show=show, source=source)
     return ThinkingWish(
         effort=config.text("thinking_level") or effort,
-        budget=config.get("thinking_budget", int, "a whole number"),
+        budget=config.get("thinking_budget", (int,), "a whole number"),
         show=config.flag("include_thoughts", default=show),
         source=pointer_of(config.path),
     )
@@ -1925,7 +1922,8 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
     declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
     for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
         if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
-            fields.changes.append(Change(tool.source, "dropped", f"the tool '{tool.name}' is declared twice"))
+            pointer = pointer_of(tool.source)
+            fields.changes.append(Change(pointer, "dropped", f"the tool '{tool.name}' is declared twice"))
     return tuple(tools.values())
 
 
@@ -1949,9 +1947,8 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
 
 def parse_function(entry: Fields, inner: Fields) -> Tool:
     parameters = inner.object("parameters")
-    description = inner.text("description") or ""
-    source = pointer_of(inner.path)
-    return Tool(inner.needed_text("name"), description, parameters.value if parameters else None, source=source)
+    schema = parameters.value if parameters else None
+    return Tool(inner.needed_text("name"), inner.text("description") or "", schema, source=inner.path)
 
 
 def parse_custom(entry: Fields, inner: Fields) -> Tool:
@@ -1962,14 +1959,13 @@ def parse_custom(entry: Fields, inner: Fields) -> Tool:
     if grammar:
         description += f"\nThe input must follow this grammar:\n{grammar}"
     entry.change("type", "emulated", "free text is asked for as a function of one string")
-    name, source = inner.needed_text("name"), pointer_of(inner.path)
-    return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=source)
+    return Tool(inner.needed_text("name"), description, CUSTOM_PARAMETERS, custom=True, source=inner.path)
 
 
 def search_source(fields: Fields) -> dict[str, str]:
     """Where a web search is asked for, if it is: as a hosted tool, or by chat's own field."""
     asked = fields.object("web_search_options") is not None
-    for i, tool in enumerate(fields.get("tools", list, "an array") or ()):
+    for i, tool in enumerate(fields.get("tools", (list,), "an array") or ()):
         if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
             return {"search": f"/tools/{i}"}
     return {"search": "/web_search_options"} if asked else {}
@@ -2385,12 +2381,9 @@ class AccountPool:
         """Whether any limit was given or learned."""
         self.update(accounts, strategy, reserve)
 
-    @property
-    def accounts(self) -> tuple[Account, ...]:
-        return tuple(seat.account for seat in self._seats)
-
     def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
         """Takes other accounts in; who is unchanged keeps its state, who changed keeps only what a person paused."""
+        self.accounts = tuple(accounts)
         self._strategy, self._reserve = strategy, reserve
         known = {seat.account.name: seat for seat in self._seats}
         self._seats = []
@@ -2707,7 +2700,7 @@ class SignatureMemory:
         for event in events:
             if isinstance(event, PartEnd) and isinstance(event.part, ToolCall | Text) and event.part.signature:
                 self._known[signature_key(event.part)] = (model, event.part.signature)
-        self._forget()
+                self._forget()
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
         """Takes in what `signature_entry` told of earlier answers."""
@@ -2786,7 +2779,7 @@ class Built:
     body: dict[str, Any]
     changes: tuple[Change, ...]
     tools: Mapping[str, Tool]
-    """By the name that Gemini knows the tool by."""
+    """By the name that Gemini knows them by, those whose calls are not simply calls of that name."""
 
 
 def build_generate_content(request: Request, traits: Traits, dialect: Dialect = "gemini") -> Built:
@@ -2807,6 +2800,7 @@ class Builder:
         self.takes_json_schema = traits.json_schema and dialect == "gemini"
         self.changes: list[Change] = []
         self.names: dict[tuple[str | None, str], str] = {}
+        self.taken: set[str] = set()
 
     def build(self) -> Built:
         request = self.request
@@ -2827,9 +2821,7 @@ class Builder:
         self.search(body, config)
         if config:
             body["generationConfig"] = config
-        bare = (replace(tool, description="", parameters=None) for tool in tools)  # a stream holds them for long
-        known = {self.names[tool.namespace, tool.name]: tool for tool in bare}
-        return Built(body, tuple(dict.fromkeys(self.changes)), known)
+        return Built(body, tuple(dict.fromkeys(self.changes)), self.renamed(tools))
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
@@ -2840,14 +2832,25 @@ class Builder:
         """The name that Gemini takes for a tool: its own where it may, else a short one that is never another's."""
         if known := self.names.get((namespace, name)):
             return known
-        whole = f"{namespace}__{name}" if namespace else name
-        made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
-        if len(made) > TOOL_NAME_MAX or made in self.names.values():
+        made = whole = f"{namespace}__{name}" if namespace else name
+        if not TOOL_NAME.fullmatch(whole):
+            made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
+        if len(made) > TOOL_NAME_MAX or made in self.taken:
             made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(encoded(whole)).hexdigest()[:8]}"
         if made != name and source:
-            self.change(f"{source}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
+            self.change(f"{pointer_of(source)}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
         self.names[namespace, name] = made
+        self.taken.add(made)
         return made
+
+    def renamed(self, tools: Iterable[Tool]) -> dict[str, Tool]:
+        """The tools of whose calls a reader must know more than their name; a stream holds them for long."""
+        named = [(self.names[tool.namespace, tool.name], tool) for tool in tools]
+        return {
+            name: replace(tool, description="", parameters=None)
+            for name, tool in named
+            if name != tool.name or tool.namespace or tool.custom or tool.answers
+        }
 
     def tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
@@ -2867,7 +2870,7 @@ class Builder:
             return declaration
         if self.takes_json_schema:
             return declaration | {"parametersJsonSchema": schema}
-        source = tool.source if tool.answers else f"{tool.source}/parameters"
+        source = tool.source if tool.answers else f"{pointer_of(tool.source)}/parameters"
         reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
         return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
 
@@ -3031,7 +3034,10 @@ class Builder:
                 results = [part for part in message.parts if isinstance(part, ToolResult)]
                 add_turn(contents, "user", self.orphans([one for one in results if id(one) not in answered]))
                 continue
-            add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
+            if message.role == "user":
+                add_turn(contents, "user", self.parts(message.parts))
+                continue
+            add_turn(contents, "model", self.parts(message.parts))
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
                 contents += self.results(calls, [answers.get(id(call)) for call in calls])
         self.end(contents)
@@ -3046,9 +3052,14 @@ class Builder:
             contents.append({"role": "user", "parts": [{"text": "Continue exactly where you stopped."}]})
 
     def parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        built = [made for part in parts for made in self.part(part)]
-        first_call = next((part for part in built if "functionCall" in part), None)
-        if first_call is not None and self.traits.signatures:
+        built: list[dict[str, Any]] = []
+        for part in parts:
+            if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
+                built.append({"text": part.text})
+            else:
+                built += self.part(part)
+        first_call = next((part for part in built if "functionCall" in part), None) if self.traits.signatures else None
+        if first_call is not None:
             first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
         return built
 
@@ -3429,10 +3440,10 @@ class Candidate:
     answered: bool = False
     """Has given its answer by the answer tool."""
     reason: str = ""
-    pcm: list[bytes] = field(default_factory=list)
+    pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
-    grounding: list[Mapping[str, Any]] = field(default_factory=list)
-    logprobs: list[Mapping[str, Any]] = field(default_factory=list)
+    grounding: tuple[Mapping[str, Any], ...] = ()
+    logprobs: tuple[Mapping[str, Any], ...] = ()
 
 
 @value
@@ -3488,7 +3499,7 @@ class GeminiReader:
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
-        self._ids: set[str] = set()
+        self._ids: frozenset[str] = frozenset()
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
         self._usage: Mapping[str, Any] = {}
@@ -3503,22 +3514,22 @@ class GeminiReader:
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        return self._read(self._chunks, self._splitter.feed(data))
+        try:
+            self._chunks(self._splitter.feed(data))
+        except MISSHAPEN:
+            self._fail(not_understood())
+        events, self._events = self._events, []
+        return events
 
     def close(self, error: UpstreamError | None = None) -> list[Event]:
         """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
-        events = self._read(self._chunks, self._splitter.close())
-        return events if self._failed else events + self._finish(error)
+        self._try(self._chunks, self._splitter.close())
+        return self._finish(error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        events = self._read(lambda raw: self._chunk(self._parsed(raw)), body)
-        return events if self._failed else events + self._finish()
-
-    def _read(self, step: Callable[[Any], None], what: Any) -> list[Event]:
-        self._try(step, what)
-        events, self._events = self._events, []
-        return events
+        self._try(lambda: self._chunk(self._parsed(body)))
+        return self._finish()
 
     def _chunks(self, texts: Iterable[bytes]) -> None:
         for text in texts:
@@ -3548,6 +3559,8 @@ class GeminiReader:
         before = len(self._events)
         self._chunk(chunk)
         self._shape = shape_of(raw, chunk, self._events[before:], self._candidates)
+        if self._shape:
+            self._usage, self._uncounted = {}, raw  # which is smaller
 
     def _parsed(self, raw: bytes) -> Any:
         try:
@@ -3560,8 +3573,8 @@ class GeminiReader:
         """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
         try:
             step(*what)
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
-            self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
+        except MISSHAPEN:
+            self._fail(not_understood())
 
     def _chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
@@ -3595,9 +3608,11 @@ class GeminiReader:
         """What is told of a candidate beside its content."""
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
-        candidate.grounding += [raw[key] for key in ("groundingMetadata", "citationMetadata") if key in raw]
+        for key in ("groundingMetadata", "citationMetadata"):
+            if key in raw:
+                candidate.grounding += (raw[key],)
         if result := raw.get("logprobsResult"):
-            candidate.logprobs += logprobs_of(result)
+            candidate.logprobs += tuple(logprobs_of(result))
 
     def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
@@ -3656,14 +3671,14 @@ class GeminiReader:
         """Gemini's own id for a call where it is one that OpenAI's clients take, else a new one."""
         usable = isinstance(given, str) and 0 < len(given) <= CALL_ID_MAX and given not in self._ids
         made: str = given if usable else self._new_id()
-        self._ids.add(made)
+        self._ids |= {made}
         return made
 
     def _media(self, choice: int, candidate: Candidate, media: Media) -> None:
         if media.mime.lower().startswith("audio/l16"):
             rate = re.search(r"rate=(\d{1,6})", media.mime)
             candidate.pcm_rate = int(rate[1]) if rate else candidate.pcm_rate
-            candidate.pcm.append(base64.b64decode(media.data))
+            candidate.pcm += (base64.b64decode(media.data),)
             candidate.said = True
         else:
             self._whole_part(choice, candidate, media)
@@ -3699,6 +3714,13 @@ class GeminiReader:
         self._events.append(Failed(error))
 
     def _finish(self, error: UpstreamError | None = None) -> list[Event]:
+        """What is left to be told, once, at the end."""
+        if not self._failed:
+            self._end(error)
+        events, self._events = self._events, []
+        return events
+
+    def _end(self, error: UpstreamError | None) -> None:
         if not self._candidates or not all(candidate.reason for candidate in self._candidates.values()):
             self._fail(error or UpstreamBroken("Gemini's answer broke off before its end. Try again."))
         for choice, candidate in sorted(self._candidates.items()):
@@ -3707,8 +3729,6 @@ class GeminiReader:
         if not self._failed:
             last = self._parsed(self._uncounted) if self._uncounted else {}
             self._emit(Ended(usage_of(last.get("usageMetadata") or self._usage)))
-        events, self._events = self._events, []
-        return events
 
     def _finish_choice(self, choice: int, candidate: Candidate) -> None:
         reason = FINISH_REASONS.get(candidate.reason, "stop")
@@ -3718,17 +3738,26 @@ class GeminiReader:
             return self._fail(UpstreamBroken(f"Gemini's answer is empty ({told_reason(candidate.reason)}). Try again."))
         if candidate.pcm:
             self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
+        self._end_part(choice, candidate, self._annotate(choice, candidate) if candidate.grounding else ())
+        self._emit(Finished(choice, reason, candidate.logprobs))
+
+    def _annotate(self, choice: int, candidate: Candidate) -> tuple[Citation, ...]:
+        """Tells what the whole text rests on; the citations of the part that is open, counted in it."""
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        citations = citations_of(spoken, candidate.grounding) if candidate.grounding else ()
-        queries = [
-            checked_text(query) for about in candidate.grounding for query in about.get("webSearchQueries") or ()
-        ]
+        citations = citations_of(spoken, candidate.grounding)
+        queries = [query for about in candidate.grounding for query in about.get("webSearchQueries") or ()]
         if citations or queries:
-            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(queries))))
+            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(map(checked_text, queries)))))
         before = len(candidate.before)
         ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
-        self._end_part(choice, candidate, tuple(ours))
-        self._emit(Finished(choice, reason, tuple(candidate.logprobs)))
+        return tuple(ours)
+
+
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+
+
+def not_understood() -> UpstreamBroken:
+    return UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
 
 
 class CloudCodeReader(GeminiReader):
@@ -4049,7 +4078,7 @@ class ChatRenderer:
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
         self._media: dict[int, int] = {}
-        self._spoken: set[int] = set()
+        self._spoken: tuple[int, ...] = ()
         self._custom = False
         self._before_text: dict[int, str] = {}
         """Of each choice that has begun, how a chunk of its text begins."""
@@ -4114,7 +4143,7 @@ class ChatRenderer:
         if media.mime.startswith("audio/") and choice in self._spoken:
             return ""  # SDKs would join a second one with the first
         if media.mime.startswith("audio/"):
-            self._spoken.add(choice)
+            self._spoken += (choice,)
         elif self._head.images_in_text:
             return self._delta(choice, dumps({"content": f"![image]({data_url(media)})"}))
         index = self._media[choice] = self._media.get(choice, -1) + 1
@@ -5206,12 +5235,12 @@ class Incoming:
     It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
     """
 
-    def __init__(self, channel: Channel, first_s: float, idle_s: float) -> None:
+    def __init__(self, channel: Channel, loop: asyncio.AbstractEventLoop, first_s: float, idle_s: float) -> None:
         self.status = 0
         """Until the head has come."""
         self.headers: Mapping[str, str] = {}
         self._channel = channel
-        self._loop = asyncio.get_running_loop()
+        self._loop = loop
         self._pieces: list[bytes] = []
         self._sink: Callable[[bytes], None] | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -5220,7 +5249,7 @@ class Incoming:
         self._error: Exception | None = None
         self._idle_s = idle_s
         self._last = 0.0
-        self._alarm = self._loop.call_later(first_s, self.abort, TimeoutError())
+        self._alarm = self._loop.call_later(first_s, self._give_up)
 
     # ---- from the wire
 
@@ -5254,13 +5283,16 @@ class Incoming:
         if silent_s < self._idle_s:
             self._alarm = self._loop.call_later(self._idle_s - silent_s, self._check_silence)
         else:
-            self.abort(TimeoutError())
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self.abort(TimeoutError())
 
     # ---- to whoever wants it
 
-    async def _wait(self) -> None:
+    def _wait(self) -> asyncio.Future[None]:
         self._waiter = self._loop.create_future()
-        await self._waiter
+        return self._waiter
 
     async def head(self) -> None:
         """Returns once status and headers are there. Raises what kept them from coming: OSError, TimeoutError."""
@@ -5292,6 +5324,7 @@ class Incoming:
             self._pieces.clear()
             sink(data)
         self._sink = sink
+        self.headers = {}  # a stream may last long
         if not self._ended:
             self._alarm.cancel()
             self._last = self._loop.time()
@@ -5425,7 +5458,8 @@ class Connection:
     Source: https://www.rfc-editor.org/rfc/rfc9112
     """
 
-    def __init__(self, idle: list[Connection], timeouts: Timeouts) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts) -> None:
+        self._loop = loop
         self._idle = idle
         self._timeouts = timeouts
         self._head = b""
@@ -5439,7 +5473,7 @@ class Connection:
         if self._transport.is_closing():
             raise StaleConnection
         self._silent = True
-        self._incoming = incoming = Incoming(self, self._timeouts.first_event_s, self._timeouts.idle_s)
+        self._incoming = incoming = Incoming(self, self._loop, self._timeouts.first_event_s, self._timeouts.idle_s)
         self._transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
         if len(body) >= JOINED_BYTES_MAX:
             self._transport.write(body)
@@ -5462,7 +5496,10 @@ class Connection:
             if not incoming.status:
                 data = self._read_head(incoming, data)
             if incoming.status:
-                self._read_body(incoming, data)
+                if body := self._unframer.feed(data):
+                    incoming.push(body)
+                if self._unframer.done:
+                    self._end(incoming)
         except (ValueError, IndexError):
             incoming.abort(ConnectionError("what came is not HTTP"))
 
@@ -5479,25 +5516,22 @@ class Connection:
         version, status = first.split(" ", 2)[:2]
         if status.startswith("1"):
             return self._read_head(incoming, rest)  # 100 Continue, 103 Early Hints: the answer is still to come
-        fields = (line.partition(":") for line in lines)
-        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        headers = dict(map(known_field, lines))
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         self._unframer = Unframer(headers)
         incoming.begin(int(status), headers)
         return rest
 
-    def _read_body(self, incoming: Incoming, data: bytes) -> None:
-        if body := self._unframer.feed(data):
-            incoming.push(body)
+    def _end(self, incoming: Incoming) -> None:
+        """The answer is whole; the connection may serve another one. Raises ValueError."""
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
-        if self._unframer.done:
-            self._incoming = None
-            if self._keep and not self._transport.is_closing():
-                self._idle.append(self)
-            else:
-                self._transport.close()
-            incoming.end()
+        self._incoming = None
+        if self._keep and not self._transport.is_closing():
+            self._idle.append(self)
+        else:
+            self._transport.close()
+        incoming.end()
 
     def eof_received(self) -> None:
         """Nothing to do: asyncio closes the transport and calls connection_lost."""
@@ -5524,6 +5558,13 @@ class Connection:
 
     def abort(self) -> None:
         self._transport.abort()
+
+
+@functools.lru_cache(256)
+def known_field(line: str) -> tuple[str, str]:
+    """Name and value of an answer's header; most lines are those of the last answer."""
+    name, _, value = line.partition(":")
+    return name.strip().lower(), value.strip()
 
 
 class StaleConnection(ConnectionError):
@@ -5563,11 +5604,12 @@ class DirectTransport:
         return await connection.exchange(head, body)
 
     async def _connect(self) -> Connection:
-        connection = Connection(self._idle, self._timeouts)
-        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
         loop = asyncio.get_running_loop()
+        connection = Connection(loop, self._idle, self._timeouts)
+        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
         tls = tls_context() if self._tls else None
-        both: Any = {"happy_eyeballs_delay": 0.25} if isinstance(loop, asyncio.BaseEventLoop) else {}  # not in uvloop
+        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(self._host)  # uvloop cannot
+        both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
                 await loop.create_connection(lambda: protocol, self._host, self._port, ssl=tls, **both)
@@ -5608,9 +5650,9 @@ class ProxiedTransport:
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
             about = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
             response = await ask(self._url + path, **about)
-        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-        pour = Pour(response)
-        pour.start(Incoming(pour, left_s, self._timeouts.idle_s))
+        loop, pour = asyncio.get_running_loop(), Pour(response)
+        left_s = (deadline.when() or 0.0) - loop.time()
+        pour.start(Incoming(pour, loop, left_s, self._timeouts.idle_s))
         return pour.incoming
 
     async def close(self) -> None:
@@ -5727,7 +5769,7 @@ class Answer:
 
     async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
         """Hands the events of each read to the sink as they come; those that end the answer are returned."""
-        reader = self._reader
+        reader, self.first = self._reader, []
         if reader is None:
             return []
         error: UpstreamError | None = None
@@ -5786,6 +5828,7 @@ class Merged:
             last = await answer.flow(lambda events: sink(self._relay(choice, events)))
             return self._relay(choice, last)
 
+        self.first = []
         self._tasks = [asyncio.create_task(relay(choice, answer)) for choice, answer in enumerate(self._answers)]
         for done in asyncio.as_completed(self._tasks):
             events = await done
@@ -6602,7 +6645,7 @@ class HttpRequest:
     """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
 
     __slots__ = (
-        *("method", "path", "headers", "close", "begun", "ended", "whole", "source"),
+        *("method", "path", "headers", "close", "begun", "ended", "whole", "source", "task", "quiet"),
         *("_query", "_new", "_connection", "_left", "_chunks", "_pieces", "_size", "_come", "_error"),
     )
 
@@ -6614,6 +6657,10 @@ class HttpRequest:
         self.close = "close" in said or not (self._new or "keep-alive" in said)
         self.begun = self.ended = False
         """Whether the head of the answer went out, and its end."""
+        self.quiet = True
+        """Nothing was written since somebody looked."""
+        self.task: asyncio.Task[None] | None = None
+        """Who answers it."""
         self.source: Answer | Merged | None = None
         """What the answer is made of: it pauses while the client does not take what was written."""
         self._connection = connection
@@ -6665,9 +6712,8 @@ class HttpRequest:
 
     async def read(self) -> bytes:
         """The body, unpacked, once. Raises BodyTooLarge, BodyTooSlow, and BadRequest for a broken one."""
-        too_large = BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB. Send a smaller one.")
         if self._left > BODY_BYTES_MAX:
-            raise too_large
+            raise too_large()
         if not self.whole:
             if self.headers.get("expect", "").lower() == "100-continue" and not self._size:
                 self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6675,7 +6721,7 @@ class HttpRequest:
                 keep_buffers()
             await self._rest_of_body(BODY_S_MAX)
         if self._error or self._size > BODY_BYTES_MAX:
-            raise self._error or too_large
+            raise self._error or too_large()
         data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
         self._pieces.clear()
         packing = self.headers.get("content-encoding", "identity").lower()
@@ -6709,7 +6755,7 @@ class HttpRequest:
 
     def begin(self, headers: Mapping[str, str], data: bytes) -> None:
         """The head of an answer of unknown length, and what is there of its body."""
-        self.begun = True
+        self.begun, self.quiet = True, False
         self.headers = {}  # a stream may last long
         self.close |= not (self._new and self.whole)
         framing = {"Transfer-Encoding": "chunked"} if self._new else {}
@@ -6717,8 +6763,9 @@ class HttpRequest:
 
     def write(self, data: bytes) -> None:
         """A piece of the body; whoever is gone gets nothing."""
-        if not self.gone:
-            self._connection.transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
+        self.quiet, transport = False, self._connection.transport
+        if data and not transport.is_closing():
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
 
     def end(self, data: bytes) -> None:
         """The last piece."""
@@ -6748,13 +6795,15 @@ class HttpRequest:
 
 
 def render_head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = "".join([f"{name}: {printable(value)}\r\n" for name, value in headers.items()])
+    lines = "".join(
+        [f"{name}: {value if value.isprintable() else printable(value)}\r\n" for name, value in headers.items()]
+    )
     return encoded(f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{lines}\r\n")
 
 
 def printable(value: str) -> str:
     """A header's value without what would end it."""
-    return value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+    return "".join(c if c.isprintable() else "?" for c in value)
 
 
 @functools.cache
@@ -6770,6 +6819,10 @@ def http_date(now: int) -> str:
     return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
 
 
+def too_large(when: str = "") -> BodyTooLarge:
+    return BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB{when}. Send a smaller one.")
+
+
 def unpacked(data: bytes, packing: str) -> bytes:
     """The body as it was before it was packed. Raises BadRequest, BodyTooLarge."""
     if packing not in ("gzip", "x-gzip", "deflate"):
@@ -6781,7 +6834,7 @@ def unpacked(data: bytes, packing: str) -> bytes:
     except zlib.error:
         body = b""
     if len(body) > BODY_BYTES_MAX:
-        raise BodyTooLarge(f"The body is larger than {BODY_BYTES_MAX >> 20} MB when unpacked. Send a smaller one.")
+        raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
         text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
         raise BadRequest(text, headers=CLOSE)
@@ -6821,12 +6874,21 @@ class Server:
         self.connections: set[ClientConnection] = set()
         self.connections_max = connections_max
         self.loop = asyncio.get_running_loop()
+        self._sweep()
 
     def accept(self) -> Any:
         return ClientConnection(self)
 
+    def _sweep(self) -> None:
+        """Closes the connections on which no whole head came for too long; one timer for them all."""
+        for connection in [*self.connections]:
+            if connection.waits_s() > KEEP_ALIVE_S:
+                connection.transport.close()
+        self._alarm = self.loop.call_later(KEEP_ALIVE_S / 8, self._sweep)
+
     async def close(self) -> None:
         """Ends all connections; what was written has a second to be taken."""
+        self._alarm.cancel()
         for connection in [*self.connections]:
             connection.transport.close()
         until = self.loop.time() + 1
@@ -6839,14 +6901,13 @@ class Server:
 class ClientConnection:
     """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
 
-    __slots__ = ("_alarm", "_deaf", "_request", "_rest", "_server", "_since", "_stall", "_task", "room", "transport")
+    __slots__ = ("_deaf", "_request", "_rest", "_server", "_since", "_stall", "room", "transport")
 
     def __init__(self, server: Server) -> None:
         self._server = server
         self._rest = b""
         """What came and belongs to no request yet."""
         self._request: HttpRequest | None = None
-        self._task: asyncio.Task[None] | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._since = server.loop.time()
         """When the connection was made, or its last request was over."""
@@ -6857,19 +6918,15 @@ class ClientConnection:
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
         transport.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
-        self._alarm = self._server.loop.call_later(KEEP_ALIVE_S, self._look)
         self._server.connections.add(self)
         if len(self._server.connections) > self._server.connections_max:
             text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
             self._refuse(Overloaded(text))
             transport.close()
 
-    def _look(self) -> None:
-        """Closes the connection when no whole head came for too long. A timer a connection, none a request."""
-        left_s = KEEP_ALIVE_S if self._request else self._since + KEEP_ALIVE_S - self._server.loop.time()
-        if left_s <= 0:
-            return self.transport.close()
-        self._alarm = self._server.loop.call_later(left_s, self._look)
+    def waits_s(self) -> float:
+        """For how long there has been no request."""
+        return 0.0 if self._request else self._server.loop.time() - self._since
 
     def data_received(self, data: bytes) -> None:
         request = self._request
@@ -6901,7 +6958,7 @@ class ClientConnection:
         except ValueError as error:
             return self._refuse(not_http(error))
         self._request = request
-        self._task = self._server.loop.create_task(self._serve(request))
+        request.task = self._server.loop.create_task(self._serve(request))
 
     async def _serve(self, request: HttpRequest) -> None:
         try:
@@ -6914,7 +6971,7 @@ class ClientConnection:
         except BaseException:
             self.transport.abort()
             raise
-        self._request = self._task = None
+        self._request = request.task = None
         self._since = self._server.loop.time()
         if request.close:
             self.transport.close()
@@ -6937,11 +6994,10 @@ class ClientConnection:
 
     def connection_lost(self, error: Exception | None) -> None:
         self._server.connections.discard(self)
-        self._alarm.cancel()
         if self._stall:
             self._stall.cancel()
-        if self._task:  # nobody is asked any more for a client that is gone
-            self._task.cancel()
+        if self._request and self._request.task:  # nobody is asked any more for a client that is gone
+            self._request.task.cancel()
 
     # ---- a client that is slow
 
@@ -7020,7 +7076,11 @@ ROUTE = re.compile(
 )
 
 
-SLASHES = re.compile("/{2,}")
+@functools.lru_cache(256)
+def match_route(path: str) -> re.Match[str] | None:
+    return ROUTE.fullmatch(re.sub("/{2,}", "/", path))
+
+
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]+))?")
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -7114,10 +7174,10 @@ class Gateway:
         given = http.headers.get("x-request-id") or http.headers.get("x-client-request-id") or ""
         trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
         response: HttpResponse | None = None
-        task = asyncio.current_task()
-        self._running[task] = None
+        self._running[http.task] = None
         try:
-            response = await self._route(http, trace)
+            found = self._route(http, trace)
+            response = found if isinstance(found, HttpResponse) else await found
         except GatewayError as error:
             if error.code == "context_length_exceeded":
                 error.param = "input" if trace.route == "responses" else "messages"
@@ -7129,7 +7189,7 @@ class Gateway:
             log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
-            del self._running[task]
+            del self._running[http.task]
             self._tell(trace, response.status if response else 499)
         response.headers |= self._cors(http)
         return response
@@ -7143,15 +7203,16 @@ class Gateway:
             fields = log_fields(trace, status, time.monotonic())
             log.info("%s", log_text(fields), extra={"fields": fields})
 
-    async def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse:
-        match = ROUTE.fullmatch(SLASHES.sub("/", http.path))
+    def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse | Coroutine[Any, Any, HttpResponse]:
+        """The answer, or who gives it. Raises GatewayError for whom is not let in."""
+        match = match_route(http.path)
         trace.route = route = route_of(match) if match else http.path
         self._guard(http)
         if http.method == "OPTIONS":
             return HttpResponse(status=204, headers=trace.headers(time.monotonic()))
         self._let_in(http.headers, trace)
         if admin := ADMIN.fullmatch(http.path):
-            return json_response(await self._administer(http, admin["what"], admin["id"] or ""), trace)
+            return self._tell_json(self._administer(http, admin["what"], admin["id"] or ""), trace)
         if match is None:
             base = f"http://{http.headers.get('host', 'localhost')}/v1"
             raise UnknownUrl(f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}.")
@@ -7166,16 +7227,23 @@ class Gateway:
         if route == "healthz":
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
-            return json_response(await self._models(match["id"]), trace)
+            return self._tell_json(self._models(match["id"]), trace)
         if route == "embeddings":
-            with self._unless_stopped():
-                return await self._embed(parse_body(await http.read()), trace)
+            return self._serve_whole(http, trace, self._embed)
         if route == "responses/input_tokens":
-            with self._unless_stopped():
-                return await self._count(parse_body(await http.read()), trace)
+            return self._serve_whole(http, trace, self._count)
         if route.startswith(STORED):
-            return await self._serve_stored(http, trace, match["stored"])
-        return await self._answer(http, trace)
+            return self._serve_stored(http, trace, match["stored"])
+        return self._answer(http, trace)
+
+    async def _tell_json(self, told: Awaitable[Any], trace: Trace) -> HttpResponse:
+        return json_response(await told, trace)
+
+    async def _serve_whole(
+        self, http: HttpRequest, trace: Trace, work: Callable[[Any, Trace], Awaitable[HttpResponse]]
+    ) -> HttpResponse:
+        with self._unless_stopped(http.task):
+            return await work(parse_body(await http.read()), trace)
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
         """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
@@ -7268,8 +7336,8 @@ class Gateway:
                 f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
             )
             raise Forbidden(text, code="host_not_allowed")
-        origin = http.headers.get("origin", "")
-        if re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
+        origin = http.headers.get("origin")
+        if origin and re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
             text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
             raise Forbidden(text, code="origin_not_allowed")
 
@@ -7314,19 +7382,17 @@ class Gateway:
     async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         client = self._client(http, trace)
         try:
-            with self._unless_stopped():
-                stream, answer, renderer, payloads, kept = await self._begin(http, trace, client)
-            if isinstance(answer, Job):
-                return await client.copy(answer.follow(0)) if stream else bytes_response(answer.kept.object(), trace)
-            self._running[asyncio.current_task()] = http.source = answer
+            with self._unless_stopped(http.task):
+                begun = await self._begin(http, trace, client)
+            if isinstance(begun, Job):
+                return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
+            self._running[http.task] = http.source = begun.answer
             try:
-                if stream:
-                    return await self._stream(client, trace, answer, renderer, payloads, kept)
-                return await self._whole(trace, answer, renderer, payloads, kept)
+                return await (self._stream(http, client, trace, begun) if client.held else self._whole(trace, begun))
             finally:
-                answer.close()
-                if kept:
-                    await kept.leave()
+                begun.answer.close()
+                if begun.kept:
+                    await begun.kept.leave()
         except GatewayError as error:
             if not client.begun:
                 raise
@@ -7339,9 +7405,8 @@ class Gateway:
         return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
 
     @contextlib.contextmanager
-    def _unless_stopped(self) -> Iterator[None]:
+    def _unless_stopped(self, task: Any) -> Iterator[None]:
         """Raises what a drain cut off as an error, so that the client is told."""
-        task = asyncio.current_task()
         self._unbegun.add(task)
         try:
             yield
@@ -7352,10 +7417,8 @@ class Gateway:
         finally:
             self._unbegun.discard(task)
 
-    async def _begin(
-        self, http: HttpRequest, trace: Trace, client: ClientStream
-    ) -> tuple[bool, Answer | Merged | Job, Renderer, Mapping[str, bytes], Kept | None]:
-        """The answer that has begun and its renderer; the request's own data are let go before a long stream."""
+    async def _begin(self, http: HttpRequest, trace: Trace, client: ClientStream) -> Begun | Job:
+        """The answer that has begun and what renders it; the request's own data are let go before a long stream."""
         requests, renderer, body, payloads = await self._understand(http, trace)
         first = requests[0]
         if first.stream:
@@ -7367,9 +7430,9 @@ class Gateway:
         trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
         if kept and body.get("background"):
-            return first.stream, await self._detach(requests[0], kept, trace), renderer, payloads, kept
+            return await self._detach(requests[0], kept, trace)
         answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
-        return first.stream, answer, renderer, payloads, kept
+        return Begun(answer, renderer, payloads, kept)
 
     async def _understand(
         self, http: HttpRequest, trace: Trace
@@ -7457,53 +7520,39 @@ class Gateway:
         self._upstream.signatures.learn(one.signatures)
         return [*parse_json(one.input), *one.response["output"]]
 
-    async def _whole(
-        self,
-        trace: Trace,
-        answer: Answer | Merged,
-        renderer: Renderer,
-        payloads: Mapping[str, bytes],
-        kept: Kept | None,
-    ) -> HttpResponse:
-        events = list(answer.first)
-        last = await answer.flow(events.extend)
+    async def _whole(self, trace: Trace, begun: Begun) -> HttpResponse:
+        events = list(begun.answer.first)
+        last = await begun.answer.flow(events.extend)
         events += last
         self._upstream.signatures.remember(events, trace.mapped_model)
         reply = collect(events)
         trace.usage = reply.usage
         trace.first_byte = time.monotonic()
-        whole = with_payloads(dump_bytes(renderer.whole(reply)), payloads)
-        if kept:
-            await kept.save()
+        whole = with_payloads(dump_bytes(begun.renderer.whole(reply)), begun.payloads)
+        if begun.kept:
+            await begun.kept.save()
         return bytes_response(whole, trace)
 
-    async def _stream(
-        self,
-        client: ClientStream,
-        trace: Trace,
-        answer: Answer | Merged,
-        renderer: Renderer,
-        payloads: Mapping[str, bytes],
-        kept: Kept | None,
-    ) -> HttpResponse:
+    async def _stream(self, http: HttpRequest, client: ClientStream, trace: Trace, begun: Begun) -> HttpResponse:
         def render(events: list[Event]) -> bytes:
             self._upstream.signatures.remember(events, trace.mapped_model)
-            frames = encoded(renderer.render_all(events))
-            return with_payloads(frames, payloads) if payloads else frames
+            frames = encoded(begun.renderer.render_all(events))
+            return with_payloads(frames, begun.payloads) if begun.payloads else frames
 
-        begun = render(answer.first)
-        if kept:
-            await kept.save()
+        frames = render(begun.answer.first)
+        if begun.kept:
+            await begun.kept.save()
         trace.first_byte = time.monotonic()
-        client.write(begun)
-        last = await answer.flow(lambda events: client.write(render(events)))
+        client.write(frames)
+        del frames  # a stream may last long
+        last = await begun.answer.flow(lambda events: http.write(render(events)))
         if last and isinstance(last[-1], Ended):
             trace.usage = last[-1].usage
         elif last and isinstance(last[-1], Failed):
             trace.error = last[-1].error.code or last[-1].error.type
         frames = render(last)
-        if kept:
-            await kept.save()  # before the client reads that it is over
+        if begun.kept:
+            await begun.kept.save()  # before the client reads that it is over
         return client.end(frames)
 
     # ---- kept responses
@@ -7540,7 +7589,7 @@ class Gateway:
             return json_response({"id": id, "object": "response", "deleted": True}, trace)
         if http.query.get("stream") == "true":
             return await self._replay(http, trace, one, job)
-        return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
+        return bytes_response(job.object(), trace) if job else json_response(one.response, trace)
 
     async def _replay(self, http: HttpRequest, trace: Trace, one: StoredResponse, job: Job | None) -> HttpResponse:
         """The stream of a response from where the client wants it, and what is still to come of it."""
@@ -7561,6 +7610,16 @@ class Gateway:
         again = ResponseRenderer(head, {}).replay
         data = one.events or encoded(again(one.response))
         return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
+
+
+@value
+class Begun:
+    """An answer that has begun, and what makes bytes of it."""
+
+    answer: Answer | Merged
+    renderer: Renderer
+    payloads: Mapping[str, bytes]
+    kept: Kept | None
 
 
 class Kept:
@@ -7649,6 +7708,10 @@ class Job:
             self._asked = True
             if self._answer:
                 self._answer.close()
+
+    def object(self) -> bytes:
+        """The response as far as it is made."""
+        return self.kept.object()
 
     def _bytes(self, text: str) -> bytes:
         return with_payloads(encoded(text), self.kept.payloads)
@@ -7744,7 +7807,7 @@ class ClientStream:
     Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
     """
 
-    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer", "_silent")
+    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer")
 
     def __init__(self, http: HttpRequest, config: Config, headers: Callable[[], dict[str, str]]) -> None:
         self._http = http
@@ -7752,12 +7815,15 @@ class ClientStream:
         self._beat_s = config.heartbeat_s
         self._renderer: Renderer | None = None
         self._alarm: asyncio.TimerHandle | None = None
-        self._silent = False
-        """Nothing was written since the last look."""
 
     @property
     def begun(self) -> bool:
         return self._http.begun
+
+    @property
+    def held(self) -> bool:
+        """Whether the answer is to be streamed."""
+        return self._renderer is not None
 
     def hold(self, renderer: Renderer) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
@@ -7767,11 +7833,9 @@ class ClientStream:
 
     def write(self, data: bytes) -> None:
         if self._http.begun:
-            if data:
-                self._http.write(data)
+            self._http.write(data)
         else:
             self._http.begin({"Content-Type": "text/event-stream", "Cache-Control": "no-cache"} | self._headers(), data)
-        self._silent = False
 
     def end(self, data: bytes) -> HttpResponse:
         if not self._http.begun:
@@ -7801,10 +7865,10 @@ class ClientStream:
 
     def _beat(self) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
-        if self._silent or not self._http.begun:
+        if self._http.quiet:
             self.write(HEARTBEAT)
         else:
-            self._silent = True
+            self._http.quiet = True
         self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
 
 
@@ -7823,6 +7887,7 @@ def finite(number: str) -> float:
     return value
 
 
+BOM = b"\xef\xbb\xbf"
 BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
@@ -7852,7 +7917,7 @@ def parse_body(data: bytes) -> Any:
         with contextlib.suppress(ValueError):  # what it refuses is told by the standard library, or taken
             return orjson.loads(data)
     try:
-        return BODY_DECODER.decode(data.decode("utf-8-sig"))
+        return BODY_DECODER.decode(data.removeprefix(BOM).decode())
     except RecursionError:
         raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
     except ValueError as error:

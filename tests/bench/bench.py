@@ -5,9 +5,9 @@ Two commands, some ten minutes:
     python3 -m venv .venv && .venv/bin/pip install -q aiohttp click pyyaml
     .venv/bin/python tests/bench/bench.py
 
-The gateway has one core to itself; a fake Gemini and the load generator, a process each, share the others. The gateways
-are measured in turn, round by round, each time in a new process that was warmed up, so that a ratio compares neighbours
-in time and does not depend on what was measured before. Every stream is checked event by event. CPU is the clock of the
+The gateway has one core to itself; a fake Gemini and the load generator, a process each, share the others. In each round
+the gateways run in new processes that were warmed up, and take several short turns one after another, so that a ratio
+compares neighbours in time and does not depend on what was measured before. Every stream is checked event by event. CPU is the clock of the
 gateway's own process. The pass-through is measured twice: how far it strays from itself is the noise, and below it no
 verdict is given; nor is one where the chunks of a paced stream piled up because a core was full, for they cost less by
 the heap. The exit code is 1 when an answer of agproxy or of the pass-through was wrong, lost, doubled or out of order,
@@ -47,6 +47,8 @@ LIMIT_S = 120.0
 PEER_LIMIT_S = 600.0
 CROWDED = 0.1
 TRIES = 2
+TURNS = 6
+"""Of each gateway in a round: what slows the machine for some seconds slows them all."""
 NEEDED = {YARDSTICK, AGAIN, AGPROXY, BEFORE}
 """Whose faults make the run fail; a peer's are only told."""
 
@@ -111,55 +113,74 @@ class Bench:
         """All rounds of one workload; each begins with another gateway."""
         for number in range(rounds):
             at = number % len(self.kinds)
-            for kind in [*self.kinds[at:], *self.kinds[:at]]:
-                if kind.effort == 1 or (number == 0 and not workload.grows):
-                    progress(f"{workload.name}, round {number + 1} of {rounds}: {kind.name}")
-                    self._try(workload, kind)
+            kinds = [*self.kinds[at:], *self.kinds[:at]]
+            progress(f"{workload.name}, round {number + 1} of {rounds}")
+            if workload.content == "start" or workload.grows or workload.window_s:
+                for kind in kinds:
+                    if kind.effort == 1 or (number == 0 and not workload.grows):
+                        self._try(workload, [kind])
+            else:
+                self._try(workload, [kind for kind in kinds if kind.effort == 1])
+                for kind in kinds:
+                    if kind.effort < 1 and number == 0:
+                        self._try(workload, [kind])
             if workload.content == "chat":
                 self._keep_latency(workload, DIRECT, self._ask(workload, DIRECT, self._upstream))
 
-    def _try(self, workload: Workload, kind: Kind) -> None:
+    def _try(self, workload: Workload, kinds: Sequence[Kind]) -> None:
         """A peer that does not start is left out; the run ends without the others."""
         try:
-            self._sample(workload, kind)
+            self._sample(workload, kinds)
         except gateways.NotStarted as error:
-            if kind.name in NEEDED:
+            if kinds[0].name in NEEDED:
                 raise SystemExit(str(error)) from None
             self.problems.append(str(error))
-            self.kinds.remove(kind)
+            self.kinds.remove(kinds[0])
 
     def stop(self) -> None:
         for gateway in self._alive.values():
             gateway.stop()
 
-    def _sample(self, workload: Workload, kind: Kind) -> None:
+    def _sample(self, workload: Workload, kinds: Sequence[Kind]) -> None:
         if workload.content == "start":
-            return self._start(workload, kind)
-        if kind.effort < 1:
-            workload = replace(workload, requests=max(workload.concurrency, int(workload.requests * kind.effort), 2))
+            return self._start(workload, kinds[0])
         if workload.grows:
-            return self._grow(workload, kind)
-        result = self._calmest(workload, kind)
-        if workload.content == "chat":
-            self._keep_latency(workload, kind.name, result)
-        if not result["units"]:
-            return
-        measured = {"cpu": result["cpu_s"] * 1e6 / result["units"]}
-        if workload.window_s:
-            measured["memory"] = result["memory_kib"] / workload.concurrency
-        self._keep(workload, kind.name, measured)
-        together = self.rows[workload.name, "cpu"].together
-        together.setdefault(kind.name, []).append(result["units"] / max(result["reads"], 1))
+            return self._grow(workload, kinds[0])
+        for kind, results in self._take_turns(workload, kinds):
+            units = sum(result["units"] for result in results)
+            for result in results if workload.content == "chat" else ():
+                self._keep_latency(workload, kind.name, result)
+            if not units:
+                continue
+            measured = {"cpu": sum(result["cpu_s"] for result in results) * 1e6 / units}
+            if workload.window_s:
+                measured["memory"] = results[0]["memory_kib"] / workload.concurrency
+            self._keep(workload, kind.name, measured)
+            together = self.rows[workload.name, "cpu"].together
+            together.setdefault(kind.name, []).append(units / max(sum(result["reads"] for result in results), 1))
 
-    def _calmest(self, workload: Workload, kind: Kind) -> dict[str, Any]:
+    def _take_turns(self, workload: Workload, kinds: Sequence[Kind]) -> list[tuple[Kind, list[dict[str, Any]]]]:
+        """What each gateway of a round showed in its turns; one turn where all of it is one window in time."""
+        turns = 1 if self._quick or workload.window_s or kinds[0].effort < 1 else TURNS
+        share = min(kind.effort for kind in kinds) / (1 if workload.pause_ms else turns)
+        workload = replace(workload, requests=max(workload.concurrency, int(workload.requests * share), 2))
+        taken: list[tuple[Kind, list[dict[str, Any]]]] = [(kind, []) for kind in kinds]
+        with contextlib.ExitStack() as stack:
+            alive = {kind.name: stack.enter_context(self._gateway(kind)) for kind in kinds}
+            for _ in range(turns):
+                for kind, results in taken:
+                    results.append(self._calmest(workload, kind, alive[kind.name]))
+        return taken
+
+    def _calmest(self, workload: Workload, kind: Kind, gateway: Gateway) -> dict[str, Any]:
         """The one of a few tries in which the gateway waited least for its core; on a quiet machine the first.
 
-        Only streams that are paced are tried again: while the gateway waits, their chunks pile up and cost less.
+        Only streams that are paced are tried again: while the gateway waits, their chunks pile up and cost less. Where
+        memory is told too they are not: what the first try left behind would serve the second.
         """
         tries: list[dict[str, Any]] = []
-        while len(tries) < (TRIES if workload.pause_ms and not self._quick else 1):
-            with self._gateway(kind) as gateway:
-                tries.append(self._ask(workload, kind.name, asked(gateway)))
+        while len(tries) < (TRIES if workload.pause_ms and not (workload.window_s or self._quick) else 1):
+            tries.append(self._ask(workload, kind.name, asked(gateway)))
             if crowding(tries[-1]) <= CROWDED:
                 break
         return min(tries, key=crowding)
