@@ -8593,7 +8593,7 @@ def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
 
 
 async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
-    """What is asked of the accounts' upstream, without a gateway."""
+    """What `ask` learns from an upstream that is opened for it alone."""
     async with contextlib.AsyncExitStack() as stack:
         upstream = Upstream(await with_demo(config, stack))
         stack.push_async_callback(upstream.close)
