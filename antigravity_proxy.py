@@ -97,7 +97,7 @@ if TYPE_CHECKING:
 
     import aiohttp
 else:
-    asyncio, aiohttp = _Lazy("asyncio"), _Lazy("aiohttp")
+    asyncio, aiohttp, sqlite3 = map(_Lazy, ("asyncio", "aiohttp", "sqlite3"))
 
 T = TypeVar("T")
 
@@ -124,16 +124,9 @@ FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
     "MAX_TOKENS": "length",
-    "SAFETY": "content_filter",
-    "RECITATION": "content_filter",
-    "LANGUAGE": "content_filter",
-    "BLOCKLIST": "content_filter",
-    "PROHIBITED_CONTENT": "content_filter",
-    "SPII": "content_filter",
+    **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"), "content_filter"),
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "content_filter"),
     "MODEL_ARMOR": "content_filter",
-    "IMAGE_SAFETY": "content_filter",
-    "IMAGE_PROHIBITED_CONTENT": "content_filter",
-    "IMAGE_RECITATION": "content_filter",
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
@@ -208,28 +201,11 @@ SIGNATURE_SENTINEL = "skip_thought_signature_validator"
 
 # Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
 BUILTIN_ALIASES: Mapping[str, str] = {
-    "gpt-4o": "gemini-2.5-flash",
-    "gpt-*mini*": "gemini-2.5-flash-lite",
-    "gpt-*nano*": "gemini-2.5-flash-lite",
-    "gpt-5*": "gemini-2.5-pro",
-    "gpt-5*mini*": "gemini-2.5-flash",
-    "gpt-5*nano*": "gemini-2.5-flash-lite",
-    "gpt-*": "gemini-2.5-flash",
-    "chatgpt-*": "gemini-2.5-flash",
-    "o1*": "gemini-2.5-pro",
-    "o3*": "gemini-2.5-pro",
-    "o4*": "gemini-2.5-pro",
-    "o1-mini*": "gemini-2.5-flash",
-    "o3-mini*": "gemini-2.5-flash",
-    "o4-mini*": "gemini-2.5-flash",
-    "codex*": "gemini-2.5-pro",
-    "codex*mini*": "gemini-2.5-flash",
-    "davinci-*": "gemini-2.5-flash",
-    "babbage-*": "gemini-2.5-flash-lite",
-    "text-davinci-*": "gemini-2.5-flash",
-    "claude-*": "gemini-2.5-pro",
-    "claude-*haiku*": "gemini-2.5-flash-lite",
-    "claude-instant*": "gemini-2.5-flash-lite",
+    **dict.fromkeys(("gpt-4o", "gpt-*", "chatgpt-*", "davinci-*", "text-davinci-*"), "gemini-2.5-flash"),
+    **dict.fromkeys(("gpt-*mini*", "gpt-*nano*", "gpt-5*nano*", "babbage-*"), "gemini-2.5-flash-lite"),
+    **dict.fromkeys(("gpt-5*", "o1*", "o3*", "o4*", "codex*", "claude-*"), "gemini-2.5-pro"),
+    **dict.fromkeys(("gpt-5*mini*", "o1-mini*", "o3-mini*", "o4-mini*", "codex*mini*"), "gemini-2.5-flash"),
+    **dict.fromkeys(("claude-*haiku*", "claude-instant*"), "gemini-2.5-flash-lite"),
     "text-embedding-*": "gemini-embedding-001",
 }
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
@@ -259,19 +235,12 @@ PASSED_LINKS = re.compile(
     r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://",
     re.IGNORECASE,
 )
-FILE_TYPES = {"txt": "text/plain", "md": "text/plain", "py": "text/plain", "csv": "text/csv", "html": "text/html"} | {
-    "": "application/pdf",
-    "pdf": "application/pdf",
-    "json": "text/plain",
-    "xml": "text/xml",
-    "png": "image/png",
-    "jpg": "image/jpeg",
-    "jpeg": "image/jpeg",
-    "webp": "image/webp",
-    "mp3": "audio/mp3",
-    "wav": "audio/wav",
-    "mp4": "video/mp4",
-}
+FILE_TYPES = {
+    **dict.fromkeys(("", "pdf"), "application/pdf"),
+    **dict.fromkeys(("txt", "md", "py", "json"), "text/plain"),
+    **dict.fromkeys(("jpg", "jpeg"), "image/jpeg"),
+    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
+} | {"png": "image/png", "webp": "image/webp", "mp3": "audio/mp3", "wav": "audio/wav", "mp4": "video/mp4"}
 # Google's Schema has these words as JSON Schema has them, of these types; the handled ones are translated.
 SCHEMA_WORDS: Mapping[str, Any] = {
     **dict.fromkeys(("title", "description", "format", "pattern"), str),
@@ -282,15 +251,9 @@ SCHEMA_WORDS: Mapping[str, Any] = {
     "propertyOrdering": list,
 }
 SCHEMA_HANDLED = {
-    "type",
-    "enum",
-    "const",
-    "items",
-    "properties",
-    "required",
-    "exclusiveMinimum",
-    "exclusiveMaximum",
-} | {*("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id")}
+    *("type", "enum", "const", "items", "properties", "required", "exclusiveMinimum", "exclusiveMaximum"),
+    *("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id"),
+}
 # Without any of these a function takes no arguments.
 SCHEMA_CONTENT = ("properties", "$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties")
 SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
@@ -318,15 +281,12 @@ SAMPLING_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "max_tokens": ("mapped", "generationConfig.maxOutputTokens, where max_completion_tokens is not there"),
     "logit_bias": ("dropped", "Gemini has no bias by token"),
     "user": ("ignored", "who asks has no effect on the answer"),
-    "metadata": ("ignored", "no effect on the answer"),
-    "store": ("ignored", "no effect on the answer"),
     "service_tier": ("ignored", "there is one tier"),
-    "safety_identifier": ("ignored", "no effect on the answer"),
+    **dict.fromkeys(("metadata", "store", "safety_identifier"), ("ignored", "no effect on the answer")),
     "prompt_cache_key": ("ignored", "Gemini caches prompts by itself"),
     "prompt_cache_retention": ("ignored", "Gemini caches prompts by itself"),
     "prompt_cache_options": ("ignored", "Gemini caches prompts by itself"),
-    "extra_body": ("mapped", "google.thinking_config"),
-    "google": ("mapped", "google.thinking_config"),
+    **dict.fromkeys(("extra_body", "google"), ("mapped", "google.thinking_config")),
 }
 TOOL_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "tools": ("mapped", "tools[0].functionDeclarations"),
@@ -366,32 +326,24 @@ RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "text": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
     "reasoning": ("mapped", "generationConfig.thinkingConfig"),
     "include": ("ignored", "what there is, is included"),
-    "truncation": ("ignored", "nothing is truncated"),
+    **dict.fromkeys(("truncation", "context_management"), ("ignored", "nothing is truncated")),
     "max_tool_calls": ("ignored", "counts hosted tools only"),
     "client_metadata": ("ignored", "no effect on the answer"),
-    "context_management": ("ignored", "nothing is truncated"),
     "store": ("mapped", "the response is kept, for previous_response_id"),
     "previous_response_id": ("mapped", "the conversation that is kept, before the input"),
     "background": ("mapped", "answered beside the connection, where responses are kept"),
-    "conversation": ("mapped", "refused"),
-    "prompt": ("mapped", "refused"),
+    **dict.fromkeys(("conversation", "prompt"), ("mapped", "refused")),
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 # Fields that nothing reads are of the right type all the same.
 UNREAD_FIELDS: Mapping[str, tuple[Collection[type], str]] = {
-    **dict.fromkeys(
-        ("logit_bias", "metadata", "prompt_cache_options", "moderation", "prediction", "client_metadata"),
-        ((dict,), "an object"),
-    ),
-    **dict.fromkeys(
-        ("user", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "verbosity"),
-        ((str,), "a string"),
-    ),
+    **dict.fromkeys(("logit_bias", "metadata", "prompt_cache_options", "moderation"), ((dict,), "an object")),
+    **dict.fromkeys(("prediction", "client_metadata"), ((dict,), "an object")),
+    **dict.fromkeys(("user", "service_tier", "safety_identifier", "truncation", "verbosity"), ((str,), "a string")),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ((str,), "a string")),
     **dict.fromkeys(("include", "context_management"), ((list,), "an array")),
     **dict.fromkeys(("best_of", "max_tool_calls"), ((int,), "a whole number")),
-    "truncation": ((str,), "a string"),
-    "store": ((bool,), "true or false"),
-    "echo": ((bool,), "true or false"),
+    **dict.fromkeys(("store", "echo"), ((bool,), "true or false")),
 }
 
 # What is served while the upstream's own list cannot be had.
@@ -414,40 +366,34 @@ ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
 @value
 class Traits:
-    """What a model can and must do; asked through traits_of, never by its name in passing."""
+    """What a model can and must do, by default the oldest; asked through traits_of, never by its name in passing."""
 
-    thinking: Literal["none", "budget", "level"] = "level"
-    thinks: bool = True
+    thinking: Literal["none", "budget", "level"] = "none"
+    thinks: bool = False
     """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
     can_stop_thinking: bool = False
     budget: tuple[int, int] = (128, 32768)
     levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
-    signatures: bool = True
+    signatures: bool = False
     """Refuses a function call in the history that has no thought signature."""
     call_ids: bool = False
     """Gives its function calls ids, and wants them back."""
     sampling: bool = True
-    penalties: bool = False
-    logprobs: bool = False
-    json_schema: bool = True
+    penalties: bool = True
+    logprobs: bool = True
+    json_schema: bool = False
     """Takes standard JSON Schema; without it, Google's subset."""
-    json_with_tools: bool = True
-    files_in_results: bool = True
+    json_with_tools: bool = False
+    files_in_results: bool = False
     prefill: bool = True
     """Continues an answer that the last turn begins."""
     answers: tuple[str, ...] = ("TEXT",)
-    output_tokens_max: int = 65535
+    output_tokens_max: int = 8192
 
 
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
 # Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
-    (
-        r".*",
-        (0, 0),
-        {"thinking": "none", "thinks": False, "signatures": False, "json_with_tools": False, "files_in_results": False}
-        | {"penalties": True, "logprobs": True, "output_tokens_max": 8192, "json_schema": False},
-    ),
     (r".*", (2, 0), {"json_schema": True}),
     (r".*-image(-.+)?", (0, 0), {"answers": ("TEXT", "IMAGE")}),
     (r".*-tts", (0, 0), {"answers": ("AUDIO",)}),
@@ -455,12 +401,9 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r"-pro", (2, 5), {"thinking": "budget", "thinks": True, "budget": (128, 32768)}),
     (r"-flash", (2, 5), {"thinking": "budget", "thinks": True, "budget": (0, 24576), "can_stop_thinking": True}),
     (r"-flash-lite", (2, 5), {"thinking": "budget", "budget": (512, 24576), "can_stop_thinking": True}),
-    (
-        r".*",
-        (3, 0),
-        {"thinking": "level", "thinks": True, "signatures": True, "json_with_tools": True, "files_in_results": True}
-        | {"can_stop_thinking": False, "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH"), "budget": (128, 32768)},
-    ),
+    (r".*", (3, 0), {"thinking": "level", "thinks": True, "can_stop_thinking": False, "budget": (128, 32768)}),
+    (r".*", (3, 0), {"signatures": True, "json_with_tools": True, "files_in_results": True}),
+    (r".*", (3, 0), {"levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")}),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
@@ -477,13 +420,14 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 # 2. Errors
 # ==============================================================================
 # GatewayError
-# ├── BadRequest            the client's mistake, with the field's path
-# ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl, MethodNotAllowed, BodyTooLarge, BodyTooSlow
+# ├── BadRequest            the client's mistake, with the field's path where it is in one
+# │   ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl
+# │   └── MethodNotAllowed, BodyTooLarge, BodyTooSlow
 # ├── StoreTrouble          what is kept cannot be read or written for now
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
-#     │   ├── TooLong, TooLarge
+#     │   ├── TooLarge
 #     │   ├── ModelGone     this account does not have the model
 #     │   └── SignatureRefused  worth one more try without the thought signatures
 #     ├── RateLimited       this account or its project, for now
@@ -529,31 +473,26 @@ class GatewayError(Exception):
 class BadRequest(GatewayError):
     status = 400
     type = "invalid_request_error"
-    default_code = None
+    default_code: ClassVar[str | None] = None
 
 
-class Unauthorized(GatewayError):
+class Unauthorized(BadRequest):
     status = 401
-    type = "invalid_request_error"
     default_code = "invalid_api_key"
 
 
-class Forbidden(GatewayError):
+class Forbidden(BadRequest):
     status = 403
     type = "permission_error"
-    default_code = None
 
 
-class ModelNotFound(GatewayError):
+class ModelNotFound(BadRequest):
     status = 404
-    type = "invalid_request_error"
     default_code = "model_not_found"
 
 
-class ResponseNotFound(GatewayError):
+class ResponseNotFound(BadRequest):
     status = 404
-    type = "invalid_request_error"
-    default_code = None
 
 
 class StoreTrouble(GatewayError):
@@ -561,27 +500,23 @@ class StoreTrouble(GatewayError):
     default_code = "server_is_overloaded"
 
 
-class UnknownUrl(GatewayError):
+class UnknownUrl(BadRequest):
     status = 404
-    type = "invalid_request_error"
     default_code = "unknown_url"
 
 
-class MethodNotAllowed(GatewayError):
+class MethodNotAllowed(BadRequest):
     status = 405
-    type = "invalid_request_error"
     default_code = "method_not_supported"
 
 
-class BodyTooLarge(GatewayError):
+class BodyTooLarge(BadRequest):
     status = 413
-    type = "invalid_request_error"
     default_code = "request_too_large"
 
 
-class BodyTooSlow(GatewayError):
+class BodyTooSlow(BadRequest):
     status = 408
-    type = "invalid_request_error"
     default_code = "request_timeout"
 
 
@@ -619,10 +554,6 @@ class ModelGone(UpstreamRefused):
     quota = "model"
     advice = "Use a name of `agproxy models`, or map it in models.map."
     default_code = "model_not_found"
-
-
-class TooLong(UpstreamRefused):
-    default_code = "context_length_exceeded"
 
 
 class TooLarge(UpstreamRefused):
@@ -717,7 +648,8 @@ REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] =
     ((429,), "", RateLimited, None),
     ((401, 403), "", CredentialRefused, None),
     ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
-    ((400,), r"token count.* exceeds|maximum number of tokens|[Cc]ontext (length|window)", TooLong, None),
+    ((400,), r"token count.* exceeds|maximum number of tokens", UpstreamRefused, "context_length_exceeded"),
+    ((400,), r"[Cc]ontext (length|window)", UpstreamRefused, "context_length_exceeded"),
     ((400, 413), r"payload size exceeds", TooLarge, None),
     ((413,), "", TooLarge, None),
     ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
@@ -746,99 +678,6 @@ class ConfigError(Exception):
     """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
 
-@value
-class Account:
-    name: str
-    api_key: str = field(default="", repr=False)
-    base_url: str = GEMINI_URL
-    kind: str = "gemini"
-    email: str | None = None
-    weight: float = 1.0
-    """By how much more it is asked than one of weight 1."""
-    max_concurrency: int | None = None
-    quota_group: str | None = None
-    """Accounts of one Google project share its quota."""
-    limits: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """By model or pattern, and by quota, what its project may be asked."""
-    proxy: str | None = field(default=None, repr=False)
-    credentials: str = ""
-    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
-    client_id: str = ""
-    client_secret: str = field(default="", repr=False)
-    refresh_token: str = field(default="", repr=False)
-    service_account: str = field(default="", repr=False)
-    """The JSON of a service account's file."""
-    token_url: str = TOKEN_URL
-    project: str = ""
-    location: str = "global"
-
-
-@value
-class ClientKey:
-    """A key that lets a client in, and the name by which the log knows that client."""
-
-    name: str
-    key: str = field(repr=False)
-
-
-@value
-class Timeouts:
-    connect_s: float = 10.0
-    first_event_s: float = 300.0
-    idle_s: float = 300.0
-    total_s: float | None = None
-    """None: as long as it takes."""
-    stall_s: float = 120.0
-
-
-@value
-class Config:
-    accounts: tuple[Account, ...]
-    host: str | None = None
-    port: int = 8045
-    auth_mode: str = "auto"
-    api_key: tuple[ClientKey, ...] = ()
-    allow_lan_access: bool = False
-    allowed_hosts: tuple[str, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    show_account: str = "masked"
-    upstream_proxy: str | None = field(default=None, repr=False)
-    strict: bool = False
-    strategy: str = "affinity"
-    max_wait_s: float = 10.0
-    reserve: float = 0.0
-    """The share of each known limit that is left alone while another account can answer."""
-    store: str | None = None
-    fetch_media: bool = True
-    media_hosts: tuple[str, ...] = ()
-    images_in_text: bool = False
-    timeouts: Timeouts = Timeouts()
-    heartbeat_s: float = 15.0
-    default_model: str | None = None
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    demo: bool = False
-
-    @property
-    def auth(self) -> str:
-        """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
-        if self.auth_mode != "auto":
-            return self.auth_mode
-        return "all_except_health" if self.allow_lan_access else "off"
-
-    @property
-    def bind(self) -> str:
-        """The address to listen on."""
-        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
-
-    @property
-    def base_url(self) -> str:
-        """What a client on this machine is set to."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
-        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
-
-
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
@@ -848,33 +687,37 @@ class ConfigFile:
         self.read = read
         self.problems: list[str] = []
 
-    def at(self, node: Any, text: str) -> str:
-        return f"{self.source}:{node.start_mark.line + 1}: {text}"
+    def note(self, node: Any, problem: str) -> None:
+        self.problems.append(f"{self.source}:{node.start_mark.line + 1}: {problem}")
+
+    def value(self, kind: Kind, node: Any, where: str) -> Any:
+        """The value of a node; None where a problem was noted."""
+        try:
+            return kind(self, node, where)
+        except ValueError as error:
+            return self.note(node, f"'{where}' {error}")
 
     def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         """The values given in a mapping, each read by its kind; null is as if the key were not there."""
         values: dict[str, Any] = {}
         for key, value in self.pairs(node, path or "the file", kinds):
             if not isinstance(key.value, str):
-                self.problems.append(self.at(key, "a key must be a word."))
+                self.note(key, "a key must be a word.")
                 continue
             where = f"{path}.{key.value}".lstrip(".")
             if key.value not in kinds:
-                self.problems.append(self.at(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}"))
+                self.note(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}")
             elif key.value in values:
-                self.problems.append(self.at(key, f"'{where}' stands here twice; remove one."))
-            elif value.tag != YAML_NULL:
-                try:
-                    values[key.value] = kinds[key.value](self, value, where)
-                except ValueError as error:
-                    self.problems.append(self.at(value, f"'{where}' {error}"))
+                self.note(key, f"'{where}' stands here twice; remove one.")
+            elif value.tag != YAML_NULL and (read := self.value(kinds[key.value], value, where)) is not None:
+                values[key.value] = read
         return values
 
     def pairs(self, node: Any, path: str, known: Iterable[str]) -> list[tuple[Any, Any]]:
         if node is None or node.tag == YAML_NULL:
             return []
         if node.tag != YAML_MAP:
-            self.problems.append(self.at(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)})."))
+            self.note(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)}).")
             return []
         pairs: list[tuple[Any, Any]] = node.value
         return pairs
@@ -999,74 +842,186 @@ def read_map(kind: Kind) -> Kind:
     return read
 
 
-def read_section(kinds: Mapping[str, Kind]) -> Kind:
-    return lambda file, node, where: file.section(node, where, kinds)
+def read_section(kinds: Mapping[str, Kind], make: Callable[..., Any] = dict) -> Kind:
+    return lambda file, node, where: make(**file.section(node, where, kinds))
+
+
+def setting(read: Kind, **more: Any) -> Any:
+    """A field that the accounts file may give under its name, and how it is read there."""
+    return field(metadata={"read": read}, **more)
+
+
+def keys_of(kind: type[Any]) -> dict[str, Kind]:
+    """The keys that a class of settings is given by."""
+    return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
+
+
+@value
+class Account:
+    name: str
+    api_key: str = setting(read_secret, default="", repr=False)
+    base_url: str = setting(read_url, default=GEMINI_URL)
+    kind: str = setting(read_word("gemini", "vertex", "cloudcode"), default="gemini")
+    email: str | None = setting(read_text, default=None)
+    weight: float = setting(read_number(0.01, 1000), default=1.0)
+    """By how much more it is asked than one of weight 1."""
+    max_concurrency: int | None = setting(read_number(1, 100000, int), default=None)
+    quota_group: str | None = setting(read_text, default=None)
+    """Accounts of one Google project share its quota."""
+    limits: Mapping[str, Mapping[str, int]] = setting(
+        read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))), default_factory=dict
+    )
+    """By model or pattern, and by quota, what its project may be asked."""
+    proxy: str | None = setting(read_url, default=None, repr=False)
+    credentials: str = setting(read_path, default="")
+    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
+    client_id: str = setting(read_secret, default="")
+    client_secret: str = setting(read_secret, default="", repr=False)
+    refresh_token: str = setting(read_secret, default="", repr=False)
+    service_account: str = field(default="", repr=False)
+    """The JSON of a service account's file."""
+    token_url: str = setting(read_url, default=TOKEN_URL)
+    project: str = setting(read_secret, default="")
+    location: str = setting(read_text, default="global")
+
+
+ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+read_seconds = read_number(0.001, 86400)
+
+
+@value
+class ClientKey:
+    """A key that lets a client in, and the name by which the log knows that client."""
+
+    name: str = setting(read_text)
+    key: str = setting(read_secret, repr=False)
 
 
 def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
     """One key, or a list of `{name, key}`."""
     if node.tag != YAML_LIST:
         return (ClientKey("client", read_secret(file, node, where)),)
-    given = [file.section(item, f"{where}[{i}]", CLIENT_KEY_KEYS) for i, item in enumerate(node.value)]
-    if not all(len(one) == len(CLIENT_KEY_KEYS) for one in given):
+    keys = keys_of(ClientKey)
+    found = [file.section(item, f"{where}[{i}]", keys) for i, item in enumerate(node.value)]
+    if not all(len(one) == len(keys) for one in found):
         raise ValueError("must be one key, or a list of entries with a `name` and a `key` each.")
-    return tuple(ClientKey(**one) for one in given)
+    return tuple(ClientKey(**one) for one in found)
+
+
+@value
+class Timeouts:
+    connect_s: float = setting(read_seconds, default=10.0)
+    first_event_s: float = setting(read_seconds, default=300.0)
+    idle_s: float = setting(read_seconds, default=300.0)
+    total_s: float | None = setting(read_seconds, default=None)
+    """None: as long as it takes."""
+    stall_s: float = setting(read_seconds, default=120.0)
+
+
+@value
+class Config:
+    accounts: tuple[Account, ...]
+    host: str | None = setting(read_text, default=None)
+    port: int = setting(read_number(0, 65535, int), default=8045)
+    auth_mode: str = setting(read_word("off", "strict", "all_except_health", "auto"), default="auto")
+    api_key: tuple[ClientKey, ...] = setting(read_keys, default=())
+    allow_lan_access: bool = setting(read_flag, default=False)
+    allowed_hosts: tuple[str, ...] = setting(read_hosts, default=())
+    cors_origins: tuple[str, ...] = setting(read_origins, default=())
+    show_account: str = setting(read_word("full", "masked", "off"), default="masked")
+    upstream_proxy: str | None = setting(read_url, default=None, repr=False)
+    strict: bool = setting(read_flag, default=False)
+    strategy: str = setting(read_word(*STRATEGIES), default="affinity")
+    max_wait_s: float = setting(read_number(0, 3600), default=10.0)
+    reserve: float = setting(read_number(0, 0.9), default=0.0)
+    """The share of each known limit that is left alone while another account can answer."""
+    store: str | None = setting(read_store, default=None)
+    fetch_media: bool = setting(read_flag, default=True)
+    media_hosts: tuple[str, ...] = setting(read_texts, default=())
+    images_in_text: bool = setting(read_flag, default=False)
+    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), default=Timeouts())
+    heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
+    default_model: str | None = None
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    demo: bool = False
+
+    @property
+    def auth(self) -> str:
+        """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
+        if self.auth_mode != "auto":
+            return self.auth_mode
+        return "all_except_health" if self.allow_lan_access else "off"
+
+    @property
+    def bind(self) -> str:
+        """The address to listen on."""
+        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
+
+    @property
+    def base_url(self) -> str:
+        """What a client on this machine is set to."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
+        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
 
 
 def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
     if node.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
-    accounts = [read_account(file, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
+    accounts = [file.value(read_account, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
     return tuple(account for account in accounts if account)
 
 
 def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
     """The account; None where it is disabled or a problem was noted."""
     known = len(file.problems)
-    pairs = file.pairs(node, where, ACCOUNT_KEYS)
-    if any(key.value == "enabled" and str(value.value).lower() in ("false", "no", "off") for key, value in pairs):
+    given = file.section(node, where, ACCOUNT_KEYS)
+    if not given.pop("enabled", True):
+        del file.problems[known:]  # its variables need not be set
         return None
-    given = file.section(node, where, ACCOUNT_KEYS) if len(file.problems) == known else {}
-    given.pop("enabled", None)
+    if len(file.problems) > known:
+        return None
     given.setdefault("name", given.get("email"))
-    if not given.get("name") and len(file.problems) == known:
-        file.problems.append(file.at(node, f"'{where}' needs a `name` or an `email`."))
-    if len(file.problems) == known:
-        problems = with_credentials(file, given)
-        file.problems += [file.at(node, f"'{where}' {problem}") for problem in problems]
-    return Account(**given) if len(file.problems) == known else None
-
-
-def with_credentials(file: ConfigFile, given: dict[str, Any]) -> list[str]:
-    """Fills in what the kind of the account implies and what its credentials file holds; what is wrong with them."""
+    if not given["name"]:
+        raise ValueError("needs a `name` or an `email`.")
     kind = given.setdefault("kind", "gemini")
-    strange = [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]
-    if strange:
-        return [f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."]
-    if kind == "gemini":
-        return [] if given.get("api_key") else ["needs an `api_key`."]
+    if strange := [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]:
+        raise ValueError(f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind.")
+    if kind != "gemini":
+        add_login(file, given, kind)
+    elif "api_key" not in given:
+        raise ValueError("needs an `api_key`.")
+    return Account(**given)
+
+
+def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
+    """Fills in what the kind of the account implies and what its credentials file holds. Raises ValueError."""
     if kind == "vertex" and not given.get("project"):
-        return ["needs a `project`."]
+        raise ValueError("needs a `project`.")
     region = given.get("location", "global")
     if not re.fullmatch(r"[a-z0-9-]+", region):
-        return [f"has the location '{region}'. Use a region's name such as europe-west1, or global."]
+        raise ValueError(f"has the location '{region}'. Use a region's name such as europe-west1, or global.")
     vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
     given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
     named = "credentials" in given
     if not named and not (given.get("client_id") and given.get("client_secret")):
-        return ["needs `credentials: FILE`, or the `client_id` and `client_secret` of an OAuth client of yours."]
+        client = "the `client_id` and `client_secret` of an OAuth client of yours"
+        raise ValueError(f"needs `credentials: FILE`, or {client}.")
     if not named and not given.get("refresh_token"):
         word = re.sub(r"[^\w.@-]", "_", given["name"])
         given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
     text = file.read(Path(given["credentials"])) if "credentials" in given else None
-    if text is None:
-        missing = f"names {given.get('credentials')}, which cannot be read. Check `credentials`."
-        return [missing] if named else []
-    return read_credentials(text, given)
+    if text is not None:
+        read_credentials(text, given)
+    elif named:
+        raise ValueError(f"names {given['credentials']}, which cannot be read. Check `credentials`.")
 
 
-def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
-    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it."""
+def read_credentials(text: str, given: dict[str, Any]) -> None:
+    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
     found: Any = None
     with contextlib.suppress(ValueError):
         found = json.loads(text)
@@ -1077,18 +1032,10 @@ def read_credentials(text: str, given: dict[str, Any]) -> list[str]:
     elif texts.keys() >= set(USER_KEYS):
         given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
     else:
-        return [f"has {given['credentials']}, which is no authorized_user and no service_account file. Make it anew."]
-    return []
+        name = given["credentials"]
+        raise ValueError(f"has {name}, which is no authorized_user and no service_account file. Make it anew.")
 
 
-USER_KEYS = ("client_id", "client_secret", "refresh_token")
-OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
-
-
-CLIENT_KEY_KEYS: Mapping[str, Kind] = {"name": read_text, "key": read_secret}
-TIMEOUT_KEYS: Mapping[str, Kind] = dict.fromkeys(
-    ("connect_s", "first_event_s", "idle_s", "total_s", "stall_s"), read_number(0.001, 86400)
-)
 TRAIT_KEYS: Mapping[str, Kind] = {
     **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
     "thinking": read_word("none", "budget", "level"),
@@ -1097,53 +1044,14 @@ TRAIT_KEYS: Mapping[str, Kind] = {
     "budget": read_range,
     "output_tokens_max": read_number(1, 1 << 30, int),
 }
-PROXY_KEYS: Mapping[str, Kind] = {
-    "host": read_text,
-    "port": read_number(0, 65535, int),
-    "auth_mode": read_word("off", "strict", "all_except_health", "auto"),
-    "api_key": read_keys,
-    "allow_lan_access": read_flag,
-    "allowed_hosts": read_hosts,
-    "cors_origins": read_origins,
-    "show_account": read_word("full", "masked", "off"),
-    "upstream_proxy": read_url,
-    "strict": read_flag,
-    "strategy": read_word(*STRATEGIES),
-    "max_wait_s": read_number(0, 3600),
-    "reserve": read_number(0, 0.9),
-    "store": read_store,
-    "fetch_media": read_flag,
-    "media_hosts": read_texts,
-    "images_in_text": read_flag,
-    "timeouts": read_section(TIMEOUT_KEYS),
-    "heartbeat_s": read_number(0, 3600),
-}
 MODELS_KEYS: Mapping[str, Kind] = {
     "default": read_text,
     "map": read_map(read_text),
     "fallback": read_map(read_texts),
     "traits": read_map(read_section(TRAIT_KEYS)),
 }
-ACCOUNT_KEYS: Mapping[str, Kind] = {
-    "name": read_text,
-    "email": read_text,
-    "kind": read_word("gemini", "vertex", "cloudcode"),
-    "enabled": read_flag,
-    "weight": read_number(0.01, 1000),
-    "max_concurrency": read_number(1, 100000, int),
-    "quota_group": read_text,
-    "limits": read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))),
-    "base_url": read_url,
-    "proxy": read_url,
-    "api_key": read_secret,
-    "credentials": read_path,
-    **dict.fromkeys(USER_KEYS, read_secret),
-    "token_url": read_url,
-    "project": read_secret,
-    "location": read_text,
-}
 SECTIONS: Mapping[str, Kind] = {
-    "proxy": read_section(PROXY_KEYS),
+    "proxy": read_section(keys_of(Config)),
     "models": read_section(MODELS_KEYS),
     "accounts": read_accounts,
 }
@@ -1174,10 +1082,9 @@ def load_config(
         raise ConfigError(f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line.") from None
     given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
-    timeouts = Timeouts(**proxy.pop("timeouts", {}))
     renamed = {"default": "default_model", "map": "aliases"}
     chosen = {renamed.get(key, key): value for key, value in models.items()}
-    config = Config(given.get("accounts", ()), **proxy, **chosen, timeouts=timeouts)
+    config = Config(given.get("accounts", ()), **proxy, **chosen)
     problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
     if problems:
         raise ConfigError("\n".join(problems))
@@ -1216,14 +1123,11 @@ def is_public(host: str) -> bool:
     address = ip_address(host.strip("[]").partition("%")[0])
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
-        if address in NAT64:
+        if address in ip_network("64:ff9b::/96"):  # NAT64
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
     return address.is_global and not address.is_multicast
-
-
-NAT64 = ip_network("64:ff9b::/96")
 
 
 def is_address(host: str) -> bool:
@@ -4921,8 +4825,6 @@ class Database:
         return await asyncio.shield(done)
 
     def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        import sqlite3
-
         if time.monotonic() < self._busy_until:
             raise StoreTrouble("The store is busy. Try again in some seconds.")  # else each would wait in turn
         try:
@@ -4935,8 +4837,6 @@ class Database:
             raise StoreTrouble(f"The store cannot be used ({error}). Try again, or look at proxy.store.") from None
 
     def _open(self) -> sqlite3.Connection:
-        import sqlite3
-
         try:
             return open_database(self.path)
         except (OSError, sqlite3.Error) as error:
@@ -4952,17 +4852,11 @@ class Database:
 
 def open_database(path: Path | None) -> sqlite3.Connection:
     """The file with its tables, made where it is not there yet. Raises OSError and sqlite3.Error."""
-    import sqlite3
-
     if path is not None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
     connection = sqlite3.connect(path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False)
     try:
-        connection.execute("PRAGMA auto_vacuum = FULL")
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        connection.execute("PRAGMA secure_delete = ON")
         connection.executescript(DATABASE_TABLES)
     except BaseException:
         connection.close()
@@ -4972,6 +4866,7 @@ def open_database(path: Path | None) -> sqlite3.Connection:
 
 # Of `responses`, `keeper` is the gateway that makes one, or nothing where it is over.
 DATABASE_TABLES = """
+PRAGMA auto_vacuum = FULL; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA secure_delete = ON;
 CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value BLOB);
 CREATE TABLE IF NOT EXISTS responses (
     id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB, events BLOB,
@@ -4983,8 +4878,6 @@ CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WIT
 
 def hold_file(path: Path) -> sqlite3.Connection | None:
     """Holds a file for as long as this process lives, however that ends; None where another one holds it."""
-    import sqlite3
-
     held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
     try:
         held.execute("PRAGMA journal_mode = OFF")  # else a file would stay behind a killed process
@@ -5067,11 +4960,8 @@ class ResponseStore:
         """The key for what clients carry for this gateway, and for all others with the same file."""
 
         def read(connection: sqlite3.Connection) -> bytes:
-            known = "SELECT value FROM secrets WHERE name = 'seal'"
-            if (row := connection.execute(known).fetchone()) is None:
-                connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
-                row = connection.execute(known).fetchone()
-            value: bytes = row[0]
+            connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
+            value: bytes = connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
             return value
 
         self._secret = self._secret or await self._run(read)
@@ -5155,10 +5045,7 @@ class PoolStore:
         self._written: dict[str, str] = {}
 
     async def load(self) -> None:
-        def read(database: sqlite3.Connection) -> dict[str, str]:
-            return dict(database.execute("SELECT name, value FROM pool").fetchall())
-
-        self._written = await self._run(read) or {}
+        self._written = await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool"))) or {}
         self._pool.restore(self._written, self._clock())
 
     async def keep(self, rested: asyncio.Event) -> None:
@@ -5262,7 +5149,8 @@ class Credentials:
         form = {"grant_type": "refresh_token", "refresh_token": token.refresh_token or account.refresh_token}
         form |= {"client_id": account.client_id, "client_secret": account.client_secret}
         if account.service_account:
-            form = {"grant_type": JWT_GRANT, "assertion": signed_assertion(account, now)}
+            grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+            form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
             raise AccountBarred(f"{account.name} has no login yet. Run `agproxy login {account.name}`.")
         told = await self._ask(account, form, "access_token")
@@ -5306,9 +5194,6 @@ def login_code(address: str, state: str) -> str:
         why = "; ".join(given.get("error", ["it is not the address of this login"]))
         raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
     return given["code"][0]
-
-
-JWT_GRANT = "urn:ietf:params:oauth:grant-type:jwt-bearer"
 
 
 def signed_assertion(account: Account, now: float) -> str:
@@ -8166,7 +8051,8 @@ class Demo:
             return demo_error(404, "NOT_FOUND", f"The demo has no {http.path}.")
         if name:
             return await self._call(http, *name[1:].partition(":")[::2])
-        return demo_json({"models": [demo_model(name, methods) for name, methods in DEMO_MODELS.items()]})
+        models = ({"name": f"models/{name}", "supportedGenerationMethods": DEMO_MODELS[name]} for name in DEMO_MODELS)
+        return demo_json({"models": list(models)})
 
     async def drain(self) -> None: ...
     async def close(self) -> None: ...
@@ -8200,13 +8086,6 @@ class Demo:
 
 def demo_json(body: Any, status: int = 200) -> HttpResponse:
     return HttpResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
-
-
-def demo_model(name: str, methods: Sequence[str]) -> dict[str, Any]:
-    about = {"name": f"models/{name}", "displayName": name.replace("-", " ").title()}
-    chats = "generateContent" in methods
-    limits = {"inputTokenLimit": 1_048_576 if chats else 2048, "outputTokenLimit": 65_536 if chats else 1}
-    return {**about, **limits, "supportedGenerationMethods": list(methods), "thinking": chats}
 
 
 def demo_error(code: int, status: str, message: str) -> HttpResponse:
@@ -8354,19 +8233,10 @@ agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
 agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
 
-# What a person pastes for each client: where, and the text. {base}, {root} (without /v1) and the
-# key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
-CLIENTS: Mapping[str, tuple[str, str]] = {
-    "curl": (
-        "a shell",
-        """\
-curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
-  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'""",
-    ),
-    "aider": ("a shell", "aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}"),
-    "codex": (
-        "~/.codex/config.toml, then: export OPENAI_API_KEY={word}",
-        """\
+# What a person pastes for clients that the variables do not reach: the name, where, and the text. {base} and the key
+# are filled in, as {word} for a shell, as {json} for the rest.
+RECIPES = """
+== codex: ~/.codex/config.toml, then: export OPENAI_API_KEY={word}
 model = "gpt-5.5"
 model_provider = "agproxy"
 
@@ -8374,26 +8244,13 @@ model_provider = "agproxy"
 name = "agproxy"
 base_url = "{base}"
 wire_api = "responses"
-env_key = "OPENAI_API_KEY\"""",
-    ),
-    "llm": (
-        "extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}",
-        """\
+env_key = "OPENAI_API_KEY"
+== llm: extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}
 - model_id: agproxy
   model_name: gpt-4o
   api_base: "{base}"
-  api_key_name: agproxy""",
-    ),
-    "langchain": (
-        "Python",
-        """\
-from langchain_openai import ChatOpenAI
-
-model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})""",
-    ),
-    "opencode": (
-        "opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello",
-        """\
+  api_key_name: agproxy
+== opencode: opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello
 {{
   "$schema": "https://opencode.ai/config.json",
   "provider": {{
@@ -8403,11 +8260,8 @@ model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})""",
       "models": {{"gpt-4o": {{}}}}
     }}
   }}
-}}""",
-    ),
-    "continue": (
-        "~/.continue/config.yaml",
-        """\
+}}
+== continue: ~/.continue/config.yaml
 name: agproxy
 version: 0.0.1
 schema: v1
@@ -8417,23 +8271,9 @@ models:
     model: gpt-4o
     apiBase: {base}
     apiKey: {json}
-    roles: [chat, edit, apply, autocomplete]""",
-    ),
-    "cline": (
-        "Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible",
-        """\
-Base URL: {base}
-API Key: {key}
-Model ID: gpt-4o""",
-    ),
-    "cursor": (
-        "Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet",
-        """\
-OpenAI API Key: {key}
-Override OpenAI Base URL: {base}""",
-    ),
-}
-DOORS_NOT_BUILT = {"claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"}
+    roles: [chat, edit, apply, autocomplete]
+"""
+CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
 SHELLS: Mapping[str, Callable[[str, str], str]] = {
     "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
     "fish": lambda name, value: "set -gx {} '{}'".format(name, re.sub(r"(['\\])", r"\\\1", value)),
@@ -8477,7 +8317,7 @@ def read_if_there(path: Path) -> str | None:
     return None
 
 
-class Unusable(click.ClickException):
+class Unusable(click.ClickException, ConfigError):
     """What the user gave cannot be used; the code at the end stands in README's table."""
 
     exit_code = 2
@@ -8529,16 +8369,17 @@ def servable(config: Config) -> Config:
 
 def reloaded(log_handler: MaskingHandler, accounts: str | None, host: str | None, port: int | None) -> Config:
     """The config anew; its secrets are masked before anybody uses it. Raises ConfigError."""
-    try:
-        config = servable(configured(accounts, host, port))
-    except Unusable as error:
-        raise ConfigError(error.message) from None
+    config = servable(configured(accounts, host, port))
     log_handler.learn(config)
     return config
 
 
 def fresh_key() -> str:
     return f"sk-{secrets.token_urlsafe(32)}"
+
+
+def echo_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 class JsonFormatter(logging.Formatter):
@@ -8580,11 +8421,8 @@ def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
 
 def banner(config: Config, running_max: float) -> str:
     """What a person needs to know at the start."""
-    proxies = {
-        without_credentials(p)
-        for a in config.accounts
-        if (p := proxy_for(a.base_url, a.proxy or config.upstream_proxy))
-    }
+    proxies = (proxy_for(account.base_url, account.proxy or config.upstream_proxy) for account in config.accounts)
+    without_users = sorted({re.sub(r"//[^/@]*@", "//", proxy) for proxy in proxies if proxy})
     names = ", ".join(account.name for account in config.accounts)
     open_to_all = config.auth == "off" and not is_loopback(config.bind)
     lines = [
@@ -8595,7 +8433,7 @@ def banner(config: Config, running_max: float) -> str:
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
         f"  at once   {running_max} requests, as open files allow",
         f"  store     {config.store} (responses; proxy.store)",
-        *(f"  proxy     {proxy}" for proxy in sorted(proxies)),
+        *(f"  proxy     {proxy}" for proxy in without_users),
         *([f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"] if open_to_all else []),
         f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
     ]
@@ -8614,10 +8452,6 @@ def stored_at(config: Config, env: Mapping[str, str]) -> str:
         raise Unusable(text, "config_invalid") from None
 
 
-def without_credentials(url: str) -> str:
-    return re.sub(r"//[^/@]*@", "//", url)
-
-
 def raise_file_limit() -> float:
     """Lets this process open as many files as it may; how many requests, of two sockets and an idle one each, that is."""
     try:
@@ -8629,12 +8463,6 @@ def raise_file_limit() -> float:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 3)
-
-
-def spare_collector() -> None:
-    """Keeps the garbage collector from walking the modules again and again: a tenth of what a request costs."""
-    gc.freeze()
-    gc.set_threshold(10_000, 20, 20)
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
@@ -8659,23 +8487,13 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
         click.echo(banner(replace(config, port=port), running_max), err=True)
         if source:
             on_signals(("SIGHUP",), lambda _: source.asked.set())
-        spare_collector()
-        tell_systemd("READY=1")
+        gc.freeze()  # else the collector walks the modules again and again: a tenth of what a request costs
+        gc.set_threshold(10_000, 20, 20)
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
-        tell_systemd("STOPPING=1")
         click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
-
-
-def tell_systemd(state: str) -> None:
-    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
-            to.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
 def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
@@ -8736,41 +8554,38 @@ accounts_option = click.option(
     metavar="FILE",
     help="The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]",
 )
-host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-port_option = click.option(
-    "--port", type=click.IntRange(0, 65535), help="Port to listen on.  [default: $AGPROXY_PORT, 8045]"
-)
-
-
 demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
+LOG_LEVELS = ("debug", "info", "warning", "error")
+Where = tuple[str | None, str | None, int | None]
+
+
+def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where the gateway is, as one argument `where`."""
+
+    @functools.wraps(command)
+    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
+        command(where=(accounts, host, port), **more)
+
+    ports = click.IntRange(0, 65535)
+    host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+    port_option = click.option("--port", type=ports, help="Port to listen on.  [default: $AGPROXY_PORT, 8045]")
+    return host_option(port_option(accounts_option(with_where)))
 
 
 @main.command()
-@host_option
-@port_option
-@accounts_option
+@gateway_options
 @demo_option
-@click.option(
-    "--log-level", default="info", show_default=True, type=click.Choice(["debug", "info", "warning", "error"])
-)
+@click.option("--log-level", default="info", show_default=True, type=click.Choice(LOG_LEVELS))
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
 @click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
-def serve(
-    host: str | None,
-    port: int | None,
-    accounts: str | None,
-    demo: bool,
-    log_level: str,
-    log_format: str,
-    drain_s: float,
-) -> None:
+def serve(where: Where, demo: bool, log_level: str, log_format: str, drain_s: float) -> None:
     """Start the gateway."""
-    config = servable(configured(accounts, host, port, demo))
-    warn_of_readers(find_file(accounts, os.environ))
+    config = servable(configured(*where, demo))
+    path = find_file(where[0], os.environ)
+    warn_of_readers(path)
     log_handler = set_up_logging(log_level, log_format, config)
     try:
-        load = functools.partial(reloaded, log_handler, accounts, host, port)
-        run_loop(run_until_signal(config, find_file(accounts, os.environ), load, drain_s))
+        run_loop(run_until_signal(config, path, functools.partial(reloaded, log_handler, *where), drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -8806,7 +8621,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     """List the models that are served, or say what NAME maps to and by which rule."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    listed = asyncio.run(list_models(config))
+    listed = asyncio.run(with_upstream(config, Upstream.models))
     if name is None:
         if listed is None:
             click.echo("The upstream's list cannot be had; `agproxy check --online` says why.", err=True)
@@ -8821,11 +8636,12 @@ def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     click.echo(f"{name} -> {mapped.model} (by {mapped.rule}{instead})")
 
 
-async def list_models(config: Config) -> tuple[str, ...] | None:
+async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
+    """What `ask` learns from an upstream that is opened for it alone."""
     async with contextlib.AsyncExitStack() as stack:
         upstream = Upstream(await with_demo(config, stack))
         stack.push_async_callback(upstream.close)
-        return await upstream.models()
+        return await ask(upstream)
 
 
 @main.command()
@@ -8835,26 +8651,25 @@ def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = servable(replace(configured(accounts), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
-    found: Sequence[tuple[str, ...]]
-    found = asyncio.run(probe(config)) if online else [(told_credentials(a), a.base_url) for a in config.accounts]
-    rows: list[tuple[str, ...]] = [("account", "kind", *(ONLINE_COLUMNS if online else ("key", "upstream")))]
+    columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
+    offline: Sequence[tuple[str, ...]] = [(told_credentials(account), account.base_url) for account in config.accounts]
+    found = asyncio.run(with_upstream(config, probe)) if online else offline
+    rows = [("account", "kind", *columns)]
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
     click.echo(render_table(rows))
     if any(account.kind == "cloudcode" for account in config.accounts):
-        click.echo(TERMS)
+        click.echo(
+            "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts "
+            "have been closed for it. API keys (kind gemini) are the recommended kind."
+        )
     if any(row[0] == "no" for row in found):
         sys.exit(1)
 
 
-TERMS = (
-    "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts have "
-    "been closed for it. API keys (kind gemini) are the recommended kind."
-)
-
-
 def told_credentials(account: Account) -> str:
     if account.kind == "gemini":
-        return masked_key(account.api_key)
+        key = account.api_key  # enough of it to tell two apart, too little to use one
+        return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
     if account.service_account:
         return "service account"
     return "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
@@ -8866,16 +8681,9 @@ def render_table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
-ONLINE_COLUMNS = ("reachable", "models", "remedy")
-
-
-async def probe(config: Config) -> Sequence[tuple[str, ...]]:
+async def probe(upstream: Upstream) -> Sequence[tuple[str, ...]]:
     """Of each account: whether its upstream answers, with how many models, and what to do where it does not."""
-    upstream = Upstream(config)
-    try:
-        return await asyncio.gather(*(probe_account(upstream, account) for account in config.accounts))
-    finally:
-        await upstream.close()
+    return await asyncio.gather(*(probe_account(upstream, account) for account in upstream.pool.accounts))
 
 
 async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str, str]:
@@ -8907,11 +8715,6 @@ def remedy_of(error: UpstreamError, kind: str) -> str:
     return next(found, new_key if refused_key else "" if ". " in error.message else error.advice)
 
 
-def masked_key(key: str) -> str:
-    """Enough of a key to tell two apart, too little to use one."""
-    return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
-
-
 @main.command()
 @accounts_option
 @click.argument("file", type=click.File("rb"))
@@ -8934,25 +8737,18 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
             refuse_dropped(changes)
     except GatewayError as error:
         raise Unusable(error.message, error.code or "invalid_body") from None
-    click.echo(
-        json.dumps(
-            {
-                "model": requests[0].model,
-                "mapped_model": mapped.model,
-                "rule": mapped.rule,
-                "fields": explain_fields(body, table, changes),
-                "requests": [one.body for one in built],
-            },
-            indent=2,
-            ensure_ascii=False,
-        )
+    echo_json(
+        {
+            "model": requests[0].model,
+            "mapped_model": mapped.model,
+            "rule": mapped.rule,
+            "fields": explain_fields(body, table, changes),
+            "requests": [one.body for one in built],
+        }
     )
 
 
 # ---- the running gateway
-
-
-Where = tuple[str | None, str | None, int | None]
 
 
 def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
@@ -8960,8 +8756,7 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
     import urllib.error
     import urllib.request
 
-    accounts, host, port = where
-    config = configured(accounts, host, port, with_accounts=False)
+    config = configured(*where, with_accounts=False)
     url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
     request = urllib.request.Request(url, None if body is None else dump_bytes(body))
     if config.api_key:
@@ -8980,35 +8775,21 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
     raise Unusable(text, "no_gateway")
 
 
-def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that find the running gateway, as one argument `where`."""
-
-    @functools.wraps(command)
-    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
-        command(where=(accounts, host, port), **more)
-
-    return accounts_option(host_option(port_option(with_where)))
-
-
 @main.command("status")
 @gateway_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--watch", is_flag=True, help="Show it anew every two seconds, until Ctrl-C.")
-def print_status(where: Where, as_json: bool, watch: bool) -> None:
+def print_status(where: Where, as_json: bool) -> None:
     """Show what each account of the running gateway does, who rests until when and why, and what was used."""
-    while True:
-        told = ask_gateway(where, "status")
-        text = json.dumps(told, indent=2, ensure_ascii=False) if as_json else status_table(told["accounts"])
-        if watch:
-            click.clear()
-        click.echo(text)
-        if not watch:
-            return
-        time.sleep(2)
+    told = ask_gateway(where, "status")
+    if as_json:
+        echo_json(told)
+    else:
+        click.echo(status_table(told["accounts"]))
 
 
 def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
     """A line an account, and one for each model that it was asked for."""
+    quotas = ("requests_per_minute", "requests_per_day", "tokens_per_day")
     rows = [("account", "kind", "model", "in flight", "requests/min", "requests/day", "tokens/day", "state")]
     for one in accounts:
         shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
@@ -9016,14 +8797,9 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
         about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
         rows.append((*about, "; ".join([one["state"], *shared])))
         for model in one["models"]:
-            counts = (
-                f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in TABLE_QUOTAS
-            )
+            counts = (f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q]) for q in quotas)
             rows.append(("", "", model["model"], "", *counts, model["state"]))
     return render_table(rows)
-
-
-TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
 
 
 @main.command("pool")
@@ -9033,9 +8809,8 @@ TABLE_QUOTAS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
 def steer_pool(where: Where, action: str, name: str) -> None:
     """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
     account, _, model = name.partition("/")
-    click.echo(
-        status_table(ask_gateway(where, "pool", {"action": action, "account": account, "model": model})["accounts"])
-    )
+    told = ask_gateway(where, "pool", {"action": action, "account": account, "model": model})
+    click.echo(status_table(told["accounts"]))
 
 
 @main.command("why")
@@ -9048,9 +8823,8 @@ def print_why(where: Where, id: str) -> None:
     click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
     for number, step in enumerate(decisions, 1):
         waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
-        click.echo(
-            f"{number}. {step['model']}{waited}: {step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
-        )
+        answered = f"{step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
+        click.echo(f"{number}. {step['model']}{waited}: {answered}")
         for account, state in step["considered"].items():
             click.echo(f"   {account} {state}")
 
@@ -9120,44 +8894,36 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
     async with contextlib.AsyncExitStack() as stack:
         come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
         port = 1 if paste else await listen(Landing(state, come), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
-        click.echo(
-            f"Open this in a browser, and let {account.name} in:\n{login_url(account, redirect, state, verifier)}"
-        )
+        url = login_url(account, redirect, state, verifier)
+        click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
         if paste:
             answer = await asyncio.to_thread(click.prompt, "The address that the browser ends at (it shows no page)")
         else:
             answer = await come
-        code = login_code(answer, state)
-        upstream = Upstream(replace(config, accounts=()))
-        stack.push_async_callback(upstream.close)
-        return await upstream.credentials.redeem(account, code, redirect, verifier)
+    code = login_code(answer, state)
+    return await with_upstream(
+        replace(config, accounts=()), lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier)
+    )
 
 
 @main.command("env")
-@host_option
-@port_option
-@accounts_option
+@gateway_options
 @click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
-@click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
-def print_env(host: str | None, port: int | None, accounts: str | None, shell: str, client: str | None) -> None:
+@click.option("--client", type=click.Choice(list(CLIENTS)), help="Print what to paste for this client.")
+def print_env(where: Where, shell: str, client: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
-    config = with_key(configured(accounts, host, port, with_accounts=False))
+    config = with_key(configured(*where, with_accounts=False))
     values = client_environment(config)
-    if client in DOORS_NOT_BUILT:
-        raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
     if client:
         key = values["OPENAI_API_KEY"]
-        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
-        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(f"Authorization: Bearer {key}")}
-        filled["json"] = json.dumps(key)
-        where, text = (text.format(**filled) for text in CLIENTS[client])
-        click.echo(f"# {where}", err=True)
+        filled = {"base": config.base_url, "word": shlex.quote(key), "json": json.dumps(key)}
+        place, text = CLIENTS[client].format(**filled).rstrip().split("\n", 1)
+        click.echo(f"# {place}", err=True)
         click.echo(text)
     elif shell == "json":
-        click.echo(json.dumps(values, indent=2))
+        echo_json(values)
     else:
         click.echo("\n".join(SHELLS[shell](name, value) for name, value in values.items()))
 

@@ -79,7 +79,12 @@ def test_env_is_read_by_a_shell_and_quotes_the_key(tmp_path: Path) -> None:
 
 def test_readme_names_every_option() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    for key in (*agproxy.PROXY_KEYS, *agproxy.MODELS_KEYS, *agproxy.ACCOUNT_KEYS, *agproxy.TIMEOUT_KEYS):
+    for key in (
+        *agproxy.keys_of(agproxy.Config),
+        *agproxy.MODELS_KEYS,
+        *agproxy.ACCOUNT_KEYS,
+        *agproxy.keys_of(agproxy.Timeouts),
+    ):
         assert f"`{key}`" in readme or f".{key}`" in readme, key
     commands: Any = agproxy.main
     for name, command in commands.commands.items():

@@ -40,7 +40,12 @@ def test_the_example_file_loads_and_names_every_key() -> None:
     text = (ROOT / "accounts.yaml.example").read_text()
     config = agproxy.load_config(text, "example", {"AGPROXY_API_KEY": "k", "GEMINI_API_KEY": "g"})
     assert (config.api_key[0].key, config.accounts[0].api_key, config.auth) == ("k", "g", "off")
-    tables = (agproxy.PROXY_KEYS, agproxy.MODELS_KEYS, agproxy.ACCOUNT_KEYS, agproxy.TIMEOUT_KEYS, agproxy.TRAIT_KEYS)
+    tables = (
+        *map(agproxy.keys_of, (agproxy.Config, agproxy.Timeouts)),
+        agproxy.MODELS_KEYS,
+        agproxy.ACCOUNT_KEYS,
+        agproxy.TRAIT_KEYS,
+    )
     for key in (key for table in tables for key in table):
         assert re.search(rf"^[ -]*{key}:", text, re.MULTILINE), key
 

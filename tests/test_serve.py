@@ -207,17 +207,6 @@ async def test_a_second_signal_ends_at_once(
             await asking
 
 
-async def test_systemd_is_told(serve: Serve, file: str, tmp_path: Path) -> None:
-    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
-        systemd.bind(str(tmp_path / "notify"))
-        served = await serve("--accounts", file, "--port", "0", NOTIFY_SOCKET=str(tmp_path / "notify"))
-        await served.wait_for(r"base URL +(\S+)")
-        assert await asyncio.to_thread(systemd.recv, 99) == b"READY=1"
-        served.process.terminate()
-        assert await asyncio.to_thread(systemd.recv, 99) == b"STOPPING=1"
-        assert await served.ended() == 0
-
-
 async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> None:
     served = await serve("--accounts", file, "--port", "0", "--log-format", "json")
     base_url = await served.wait_for(r"base URL +(\S+)")
