@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
+from conftest import read_yaml
 from fake_gemini import OWN_OUTPUT, findings, is_meant, validate
 from openai_schema import components
 
 import antigravity_proxy as agproxy
 
 TABLES: dict[str, Any] = {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).parent / "fields").glob("*.yaml"))
+    path.stem: read_yaml(path) for path in sorted((Path(__file__).parent / "fields").glob("*.yaml"))
 }
 FATES = ("mapped", "renamed", "emulated", "clamped", "ignored", "dropped", "refused")
 # What a case may say.

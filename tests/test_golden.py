@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from conftest import read_yaml
 from fake_gemini import validate, whole
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
@@ -15,9 +15,7 @@ from openai_schema import findings
 
 import antigravity_proxy as agproxy
 
-CASES = {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))
-}
+CASES = {path.stem: read_yaml(path) for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
 HEAD = agproxy.Head("0123456789abcdef01234567", 1, "gpt-4o", include_usage=True, now=lambda: 2)
 
 

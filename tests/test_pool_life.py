@@ -10,15 +10,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-import yaml
 from click.testing import CliRunner, Result
-from conftest import HELLO, Serve, until
+from conftest import HELLO, Serve, read_yaml, until
 from fake_gemini import KINDS, FakeGemini, error, said
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
-ERRORS = {row["about"]: row for row in yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())}
+ERRORS = {row["about"]: row for row in read_yaml(Path(__file__).parent / "errors.yaml")}
 DAY = ERRORS["a day's requests of the free tier, with a RetryInfo that tells nothing"]
 USED_UP = (429, DAY["body"])
 Write = Callable[..., None]
