@@ -7,8 +7,9 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import yaml
@@ -16,7 +17,8 @@ from aiohttp.test_utils import TestServer
 from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 NOT_PASSED = (
     *("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT"),
     "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew
@@ -35,19 +37,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gc.freeze()  # thousands of cases and the schemas need not be walked again and again
 
 
+class Ended(NamedTuple):
+    """What a command said, with which exit code, and the folder in which it ran."""
+
+    code: int
+    said: str
+    folder: Path
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quick_bench(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[str], Path] | None]:
-    """The benchmark with few requests, where its test is to run: it begins with the first test and is judged last."""
-    if not any(item.get_closest_marker("at_the_end") for item in request.session.items):
-        yield None
-        return
-    file = tmp_path_factory.mktemp("bench") / "figures.json"
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "bench.py"), "--quick", "--json", str(file)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        yield process, file
-        process.kill()
+def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The ends, by script, of what takes seconds: begun with the first test, one after the other, and judged last."""
+    marks = [item.get_closest_marker("at_the_end") for item in request.session.items]
+    running: list[subprocess.Popen[str]] = []
+
+    def run(folder: Path, script: str, *arguments: str) -> Ended:
+        command, env = [sys.executable, str(TESTS / script), *arguments], os.environ | dict.fromkeys(HOMES, str(folder))
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=folder, env=env, **pipes) as process:
+            running.append(process)
+            said, _ = process.communicate(timeout=120)
+        return Ended(process.returncode, said, folder)
+
+    commands = [(tmp_path_factory.mktemp("beside"), *mark.args) for mark in marks if mark]
+    with ThreadPoolExecutor(1) as one_by_one:
+        yield {command[1]: one_by_one.submit(run, *command) for command in commands}
+        one_by_one.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from typing import Any
 import aiohttp
 import fuzz_wire
 import pytest
-import soak
 from conftest import HELLO, sdk
 from fake_gemini import FakeGemini, error, said
 
@@ -402,8 +401,10 @@ async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> Non
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
 
 
-async def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_nothing() -> None:
-    assert await soak.soak(100, 1) == []
+@pytest.mark.at_the_end("soak.py", "--streams", "100", "--seconds", "1")
+def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_nothing(beside: dict[str, Any]) -> None:
+    ended = beside["soak.py"].result(timeout=240)
+    assert (ended.code, "\n0 findings\n" in ended.said) == (0, True), ended.said
 
 
 def test_damaged_http_of_clients_and_of_gemini(monkeypatch: pytest.MonkeyPatch) -> None:
