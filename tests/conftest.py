@@ -80,18 +80,18 @@ def home(request: pytest.FixtureRequest, nowhere: Path, monkeypatch: pytest.Monk
 
 
 def command_of(folder: Path, *arguments: str, **env: str) -> tuple[list[str], dict[str, str]]:
-    """What starts `agproxy serve`, and its environment: nothing of whoever runs the tests."""
+    """What runs `agproxy`, and its environment: nothing of whoever runs the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
     mine = {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | dict.fromkeys(HOMES, str(folder))
     # by its module's name: a file that is named is always compiled
-    return [sys.executable, "-m", "antigravity_proxy", "serve", *arguments], kept | mine | env
+    return [sys.executable, "-m", "antigravity_proxy", *arguments], kept | mine | env
 
 
 @pytest.fixture(scope="module")
 def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of one demo for all tests of a module."""
     folder = tmp_path_factory.mktemp("demo")
-    command, env = command_of(folder, "--demo", "--port", "0", "--log-level", "error")
+    command, env = command_of(folder, "serve", "--demo", "--port", "0", "--log-level", "error")
     with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         yield next(line.split()[-1] for line in process.stderr if "base URL" in line)
@@ -141,7 +141,7 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
     started: list[asyncio.subprocess.Process] = []
 
     async def serve(*arguments: str, **env: str) -> Served:
-        command, all_env = command_of(tmp_path, *arguments, **env)
+        command, all_env = command_of(tmp_path, "serve", *arguments, **env)
         process = await asyncio.create_subprocess_exec(
             *command, cwd=tmp_path, env=all_env, stderr=asyncio.subprocess.PIPE
         )

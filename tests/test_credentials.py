@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
-from conftest import HELLO, ROOT
+from conftest import HELLO, command_of
 from fake_gemini import FakeGemini, account_of
 from gateway_server import GatewayServer
 
@@ -141,6 +141,8 @@ async def test_trouble_with_the_network_puts_no_account_out(
     start: Start, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agproxy, "TOKEN_RETRY_S", 1.0)
+    rest_of = agproxy.rest_of
+    monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
     client = await start("a")
     gemini.tokens = [(500, {})]
     response = await client.post(CHAT, json=HELLO)  # waits the time that such trouble is given
@@ -250,9 +252,9 @@ async def test_login(paste: bool, gemini: FakeGemini, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     text = FILE.replace("URL", gemini.url).replace("MORE", "client_id: id, client_secret: s")
     path.write_text(text)
-    command = [agproxy.sys.executable, str(ROOT / "antigravity_proxy.py"), "login", "--accounts", str(path), "a"]
+    command, env = command_of(tmp_path, "login", "--accounts", str(path), "a", *["--paste"] * paste)
     process = await asyncio.create_subprocess_exec(
-        *command, *["--paste"] * paste, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
+        *command, env=env, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
     )
     assert process.stdout and process.stdin
     await process.stdout.readline()
