@@ -1,6 +1,7 @@
 """A served process for the tests that need one."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import re
@@ -136,14 +137,15 @@ class Served:
 Serve = Callable[..., Awaitable[Served]]
 
 
-@pytest.fixture
-async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+@contextlib.asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[Serve]:
+    """Starts processes with that folder as their home; ends them all."""
     started: list[asyncio.subprocess.Process] = []
 
     async def serve(*arguments: str, **env: str) -> Served:
-        command, all_env = command_of(tmp_path, "serve", *arguments, **env)
+        command, all_env = command_of(folder, "serve", *arguments, **env)
         process = await asyncio.create_subprocess_exec(
-            *command, cwd=tmp_path, env=all_env, stderr=asyncio.subprocess.PIPE
+            *command, cwd=folder, env=all_env, stderr=asyncio.subprocess.PIPE
         )
         started.append(process)
         return Served(process)
@@ -157,11 +159,31 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
 
 
 @pytest.fixture
-async def gemini() -> AsyncIterator[FakeGemini]:
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    async with serving(tmp_path) as serve:
+        yield serve
+
+
+@contextlib.asynccontextmanager
+async def scripted_gemini() -> AsyncIterator[FakeGemini]:
     fake = FakeGemini()
     async with TestServer(fake.app) as server:
         fake.url = str(server.make_url("")).rstrip("/")
         yield fake
+
+
+@pytest.fixture
+async def gemini() -> AsyncIterator[FakeGemini]:
+    async with scripted_gemini() as fake:
+        yield fake
+
+
+def write_accounts(folder: Path, gemini: FakeGemini) -> str:
+    """The path of a config with the accounts a and b, asked in this order."""
+    path = folder / "two.yaml"
+    accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
+    path.write_text("\n".join(["proxy: {strategy: fill_first, max_wait_s: 0}", "accounts:", *accounts, ""]))
+    return str(path)
 
 
 @pytest.fixture(autouse=True)
