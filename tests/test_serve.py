@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +114,30 @@ async def test_a_second_signal_ends_at_once(
         assert await asyncio.wait_for(served.ended(), 1) == -number
         with pytest.raises(aiohttp.ClientError):
             await asking
+
+
+def has_open(pid: int, path: Path) -> bool:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            if os.readlink(f"/proc/{pid}/fd/{name}") == str(path):
+                return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which files another process has open")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_before_it_listens_ends_it_in_order(
+    number: signal.Signals, serve: Serve, file: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "agproxy" / "state.sqlite3"
+    store.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as held:
+        held.execute("BEGIN EXCLUSIVE")  # whoever starts now waits for what the store has kept
+        served = await serve("--accounts", file, "--port", "0")
+        await until(lambda: has_open(served.process.pid, store))
+        served.process.send_signal(number)
+    assert await served.ended() == 0
+    assert "Traceback" not in served.said and "cannot be used" not in served.said
 
 
 async def test_systemd_is_told(serve: Serve, file: str, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ async def test_what_each_refusal_costs_and_says(
     [
         ({"first_event_s": 0.1}, {"silence_s": 1.0}, "Gemini did not answer in time"),
         ({"total_s": 0.1}, {"silence_s": 1.0}, "No answer began within proxy.timeouts.total_s."),
-        ({"idle_s": 0.2}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
+        ({"idle_s": 0.1}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
         ({"total_s": 0.2}, {"pause_s": 0.15}, "The answer took longer than proxy.timeouts.total_s."),
     ],
 )
