@@ -1,5 +1,6 @@
 """A served process for the tests that need one."""
 
+import ast
 import asyncio
 import contextlib
 import gc
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,12 @@ NOT_PASSED = (
     "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew
 )
 HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
+
+
+@cache
+def tree_of_the_file() -> ast.Module:
+    """antigravity_proxy.py, parsed once for all that read it."""
+    return ast.parse((ROOT / "antigravity_proxy.py").read_text(encoding="utf-8"))
 
 
 def read_yaml(path: Path) -> Any:

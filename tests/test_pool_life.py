@@ -92,7 +92,7 @@ async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, ge
     write("a", "b")
     served = await serve("--log-level", "warning")
     base_url = await served.wait_for(r"base URL +(\S+)")
-    gemini.echo, gemini.pause_s = True, 0.02
+    gemini.echo, gemini.pause_s = True, 0.01
     names = [["c", "a"], ["a"], ["b", "a", "c"], ["c"]]
     ended: list[int] = []
 
@@ -110,7 +110,7 @@ async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, ge
                 served.process.send_signal(signal.SIGHUP)
             else:
                 assert (await command(base_url, "reload")).output == f"{len(some)} accounts\n"
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.06)
 
     await asyncio.gather(edit(), *(load() for _ in range(8)))
     assert ended == [200] * 320
