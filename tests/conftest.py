@@ -65,7 +65,7 @@ def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         with subprocess.Popen(command, cwd=folder, env=env, **pipes) as process:
             running.append(process)
-            said, _ = process.communicate(timeout=120)
+            said, _ = process.communicate()
         return Ended(process.returncode, said, folder)
 
     commands = [(tmp_path_factory.mktemp("beside"), *mark.args) for mark in marks if mark]
