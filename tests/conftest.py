@@ -1,26 +1,43 @@
 """A served process for the tests that need one."""
 
+import ast
 import asyncio
+import contextlib
 import gc
 import os
 import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from aiohttp.test_utils import TestServer
 from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
-ROOT = Path(__file__).parent.parent
+TESTS = Path(__file__).parent
+ROOT = TESTS.parent
 NOT_PASSED = (
     *("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT"),
     "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew
 )
 HOMES = ("XDG_CONFIG_HOME", "XDG_STATE_HOME")
+
+
+@cache
+def tree_of_the_file() -> ast.Module:
+    """antigravity_proxy.py, parsed once for all that read it."""
+    return ast.parse((ROOT / "antigravity_proxy.py").read_text(encoding="utf-8"))
+
+
+def read_yaml(path: Path) -> Any:
+    """A file's value, by PyYAML's part in C where it is there: the cases are read seven times as fast."""
+    return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,19 +46,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     gc.freeze()  # thousands of cases and the schemas need not be walked again and again
 
 
+class Ended(NamedTuple):
+    """What a command said, with which exit code, and the folder in which it ran."""
+
+    code: int
+    said: str
+    folder: Path
+
+
 @pytest.fixture(scope="session", autouse=True)
-def quick_bench(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[subprocess.Popen[str], Path] | None]:
-    """The benchmark with few requests, where its test is to run: it begins with the first test and is judged last."""
-    if not any(item.get_closest_marker("at_the_end") for item in request.session.items):
-        yield None
-        return
-    file = tmp_path_factory.mktemp("bench") / "figures.json"
-    command = [sys.executable, str(ROOT / "tests" / "bench" / "bench.py"), "--quick", "--json", str(file)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        yield process, file
-        process.kill()
+def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """The ends, by script, of what takes seconds: begun with the first test, one after the other, and judged last."""
+    marks = [item.get_closest_marker("at_the_end") for item in request.session.items]
+    running: list[subprocess.Popen[str]] = []
+
+    def run(folder: Path, script: str, *arguments: str) -> Ended:
+        command, env = [sys.executable, str(TESTS / script), *arguments], os.environ | dict.fromkeys(HOMES, str(folder))
+        pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        with subprocess.Popen(command, cwd=folder, env=env, **pipes) as process:
+            running.append(process)
+            said, _ = process.communicate()
+        return Ended(process.returncode, said, folder)
+
+    commands = [(tmp_path_factory.mktemp("beside"), *mark.args) for mark in marks if mark]
+    with ThreadPoolExecutor(1) as one_by_one:
+        yield {command[1]: one_by_one.submit(run, *command) for command in commands}
+        one_by_one.shutdown(wait=False, cancel_futures=True)
+        for process in running:
+            process.kill()
 
 
 @pytest.fixture(scope="session")
@@ -57,18 +89,18 @@ def home(request: pytest.FixtureRequest, nowhere: Path, monkeypatch: pytest.Monk
 
 
 def command_of(folder: Path, *arguments: str, **env: str) -> tuple[list[str], dict[str, str]]:
-    """What starts `agproxy serve`, and its environment: nothing of whoever runs the tests."""
+    """What runs `agproxy`, and its environment: nothing of whoever runs the tests."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_PASSED}
     mine = {"HOME": str(folder), "PYTHONPATH": str(ROOT)} | dict.fromkeys(HOMES, str(folder))
     # by its module's name: a file that is named is always compiled
-    return [sys.executable, "-m", "antigravity_proxy", "serve", *arguments], kept | mine | env
+    return [sys.executable, "-m", "antigravity_proxy", *arguments], kept | mine | env
 
 
 @pytest.fixture(scope="module")
 def demo_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The base URL of one demo for all tests of a module."""
     folder = tmp_path_factory.mktemp("demo")
-    command, env = command_of(folder, "--demo", "--port", "0", "--log-level", "error")
+    command, env = command_of(folder, "serve", "--demo", "--port", "0", "--log-level", "error")
     with subprocess.Popen(command, cwd=folder, env=env, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         yield next(line.split()[-1] for line in process.stderr if "base URL" in line)
@@ -113,14 +145,15 @@ class Served:
 Serve = Callable[..., Awaitable[Served]]
 
 
-@pytest.fixture
-async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+@contextlib.asynccontextmanager
+async def serving(folder: Path) -> AsyncIterator[Serve]:
+    """Starts processes with that folder as their home; ends them all."""
     started: list[asyncio.subprocess.Process] = []
 
     async def serve(*arguments: str, **env: str) -> Served:
-        command, all_env = command_of(tmp_path, *arguments, **env)
+        command, all_env = command_of(folder, "serve", *arguments, **env)
         process = await asyncio.create_subprocess_exec(
-            *command, cwd=tmp_path, env=all_env, stderr=asyncio.subprocess.PIPE
+            *command, cwd=folder, env=all_env, stderr=asyncio.subprocess.PIPE
         )
         started.append(process)
         return Served(process)
@@ -134,11 +167,31 @@ async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
 
 
 @pytest.fixture
-async def gemini() -> AsyncIterator[FakeGemini]:
+async def serve(tmp_path: Path) -> AsyncIterator[Serve]:
+    async with serving(tmp_path) as serve:
+        yield serve
+
+
+@contextlib.asynccontextmanager
+async def scripted_gemini() -> AsyncIterator[FakeGemini]:
     fake = FakeGemini()
     async with TestServer(fake.app) as server:
         fake.url = str(server.make_url("")).rstrip("/")
         yield fake
+
+
+@pytest.fixture
+async def gemini() -> AsyncIterator[FakeGemini]:
+    async with scripted_gemini() as fake:
+        yield fake
+
+
+def write_accounts(folder: Path, gemini: FakeGemini) -> str:
+    """The path of a config with the accounts a and b, asked in this order."""
+    path = folder / "two.yaml"
+    accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
+    path.write_text("\n".join(["proxy: {strategy: fill_first, max_wait_s: 0}", "accounts:", *accounts, ""]))
+    return str(path)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """A scripted Gemini: checks every body with Google's structure and answers 400 as Google would."""
 
 import asyncio
+import contextlib
 import json
 import re
 import sys
@@ -82,7 +83,8 @@ def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:
 class FakeGemini:
     """Plays `script`, one step a call; `keys` and `bodies` hold what was received.
 
-    With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream, `silence_s` before an answer.
+    With `echo` it repeats the prompt instead; `pause_s` stands between the chunks of a stream, `silence_s` before an answer;
+    `go_on` ends all of these pauses at once.
     It is all three upstreams: the Gemini API, Vertex AI and v1internal, and a token endpoint, whose script is `tokens`
     (a refusal, or seconds of silence, a call), and which takes back what is in `revoked`.
     """
@@ -94,6 +96,7 @@ class FakeGemini:
         self.beside: dict[str, Any] = {}
         self.pause_s = 0.0
         self.silence_s = 0.0
+        self.go_on = asyncio.Event()
         self.date = ""
         self.script: list[Step] = []
         self.keys: list[str] = []
@@ -186,7 +189,7 @@ class FakeGemini:
         if self.answer_first_tool:
             declared = body["tools"][0]["functionDeclarations"][0]["name"]
             step[0]["candidates"][0]["content"]["parts"][0]["functionCall"]["name"] = declared  # type: ignore[index]
-        await asyncio.sleep(self.silence_s)
+        await self.pause(self.silence_s)
         if isinstance(step, tuple):
             return web.json_response(step[1], status=step[0])
         if method == "generateContent":
@@ -196,5 +199,10 @@ class FakeGemini:
         await response.prepare(request)
         for chunk in step:
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
-            await asyncio.sleep(self.pause_s)
+            await self.pause(self.pause_s)
         return response
+
+    async def pause(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self.go_on.wait()

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
-from conftest import HELLO, ROOT
+from conftest import HELLO, command_of
 from fake_gemini import FakeGemini, account_of
 from gateway_server import GatewayServer
 
@@ -52,7 +52,7 @@ async def made(gemini: FakeGemini, kind: str) -> AsyncIterator[agproxy.Upstream]
 
 async def test_one_renewal_for_all_who_wait(start: Start, gemini: FakeGemini) -> None:
     client = await start("a")
-    gemini.tokens = [0.2]
+    gemini.tokens = [0.1]
     answers = await asyncio.gather(*(client.post(CHAT, json=HELLO) for _ in range(20)))
     assert {answer.status for answer in answers} == {200}
     assert len(gemini.forms) == 1
@@ -61,10 +61,10 @@ async def test_one_renewal_for_all_who_wait(start: Start, gemini: FakeGemini) ->
 
 
 async def test_who_leaves_does_not_end_the_renewal_for_the_others(made: agproxy.Upstream, gemini: FakeGemini) -> None:
-    gemini.tokens = [0.2]
+    gemini.tokens = [0.1]
     account = made.pool.accounts[0]
     one, other = (asyncio.create_task(made.credentials.header(account)) for _ in range(2))
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0.03)
     one.cancel()
     assert (await other)["Authorization"] == "Bearer key-a:1"
 
@@ -72,10 +72,10 @@ async def test_who_leaves_does_not_end_the_renewal_for_the_others(made: agproxy.
 async def test_a_token_is_renewed_ahead_of_its_end_and_nobody_waits(made: agproxy.Upstream, gemini: FakeGemini) -> None:
     account, clock = made.pool.accounts[0], made.clock
     await made.credentials.header(account)
-    gemini.tokens = [0.2]
+    gemini.tokens = [0.1]
     made.clock = lambda: clock() + 3599 - 200
     assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:1"
-    await asyncio.sleep(0.3)
+    await asyncio.sleep(0.2)
     assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:2"
     made.clock = lambda: clock() + 3 * 3599
     assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:3"
@@ -115,7 +115,7 @@ async def test_a_refused_token_is_renewed_once_and_the_request_served(start: Sta
 async def test_a_fault_of_the_token_endpoint_loses_no_request(
     faults: list[Any], said: str, start: Start, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agproxy, "TOKEN_S_MAX", 0.3)
+    monkeypatch.setattr(agproxy, "TOKEN_S_MAX", 0.1)
     client = await start("ab")
     gemini.tokens = list(faults)
     response = await client.post(CHAT, json=HELLO)
@@ -141,6 +141,8 @@ async def test_trouble_with_the_network_puts_no_account_out(
     start: Start, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agproxy, "TOKEN_RETRY_S", 1.0)
+    rest_of = agproxy.rest_of
+    monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
     client = await start("a")
     gemini.tokens = [(500, {})]
     response = await client.post(CHAT, json=HELLO)  # waits the time that such trouble is given
@@ -250,9 +252,9 @@ async def test_login(paste: bool, gemini: FakeGemini, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     text = FILE.replace("URL", gemini.url).replace("MORE", "client_id: id, client_secret: s")
     path.write_text(text)
-    command = [agproxy.sys.executable, str(ROOT / "antigravity_proxy.py"), "login", "--accounts", str(path), "a"]
+    command, env = command_of(tmp_path, "login", "--accounts", str(path), "a", *["--paste"] * paste)
     process = await asyncio.create_subprocess_exec(
-        *command, *["--paste"] * paste, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
+        *command, env=env, stdout=asyncio.subprocess.PIPE, stdin=asyncio.subprocess.PIPE
     )
     assert process.stdout and process.stdin
     await process.stdout.readline()

@@ -12,19 +12,20 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from click.testing import CliRunner
+from conftest import read_yaml
 from fake_gemini import OWN_OUTPUT, findings, is_meant, validate
 from openai_schema import components
 
 import antigravity_proxy as agproxy
 
 TABLES: dict[str, Any] = {
-    path.stem: yaml.safe_load(path.read_text()) for path in sorted((Path(__file__).parent / "fields").glob("*.yaml"))
+    path.stem: read_yaml(path) for path in sorted((Path(__file__).parent / "fields").glob("*.yaml"))
 }
 FATES = ("mapped", "renamed", "emulated", "clamped", "ignored", "dropped", "refused")
 # What a case may say.
@@ -167,9 +168,13 @@ def parsed(table: str, body: Any) -> Any:
             return [agproxy.parse_response(body)]
 
 
+@cache
+def traits_for(model: str) -> agproxy.Traits:
+    return agproxy.traits_of(agproxy.map_model(model, agproxy.Config(()), None).model, {})
+
+
 def built(request: agproxy.Request, model: str | None = None, dialect: agproxy.Dialect = "gemini") -> agproxy.Built:
-    mapped = agproxy.map_model(model or request.model, agproxy.Config(()), None).model
-    return agproxy.build_generate_content(request, agproxy.traits_of(mapped, {}), dialect)
+    return agproxy.build_generate_content(request, traits_for(model or request.model), dialect)
 
 
 def refused_by_google(request: agproxy.Request) -> dict[str, list[str]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from conftest import read_yaml
 from fake_gemini import error, said, validate
 
 import antigravity_proxy as agproxy
@@ -104,7 +104,7 @@ def test_what_an_error_body_means(
 # ---- each error body of the upstreams
 
 NOON = 1768507200.0  # 2026-01-15 in Los Angeles
-ERRORS = yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())
+ERRORS = read_yaml(Path(__file__).parent / "errors.yaml")
 
 
 @pytest.mark.parametrize("row", ERRORS, ids=[row["about"] for row in ERRORS])

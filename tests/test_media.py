@@ -110,7 +110,7 @@ async def test_what_is_refused_names_the_part(
 
 
 async def test_a_slow_link_ends_in_time(ask: Ask, media: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agproxy, "MEDIA_S_MAX", 0.2)
+    monkeypatch.setattr(agproxy, "MEDIA_S_MAX", 0.1)
     status, answer = await ask(image(f"{media}/slow.png"), **LOOPBACK)
     assert (status, "did not come within" in answer["error"]["message"]) == (400, True)
 

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import tree_of_the_file
 
 import antigravity_proxy as agproxy
 
@@ -86,7 +87,7 @@ def test_nothing_is_imported_that_is_not_declared() -> None:
     allowed = {re.split(r"[>=;<]", name)[0].replace("pyyaml", "yaml") for name in declared} | sys.stdlib_module_names
     source = (ROOT / "antigravity_proxy.py").read_text()
     imported = re.findall(r"(?:import_module|_Lazy)\(\"(\w+)", source)
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree_of_the_file()):
         imported += [one.name for one in node.names] if isinstance(node, ast.Import) else []
         imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
     assert len(imported) > 30

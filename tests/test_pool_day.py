@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from conftest import read_yaml
 
 import antigravity_proxy as agproxy
 
-ERRORS = {row["about"]: row for row in yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())}
+ERRORS = {row["about"]: row for row in read_yaml(Path(__file__).parent / "errors.yaml")}
 START = 1768456800.0  # 2026-01-15, 06:00 UTC: the quotas' day ends two hours later
 DAY_S = 86400.0
 FLASH, PRO = "gemini-2.5-flash", "gemini-2.5-pro"

@@ -10,15 +10,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-import yaml
 from click.testing import CliRunner, Result
-from conftest import HELLO, Serve, until
+from conftest import HELLO, Serve, read_yaml, until
 from fake_gemini import KINDS, FakeGemini, error, said
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
-ERRORS = {row["about"]: row for row in yaml.safe_load((Path(__file__).parent / "errors.yaml").read_text())}
+ERRORS = {row["about"]: row for row in read_yaml(Path(__file__).parent / "errors.yaml")}
 DAY = ERRORS["a day's requests of the free tier, with a RetryInfo that tells nothing"]
 USED_UP = (429, DAY["body"])
 Write = Callable[..., None]
@@ -61,10 +60,7 @@ async def test_a_day_that_is_used_up_is_remembered(
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [USED_UP, said("b")]
     assert (await ask(base_url))[:2] == (200, "b")
-    for _ in range(100):  # it is written at once, but beside the answer
-        if is_written(tmp_path, b"requests_per_day"):
-            break
-        await asyncio.sleep(0.05)
+    await until(lambda: is_written(tmp_path, b"requests_per_day"))  # at once, but beside the answer
     served.process.send_signal(how)
     await served.process.wait()
     assert (tmp_path / "state.sqlite3").stat().st_mode & 0o777 == 0o600
@@ -96,7 +92,7 @@ async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, ge
     write("a", "b")
     served = await serve("--log-level", "warning")
     base_url = await served.wait_for(r"base URL +(\S+)")
-    gemini.echo, gemini.pause_s = True, 0.02
+    gemini.echo, gemini.pause_s = True, 0.01
     names = [["c", "a"], ["a"], ["b", "a", "c"], ["c"]]
     ended: list[int] = []
 
@@ -114,7 +110,7 @@ async def test_reloads_under_load_drop_no_request(serve: Serve, write: Write, ge
                 served.process.send_signal(signal.SIGHUP)
             else:
                 assert (await command(base_url, "reload")).output == f"{len(some)} accounts\n"
-            await asyncio.sleep(0.15)
+            await asyncio.sleep(0.06)
 
     await asyncio.gather(edit(), *(load() for _ in range(8)))
     assert ended == [200] * 320
@@ -281,7 +277,10 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     attempts: str,
     gemini: FakeGemini,
     aiohttp_client: Any,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    rest_of = agproxy.rest_of
+    monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
     accounts = (agproxy.Account("a", "k", gemini.url),)
     chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
     config = agproxy.Config(accounts, fallback=chain, **{"max_wait_s": 0, **settings})
@@ -299,7 +298,7 @@ async def test_a_wait_is_given_up_when_it_is_long_and_the_limit_is_kept(
     accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=1),)
     client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(accounts, max_wait_s=2))))
     gemini.script = [said("x")] * 3
-    gemini.silence_s = 0.3
+    gemini.silence_s = 0.1
     answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(3)))
     assert [answer.status for answer in answers] == [200] * 3
     gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 20s.")]

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
-from conftest import HELLO
+from conftest import HELLO, command_of, tree_of_the_file
 from fake_gemini import FakeGemini, error
 from gateway_server import GatewayServer
 
@@ -282,8 +282,8 @@ def test_run_gives_a_command_its_own_gateway(tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    program = [sys.executable, agproxy.__file__, "run", "--demo", "--", sys.executable, "-c", script, json.dumps(HELLO)]
-    run = subprocess.run(program, check=False, capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    program, env = command_of(tmp_path, "run", "--demo", "--", sys.executable, "-c", script, json.dumps(HELLO))
+    run = subprocess.run(program, check=False, capture_output=True, text=True, cwd=tmp_path, env=env, timeout=30)
     assert run.returncode == 7
     assert "You said: hi" in run.stdout
     assert re.search(r"agproxy: 1 request \(0 failed\), \d+ tokens in, \d+ out; accounts: demo 1", run.stderr)
@@ -294,12 +294,11 @@ def test_run_gives_a_command_its_own_gateway(tmp_path: Path) -> None:
 
 def codes_in_the_source() -> set[str]:
     """Every code that the gateway can tell: as a class's default, an argument named `code`, or by its place."""
-    tree = ast.parse(Path(agproxy.__file__).read_text(encoding="utf-8"))
     kinds = [
         kind for kind in vars(agproxy).values() if isinstance(kind, type) and issubclass(kind, agproxy.GatewayError)
     ]
     found: set[Any] = {kind.default_code for kind in kinds} | {row[3] for row in agproxy.REFUSALS}
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of_the_file()):
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))

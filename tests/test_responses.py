@@ -460,7 +460,7 @@ async def test_a_file_that_cannot_be_used_is_told_and_replaced_by_memory(
     assert "broken cannot be used" in caplog.text
 
 
-@pytest.mark.parametrize("limit", [{"MAX": 20}, {"MEMORY_MAX": 20_000}, {"BYTES_MAX": 20_000}, {"AGE_S": 0.5}], ids=str)
+@pytest.mark.parametrize("limit", [{"MAX": 20}, {"MEMORY_MAX": 20_000}, {"BYTES_MAX": 20_000}, {"AGE_S": 0.3}], ids=str)
 async def test_the_store_is_bounded(
     limit: dict[str, float], start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -470,7 +470,7 @@ async def test_the_store_is_bounded(
     client = await start(store="memory" if "MEMORY_MAX" in limit else str(tmp_path / "s"))
     gemini.echo = True
     first, second = await ask(client), await ask(client)
-    await asyncio.sleep(0.6 if "AGE_S" in limit else 0)
+    await asyncio.sleep(0.35 if "AGE_S" in limit else 0)
     for _ in range(99):
         last = await ask(client)
         await fetch(client, second["id"])

@@ -1,6 +1,7 @@
 """Planted keys and words: no log line, error, header or traceback may repeat them, at the most talkative level."""
 
 import asyncio
+import contextlib
 import gzip
 import json
 import logging
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
-from conftest import HELLO, Serve
+from conftest import HELLO, Served, serving
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
@@ -94,18 +95,26 @@ RAW = [
 ]
 
 
-@pytest.mark.parametrize("form", ["text", "json"])
-async def test_no_error_path_tells_a_key_or_the_conversation(form: str, serve: Serve, tmp_path: Path) -> None:
-    echo = TestServer(Echo().app)
-    async with echo, aiohttp.ClientSession() as session:
+async def test_no_error_path_tells_a_key_or_the_conversation(tmp_path: Path) -> None:
+    async with TestServer(Echo().app) as echo, contextlib.AsyncExitStack() as stack:
         url = str(echo.make_url("")).rstrip("/")
         accounts = [{"name": n, "api_key": SECRETS[n], "base_url": url} for n in ("account", "plain account")]
         keys = [{"name": "c", "key": SECRETS["client"]}, {"name": "d", "key": SECRETS["plain client"]}]
-        (tmp_path / "a.yaml").write_text(
-            json.dumps({"accounts": accounts, "proxy": {"api_key": keys, "auth_mode": "strict", "max_wait_s": 0}})
-        )
-        served = await serve("--accounts", "a.yaml", "--port", "0", "--log-level", "debug", "--log-format", form)
-        base = (await served.wait_for(r"base URL +(\S+)")).removesuffix("/v1")
+        config = {"accounts": accounts, "proxy": {"api_key": keys, "auth_mode": "strict", "max_wait_s": 0}}
+        asking = []
+        for form in ("text", "json"):  # side by side: most of the time they wait before they ask once more
+            (tmp_path / form).mkdir()
+            (tmp_path / form / "a.yaml").write_text(json.dumps(config))
+            serve = await stack.enter_async_context(serving(tmp_path / form))
+            arguments = ("--accounts", "a.yaml", "--port", "0", "--log-level", "debug", "--log-format", form)
+            asking.append(tells_nothing(await serve(*arguments)))
+        await asyncio.gather(*asking)
+
+
+async def tells_nothing(served: Served) -> None:
+    """Asks in each way that can fail, stops the gateway, and reads whatever it said."""
+    base = (await served.wait_for(r"base URL +(\S+)")).removesuffix("/v1")
+    async with aiohttp.ClientSession() as session:
 
         async def ask(path: str, sent: dict[str, Any]) -> tuple[Any, int, str, str]:
             async with session.post(base + path, **sent) as response:
@@ -122,8 +131,8 @@ async def test_no_error_path_tells_a_key_or_the_conversation(form: str, serve: S
             assert " 400 " in answer[:13] and '{"error":{' in answer, answer
             told.append(({}, 400, answer, ""))
             writer.close()
-        served.process.terminate()
-        assert await served.ended() == 0
+    served.process.terminate()
+    assert await served.ended() == 0
     assert len(told) > 100
     assert {status for _, status, _, _ in told} >= {200, 400, 401, 404, 502}
     for sent, status, body, headers in told:

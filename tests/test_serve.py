@@ -1,4 +1,4 @@
-"""The served process, as a user starts it: banner, the real openai package over HTTP, log lines, drain, refusals."""
+"""The served process, as a user starts it: banner, log lines, signals and drain, refusals, what it keeps."""
 
 import asyncio
 import contextlib
@@ -7,125 +7,33 @@ import os
 import re
 import signal
 import socket
-from collections.abc import AsyncIterator
+import sqlite3
+import sys
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-import openai
 import pytest
-from conftest import HELLO, Serve, sdk, until
-from fake_gemini import FakeGemini, error, said
+from conftest import HELLO, Serve, until, write_accounts
+from fake_gemini import FakeGemini, said
 
 
 @pytest.fixture
 def file(tmp_path: Path, gemini: FakeGemini) -> str:
-    path = tmp_path / "two.yaml"
-    accounts = [f"  - {{name: {name}, api_key: key-{name}, base_url: '{gemini.url}'}}" for name in ("a", "b")]
-    path.write_text("\n".join(["proxy: {strategy: fill_first, max_wait_s: 0}", "accounts:", *accounts, ""]))
-    return str(path)
-
-
-@pytest.fixture
-async def ai(serve: Serve, file: str) -> AsyncIterator[openai.AsyncOpenAI]:
-    served = await serve("--accounts", file, "--port", "0")
-    base_url = await served.wait_for(r"base URL +(\S+)")
-    async with sdk(base_url) as client:
-        yield client
-
-
-async def test_chat_and_its_headers(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [said("Hel", "lo")]
-    raw = await ai.chat.completions.with_raw_response.create(**HELLO)
-    assert raw.headers["X-Mapped-Model"] == "gemini-2.5-flash"
-    assert re.fullmatch(r"req_[0-9a-f]{24}", raw.headers["x-request-id"])
-    answer = raw.parse()
-    assert (answer.choices[0].message.content, answer.model) == ("Hello", "gpt-4o")
-
-
-async def test_a_stream_is_collected_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [said("Hel", "lo")]
-    async with ai.chat.completions.stream(**HELLO, stream_options={"include_usage": True}) as stream:
-        answer = await stream.get_final_completion()
-    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Hello", "stop")
-    assert answer.usage is not None
-    assert answer.usage.total_tokens == 7
-
-
-async def test_two_choices_are_two_calls(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [said("x"), said("x")]
-    async with ai.chat.completions.stream(**HELLO, n=2) as stream:
-        answer = await stream.get_final_completion()
-    assert [(c.index, c.message.content, c.finish_reason) for c in answer.choices] == [
-        (0, "x", "stop"),
-        (1, "x", "stop"),
-    ]
-
-
-async def test_responses_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [said("Hel", "lo"), said("Hel", "lo", reason="MAX_TOKENS")]
-    answer = await ai.responses.create(model="gpt-4o", input="hi", instructions="Be brief.")
-    assert answer.output_text == "Hello"
-    assert gemini.bodies[0]["systemInstruction"] == {"parts": [{"text": "Be brief."}]}
-    async with ai.responses.stream(model="gpt-4o", input=[{"role": "user", "content": "hi"}]) as stream:
-        types = [event.type async for event in stream]
-        last = await stream.get_final_response() if types[-1] == "response.completed" else None
-    assert (types[0], types[-1], last) == ("response.created", "response.incomplete", None)
-
-
-async def test_completions_by_the_sdk(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [said("x") for _ in range(4)]
-    answer = await ai.completions.create(model="gpt-3.5-turbo-instruct", prompt=["a", "b"], n=2, echo=True)
-    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "ax"), (1, "ax"), (2, "bx"), (3, "bx")]
-
-
-@pytest.mark.parametrize(
-    ("steps", "expected"),
-    [
-        ([error(400, "INVALID_ARGUMENT", "No.")], openai.BadRequestError),
-        ([error(404, "NOT_FOUND", "No such model.")] * 2, openai.NotFoundError),
-        ([error(429, "RESOURCE_EXHAUSTED", "Slow down.")] * 2, openai.RateLimitError),
-        ([error(401, "UNAUTHENTICATED", "Who?")] * 2, openai.InternalServerError),
-        ([error(503, "UNAVAILABLE", "Overloaded.")] * 3, openai.InternalServerError),
-    ],
-)
-async def test_each_failure_is_the_sdks_own_class(
-    steps: list[Any], expected: type[openai.APIStatusError], ai: openai.AsyncOpenAI, gemini: FakeGemini
-) -> None:
-    gemini.script = steps
-    with pytest.raises(expected):
-        await ai.chat.completions.create(**HELLO)
-    assert gemini.script == []
-
-
-async def test_fifty_at_once_are_not_mixed(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.echo = True
-
-    async def ask(number: int) -> str | None:
-        messages: Any = [{"role": "user", "content": f"n{number}"}]
-        stream = await ai.chat.completions.create(model="gpt-4o", messages=messages, stream=True)
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
-
-    answers = await asyncio.gather(*(ask(number) for number in range(50)))
-    assert answers == [f"n{number}" for number in range(50)]
-
-
-async def test_the_first_account_is_limited_and_the_second_answers(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow down."), said("b")]
-    raw = await ai.chat.completions.with_raw_response.create(**HELLO)
-    assert (raw.headers["X-Attempts"], raw.headers["X-Account-Email"]) == ("2", "b")
-    assert gemini.keys == ["key-a", "key-b"]
+    return write_accounts(tmp_path, gemini)
 
 
 async def test_a_signal_lets_running_answers_finish(serve: Serve, file: str, gemini: FakeGemini) -> None:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"base URL +(\S+)")
     gemini.script = [said("a", "b", "c")]
-    gemini.pause_s = 0.1
+    gemini.pause_s = 20
     async with aiohttp.ClientSession() as session:
         async with session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True}) as response:
             assert await response.content.readline()
             served.process.send_signal(signal.SIGTERM)
+            await served.wait_for("(agproxy stops)")
+            gemini.go_on.set()
             assert (await response.text()).endswith("data: [DONE]\n\n")
         assert await served.ended() == 0
         with pytest.raises(aiohttp.ClientConnectorError):
@@ -170,7 +78,7 @@ async def test_while_it_drains_it_says_so_and_takes_nothing_new(serve: Serve, fi
     base_url = await served.wait_for(r"base URL +(\S+)")
     port = int(base_url.split(":")[2].removesuffix("/v1"))
     health = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
-    gemini.script, gemini.pause_s = [said("a", "b", "c")], 0.3
+    gemini.script, gemini.pause_s = [said("a", "b", "c")], 20
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(health)
     assert b" 200 " in await reader.readuntil(b"}")
@@ -184,6 +92,7 @@ async def test_while_it_drains_it_says_so_and_takes_nothing_new(serve: Serve, fi
             assert await reader.read() == b""
             with pytest.raises(aiohttp.ClientConnectorError):
                 await session.get(f"{base_url}/models")
+            gemini.go_on.set()
             assert (await response.text()).endswith("data: [DONE]\n\n")
     writer.close()
     assert await served.ended() == 0
@@ -205,6 +114,41 @@ async def test_a_second_signal_ends_at_once(
         assert await asyncio.wait_for(served.ended(), 1) == -number
         with pytest.raises(aiohttp.ClientError):
             await asking
+
+
+def has_open(pid: int, path: Path) -> bool:
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it was closed meanwhile
+            if os.readlink(f"/proc/{pid}/fd/{name}") == str(path):
+                return True
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells which files another process has open")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_before_it_listens_ends_it_in_order(
+    number: signal.Signals, serve: Serve, file: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "agproxy" / "state.sqlite3"
+    store.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(store, isolation_level=None)) as held:
+        held.execute("BEGIN EXCLUSIVE")  # whoever starts now waits for what the store has kept
+        served = await serve("--accounts", file, "--port", "0")
+        await until(lambda: has_open(served.process.pid, store))
+        served.process.send_signal(number)
+    assert await served.ended() == 0
+    assert "Traceback" not in served.said and "cannot be used" not in served.said
+
+
+async def test_systemd_is_told(serve: Serve, file: str, tmp_path: Path) -> None:
+    with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        served = await serve("--accounts", file, "--port", "0", NOTIFY_SOCKET=str(tmp_path / "notify"))
+        await served.wait_for(r"base URL +(\S+)")
+        assert await asyncio.to_thread(systemd.recv, 99) == b"READY=1"
+        served.process.terminate()
+        assert await asyncio.to_thread(systemd.recv, 99) == b"STOPPING=1"
+        assert await served.ended() == 0
 
 
 async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> None:
@@ -270,9 +214,8 @@ async def test_a_killed_gateway_loses_no_response_that_was_over(serve: Serve, fi
 async def test_what_a_killed_gateway_was_making_has_failed(
     background: bool, serve: Serve, file: str, gemini: FakeGemini, tmp_path: Path
 ) -> None:
-    served = await serve("--accounts", file, "--port", "0")
-    base_url = await served.wait_for(r"base URL +(\S+)")
-    other = await (await serve("--accounts", file, "--port", "0")).wait_for(r"base URL +(\S+)")
+    served, second = [await serve("--accounts", file, "--port", "0") for _ in range(2)]
+    base_url, other = [await one.wait_for(r"base URL +(\S+)") for one in (served, second)]
     gemini.script, gemini.pause_s = [said("a", "b", "c")], 20.0
     body = {"model": "gpt-4o", "input": "hi", "stream": True, "background": background}
     async with aiohttp.ClientSession() as session:

@@ -62,7 +62,7 @@ async def wire(port: int, *pieces: bytes, end: bool = False) -> bytes:
         await asyncio.sleep(0.02)
     said = b""
     with contextlib.suppress(TimeoutError, ConnectionError):
-        async with asyncio.timeout(5 if end else 0.3):
+        async with asyncio.timeout(5 if end else 0.1):
             while piece := await reader.read(1 << 16):
                 said += piece
     writer.transport.abort()
@@ -151,9 +151,8 @@ async def test_odd_chunks_are_refused(body: bytes, echo: tuple[Echo, int]) -> No
 
 async def test_requests_on_one_connection_are_answered_in_their_order(echo: tuple[Echo, int]) -> None:
     posts = b"".join(b"POST /%d HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\nok" % number for number in range(50))
-    answer = await wire(
-        echo[1], posts[:1000], posts[1000:] + b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    )
+    last = b"GET /last HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    answer = await wire(echo[1], posts[:1000], posts[1000:] + last, end=True)
     order = [part.split(b'"')[0] for part in answer.split(b'"path": "/')[1:]]
     assert order == [b"%d" % number for number in range(50)] + [b"last"]
 
@@ -205,7 +204,7 @@ async def test_a_body_that_does_not_come_is_given_up(echo: tuple[Echo, int], mon
 
 
 async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agproxy, "KEEP_ALIVE_S", 0.2)
+    monkeypatch.setattr(agproxy, "KEEP_ALIVE_S", 0.1)
     async with contextlib.AsyncExitStack() as stack:
         port = await agproxy.listen(Echo(), "127.0.0.1", 0, stack)
         began = asyncio.get_running_loop().time()
@@ -222,7 +221,7 @@ async def test_whoever_leaves_is_not_worked_for(echo: tuple[Echo, int]) -> None:
 async def test_pipelined_requests_do_not_fill_the_memory(echo: tuple[Echo, int]) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", echo[1])
     writer.write(b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n" + b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n" * 1_000_000)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.3)
     assert writer.transport.get_write_buffer_size() > 10 << 20  # nobody takes it
     writer.transport.abort()
 
@@ -231,7 +230,7 @@ async def test_answers_that_nobody_reads_do_not_fill_the_memory(echo: tuple[Echo
     app, port = echo
     _, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n" * 200)
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(0.3)
     assert 0 < app.asked < 50  # what fits into the sockets' buffers
     writer.transport.abort()
 

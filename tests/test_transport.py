@@ -228,8 +228,8 @@ async def test_an_answer_is_there_in_time(transport: Any, sent: bytes) -> None:
     async with Socket(answer) as url:
         started = asyncio.get_running_loop().time()
         with pytest.raises(TimeoutError):
-            await (await transport(url, first_event_s=0.2).post("/", HEADERS, b"{}")).read()
-        assert 0.15 < asyncio.get_running_loop().time() - started < 1
+            await (await transport(url, first_event_s=0.1).post("/", HEADERS, b"{}")).read()
+        assert 0.075 < asyncio.get_running_loop().time() - started < 1
 
 
 async def test_a_paused_body_waits_upstream(transport: Any) -> None:
@@ -245,19 +245,19 @@ async def test_a_paused_body_waits_upstream(transport: Any) -> None:
             sent += 1 << 16
 
     async with Socket(answer) as url:
-        incoming = await transport(url, idle_s=0.2).post("/", HEADERS, b"{}")
+        incoming = await transport(url, idle_s=0.1).post("/", HEADERS, b"{}")
         got: list[int] = []
 
         def sink(data: bytes) -> None:
             got.append(len(data))
             if len(got) == 1:
                 incoming.pause()
-                asyncio.get_running_loop().call_later(0.5, incoming.resume)
+                asyncio.get_running_loop().call_later(0.25, incoming.resume)
                 held.append(sent)
 
         held: list[int] = []
         flowing = asyncio.create_task(incoming.flow(sink))
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(0.2)
         assert sent < total // 2, "the upstream was not held"
         await flowing
         assert sum(got) == total

@@ -31,6 +31,10 @@ def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     return request.param if request.param in KINDS else "gemini"
 
 
+# Where the account is not of the parameter's kind, vertex and cloudcode are the direct transport once more.
+both_transports = pytest.mark.parametrize("transport", ["direct", "aiohttp"], indirect=True)
+
+
 @pytest.fixture
 async def gemini() -> AsyncIterator[tuple[FakeGemini, str]]:
     fake = FakeGemini()
@@ -209,6 +213,7 @@ async def test_bad_input_names_the_field(start: Start, body: Any, param: str | N
     assert (response.status in (400, 404), told["param"], told["code"]) == (True, param, code)
 
 
+@both_transports
 async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
     closed = asyncio.Event()
 
@@ -289,9 +294,9 @@ async def test_what_each_refusal_costs_and_says(
 @pytest.mark.parametrize(
     ("timeouts", "pause", "text"),
     [
-        ({"first_event_s": 0.2}, {"silence_s": 1.0}, "Gemini did not answer in time"),
-        ({"total_s": 0.2}, {"silence_s": 1.0}, "No answer began within proxy.timeouts.total_s."),
-        ({"idle_s": 0.2}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
+        ({"first_event_s": 0.1}, {"silence_s": 1.0}, "Gemini did not answer in time"),
+        ({"total_s": 0.1}, {"silence_s": 1.0}, "No answer began within proxy.timeouts.total_s."),
+        ({"idle_s": 0.1}, {"pause_s": 1.0}, "Gemini fell silent in the middle of its answer."),
         ({"total_s": 0.2}, {"pause_s": 0.15}, "The answer took longer than proxy.timeouts.total_s."),
     ],
 )
@@ -446,18 +451,21 @@ async def test_a_body_that_is_no_json_object(data: bytes, start: Start) -> None:
     assert (await client.get("/healthz")).status == 200
 
 
+@both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
     client = await aiohttp_client(GatewayServer(await agproxy.create_app(config, running_max=1)))
     gemini[0].script = [said("x")]
-    gemini[0].silence_s = 0.2
+    gemini[0].silence_s = 20
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
-    await asyncio.sleep(0.1)
+    await until(lambda: gemini[0].bodies)
     second = await client.post("/v1/chat/completions", json=HELLO)
     assert (second.status, "ulimit -n" in (await second.json())["error"]["message"]) == (503, True)
+    gemini[0].go_on.set()
     assert (await first).status == 200
 
 
+@both_transports
 async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
     frame = b"data: " + json.dumps(said("x" * 8000)[0]).encode() + b"\r\n\r\n"
     sent = 0
@@ -482,8 +490,8 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
             held = -1
             while held < sent or not held:
                 held = sent
-                await asyncio.sleep(0.2)
-            await asyncio.sleep(0.3)
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)
             assert sent == held < 32 << 20  # what fits into the sockets' buffers, and no more
             await reader.readexactly(8 << 20)
             await until(lambda: sent > held)
@@ -508,6 +516,7 @@ class Scripted:
         """Nothing to close."""
 
 
+@pytest.mark.parametrize("transport", ["direct"], indirect=True)
 async def test_nothing_is_said_behind_a_choice_that_failed() -> None:
     failed = Scripted(agproxy.TextDelta(0, "half"), agproxy.Failed(agproxy.UpstreamBroken("Cut.")))
     other = Scripted(*[agproxy.TextDelta(0, "more")] * 9, agproxy.Ended(agproxy.Usage()))

@@ -1,9 +1,8 @@
 """The benchmark's correctness: every workload once, and the checks that it relies on. Never a ratio."""
 
 import json
-import subprocess
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import pytest
 from load import Check, ResponseReader, order_faults
@@ -13,12 +12,11 @@ from workloads import WORKLOADS, Workload, answers, event_bytes, texts
 STREAM = replace(next(workload for workload in WORKLOADS if workload.name == "burst-1"), chunks=4)
 
 
-@pytest.mark.at_the_end
-def test_every_workload_is_answered_whole_and_in_order(quick_bench: tuple[subprocess.Popen[str], Path]) -> None:
-    process, file = quick_bench
-    told, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, told
-    figures = json.loads(file.read_text())
+@pytest.mark.at_the_end("bench/bench.py", "--quick", "--json", "figures.json")
+def test_every_workload_is_answered_whole_and_in_order(beside: dict[str, Any]) -> None:
+    ended = beside["bench/bench.py"].result(timeout=120)
+    assert ended.code == 0, ended.said
+    figures = json.loads((ended.folder / "figures.json").read_text())
     assert {row["workload"] for row in figures["rows"]} == {workload.name for workload in WORKLOADS}
     assert not any(figures["faults"].values())
 
