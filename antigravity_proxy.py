@@ -8489,11 +8489,22 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
             on_signals(("SIGHUP",), lambda _: source.asked.set())
         gc.freeze()  # else the collector walks the modules again and again: a tenth of what a request costs
         gc.set_threshold(10_000, 20, 20)
+        tell_systemd("READY=1")
         await stop.wait()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().remove_signal_handler(number)
             signal.signal(number, signal.SIG_DFL)
+        tell_systemd("STOPPING=1")
         click.echo(f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now", err=True)
+
+
+def tell_systemd(state: str) -> None:
+    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+            to.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
 def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
