@@ -8233,9 +8233,14 @@ agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
 agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
 
-# What a person pastes for clients that the variables do not reach: the name, where, and the text. {base} and the key
-# are filled in, as {word} for a shell, as {json} for the rest.
+# What a person pastes for each client: its name, where, and the text. {base}, {root} (without /v1) and the
+# key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
 RECIPES = """
+== curl: a shell
+curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
+  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'
+== aider: a shell
+aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}
 == codex: ~/.codex/config.toml, then: export OPENAI_API_KEY={word}
 model = "gpt-5.5"
 model_provider = "agproxy"
@@ -8250,6 +8255,10 @@ env_key = "OPENAI_API_KEY"
   model_name: gpt-4o
   api_base: "{base}"
   api_key_name: agproxy
+== langchain: Python
+from langchain_openai import ChatOpenAI
+
+model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})
 == opencode: opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello
 {{
   "$schema": "https://opencode.ai/config.json",
@@ -8272,6 +8281,13 @@ models:
     apiBase: {base}
     apiKey: {json}
     roles: [chat, edit, apply, autocomplete]
+== cline: Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible
+Base URL: {base}
+API Key: {key}
+Model ID: gpt-4o
+== cursor: Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet
+OpenAI API Key: {key}
+Override OpenAI Base URL: {base}
 """
 CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
 SHELLS: Mapping[str, Callable[[str, str], str]] = {
@@ -8929,7 +8945,9 @@ def print_env(where: Where, shell: str, client: str | None) -> None:
     values = client_environment(config)
     if client:
         key = values["OPENAI_API_KEY"]
-        filled = {"base": config.base_url, "word": shlex.quote(key), "json": json.dumps(key)}
+        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
+        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(f"Authorization: Bearer {key}")}
+        filled["json"] = json.dumps(key)
         place, text = CLIENTS[client].format(**filled).rstrip().split("\n", 1)
         click.echo(f"# {place}", err=True)
         click.echo(text)
