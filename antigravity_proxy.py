@@ -8290,6 +8290,7 @@ OpenAI API Key: {key}
 Override OpenAI Base URL: {base}
 """
 CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
+DOORS_NOT_BUILT = {"claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"}
 SHELLS: Mapping[str, Callable[[str, str], str]] = {
     "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
     "fish": lambda name, value: "set -gx {} '{}'".format(name, re.sub(r"(['\\])", r"\\\1", value)),
@@ -8938,11 +8939,13 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
 @main.command("env")
 @gateway_options
 @click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
-@click.option("--client", type=click.Choice(list(CLIENTS)), help="Print what to paste for this client.")
+@click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
 def print_env(where: Where, shell: str, client: str | None) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
     config = with_key(configured(*where, with_accounts=False))
     values = client_environment(config)
+    if client in DOORS_NOT_BUILT:
+        raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
     if client:
         key = values["OPENAI_API_KEY"]
         filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}

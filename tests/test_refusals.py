@@ -53,6 +53,7 @@ GOOD = "accounts: [{name: a, api_key: k}]\n"
         ("accounts: [{name: a, api_key: x, base_url: 'http://[::1'}]\n", ["serve"], "config_invalid", "base_url"),
         ("accounts: [{name: a, enabled: no}]\n", ["serve"], "no_accounts", "--demo"),
         ("? [a]\n: b\n", ["check"], "config_invalid", "accounts.yaml:1"),
+        (GOOD, ["env", "--client", "claude-code"], "client_not_served", "agproxy env --help"),
     ],
 )
 def test_at_the_start(
