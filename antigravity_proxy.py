@@ -1709,8 +1709,6 @@ def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: boo
     """The wish for thinking: an effort, or Google's own thinking_config, which its SDK users send in `extra_body`."""
     extra = fields.object("extra_body")
     google = (extra or fields).object("google")
-    if extra is None and google is None:
-        return ThinkingWish(effort=effort, show=show, source=source)
     config = google.object("thinking_config") if google else None
     for inner, read in ((extra, "google"), (google, "thinking_config")):
         for key in inner.value if inner else ():
@@ -3038,10 +3036,7 @@ class Builder:
                 results = [part for part in message.parts if isinstance(part, ToolResult)]
                 add_turn(contents, "user", self.orphans([one for one in results if id(one) not in answered]))
                 continue
-            if message.role == "user":
-                add_turn(contents, "user", self.parts(message.parts))
-                continue
-            add_turn(contents, "model", self.parts(message.parts))
+            add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
                 contents += self.results(calls, [answers.get(id(call)) for call in calls])
         self.end(contents)
@@ -5239,7 +5234,7 @@ class Deadline:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self._at = math.inf
-        self._ring: Callable[[], None]
+        self._ring: Callable[[], None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def set(self, seconds: float, ring: Callable[[], None]) -> None:
@@ -5249,16 +5244,17 @@ class Deadline:
             self._timer = self.loop.call_at(self._at, self._look)
 
     def clear(self) -> None:
-        """Nothing is waited for; the timer goes on for what may come next."""
-        self._at = math.inf
+        """Nothing is waited for; the timer goes on for what may come next, and holds nothing of what was."""
+        self._at, self._ring = math.inf, None
 
     def stop(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
+            self._timer = None
 
     def _look(self) -> None:
         self._timer = None
-        if self.loop.time() >= self._at:
+        if self._ring and self.loop.time() >= self._at:
             self._ring()
         elif self._at < math.inf:
             self._timer = self.loop.call_at(self._at, self._look)
@@ -5686,9 +5682,10 @@ class ProxiedTransport:
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
             about = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
             response = await ask(self._url + path, **about)
-        loop, pour = asyncio.get_running_loop(), Pour(response)
+        loop = asyncio.get_running_loop()
         left_s = (deadline.when() or 0.0) - loop.time()
-        pour.start(Incoming(pour, Deadline(loop), left_s, self._timeouts.idle_s))
+        pour = Pour(response, Deadline(loop))
+        pour.start(left_s, self._timeouts.idle_s)
         return pour.incoming
 
     async def close(self) -> None:
@@ -5700,15 +5697,18 @@ class Pour:
 
     incoming: Incoming
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, deadline: Deadline) -> None:
         self._response = response
+        self._deadline = deadline
         self._running = asyncio.Event()
         self._running.set()
 
-    def start(self, incoming: Incoming) -> None:
-        self.incoming = incoming
-        incoming.begin(self._response.status, {key.lower(): value for key, value in self._response.headers.items()})
+    def start(self, first_s: float, idle_s: float) -> None:
+        self.incoming = Incoming(self, self._deadline, first_s, idle_s)
+        headers = {key.lower(): value for key, value in self._response.headers.items()}
+        self.incoming.begin(self._response.status, headers)
         self._task = asyncio.create_task(self._pour())
+        self._task.add_done_callback(lambda _: self._deadline.stop())
 
     async def _pour(self) -> None:
         error: Exception | None = None

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import ssl
+import weakref
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -141,6 +143,21 @@ async def test_a_connection_is_used_again(transport: Any) -> None:
     assert socket.connections == 1
     assert socket.requests[0].startswith(b"POST /base/v1 HTTP/1.1\r\n")
     assert b"x-goog-api-key: k" in socket.requests[0]
+
+
+async def test_an_answer_that_is_over_is_let_go(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"over"))
+
+    async with Socket(answer) as url:
+        to = transport(url)
+        incoming = await to.post("/v1", HEADERS, b"{}")
+        assert await incoming.read() == b"over"
+        await asyncio.sleep(0.01)
+        kept = weakref.ref(incoming)
+        del incoming
+        gc.collect()
+        assert kept() is None
 
 
 @pytest.mark.parametrize("transport", ["direct"], indirect=True)
