@@ -86,9 +86,9 @@ PACED = (Target("cpu", "µs/chunk", 1.3, 0.85),)
 START = (Target("start", "CPU ms", 1.6, 1.2), Target("idle", "RSS MiB", 1.4, 1.1))
 
 WORKLOADS = (
-    chat(1, 1000),
-    chat(16, 2000),
-    chat(128, 2560),
+    chat(1, 3000),
+    chat(16, 5000),
+    chat(128, 5120),
     burst(1, 150),
     burst(16, 240),
     burst(128, 256),
@@ -100,8 +100,8 @@ WORKLOADS = (
     large("image", "4 MB image", 4_000_000, 20, must=2.4, aim=0.6),
     Workload("start", "start-up to the first /healthz", START, content="start"),
     growth("event", "20 MB in one event", "µs/MB", 10_000_000, 2, chunks=1),
-    growth("messages", "10,000 messages of 300 B", "µs/message", 5_000, 6),
-    growth("tools", "500 tools", "µs/tool", 250, 30),
+    growth("messages", "10,000 messages of 300 B", "µs/message", 5_000, 10),
+    growth("tools", "500 tools", "µs/tool", 250, 60),
 )
 
 
