@@ -51,23 +51,14 @@ import struct
 import sys
 import time
 import zlib
-from collections import Counter, deque
-from collections.abc import (
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Collection,
-    Coroutine,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections import Counter, defaultdict, deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Literal, Protocol, TypeVar, assert_never, dataclass_transform
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Protocol, TypeVar, assert_never, dataclass_transform
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
@@ -125,8 +116,7 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
     "MAX_TOKENS": "length",
     **dict.fromkeys(("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"), "content_filter"),
-    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION"), "content_filter"),
-    "MODEL_ARMOR": "content_filter",
+    **dict.fromkeys(("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR"), "content_filter"),
 }
 
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
@@ -219,9 +209,7 @@ EMBEDDINGS_A_CALL = 100
 ANSWER_TOOL = "give_final_answer"
 CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 # Source: https://ai.google.dev/gemini-api/docs/image-understanding, .../audio, .../video-understanding, .../document-processing
-MEDIA_TYPES = re.compile(
-    r"image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf", re.ASCII
-)
+MEDIA_TYPES = re.compile(r"(?a)image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf")
 MEDIA_ALIASES = {"image/jpg": "image/jpeg"} | dict.fromkeys(
     ("application/json", "application/xml", "application/javascript", "application/x-yaml"), "text/plain"
 )
@@ -232,8 +220,7 @@ REDIRECTS_MAX = 5
 AUDIO_FORMATS = ("wav", "mp3", "aac", "aiff", "flac", "ogg")
 # What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
 PASSED_LINKS = re.compile(
-    r"https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://",
-    re.IGNORECASE,
+    r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
 )
 FILE_TYPES = {
     **dict.fromkeys(("", "pdf"), "application/pdf"),
@@ -257,15 +244,13 @@ SCHEMA_HANDLED = {
 # Without any of these a function takes no arguments.
 SCHEMA_CONTENT = ("properties", "$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties")
 SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
-JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", list: "array", dict: "object"} | {
-    type(None): "null"
-}
+JSON_TYPES = dict(zip((str, float, int, bool, list, dict, type(None)), SCHEMA_TYPES, strict=True))
 SCHEMA_DEPTH_MAX = 32
 SCHEMA_NODES_MAX = 2000
 
 # What becomes of each field of a body: carried over, known to have no effect here, or lost.
-Fate = Literal["mapped", "ignored", "dropped"]
-SAMPLING_FIELDS: Mapping[str, tuple[Fate, str]] = {
+Fates = Mapping[str, tuple[Literal["mapped", "ignored", "dropped"], str]]
+SAMPLING_FIELDS: Fates = {
     "model": ("mapped", "the model in the URL"),
     "temperature": ("mapped", "generationConfig.temperature"),
     "top_p": ("mapped", "generationConfig.topP"),
@@ -288,13 +273,13 @@ SAMPLING_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "prompt_cache_options": ("ignored", "Gemini caches prompts by itself"),
     **dict.fromkeys(("extra_body", "google"), ("mapped", "google.thinking_config")),
 }
-TOOL_FIELDS: Mapping[str, tuple[Fate, str]] = {
+TOOL_FIELDS: Fates = {
     "tools": ("mapped", "tools[0].functionDeclarations"),
     "tool_choice": ("mapped", "toolConfig.functionCallingConfig"),
     "parallel_tool_calls": ("mapped", "further calls are left out of the answer"),
     "moderation": ("ignored", "Gemini has filters of its own"),
 }
-CHAT_FIELDS: Mapping[str, tuple[Fate, str]] = {
+CHAT_FIELDS: Fates = {
     **SAMPLING_FIELDS,
     **TOOL_FIELDS,
     "messages": ("mapped", "contents and systemInstruction"),
@@ -309,7 +294,7 @@ CHAT_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "verbosity": ("dropped", "Gemini has no verbosity; ask for it in the instructions"),
     "prediction": ("ignored", "only makes OpenAI's answer faster"),
 }
-COMPLETION_FIELDS: Mapping[str, tuple[Fate, str]] = {
+COMPLETION_FIELDS: Fates = {
     **SAMPLING_FIELDS,
     "prompt": ("mapped", "contents, one upstream call each"),
     "suffix": ("mapped", "an instruction"),
@@ -317,7 +302,7 @@ COMPLETION_FIELDS: Mapping[str, tuple[Fate, str]] = {
     "best_of": ("ignored", "the first answer is the best"),
     **dict.fromkeys(("logprobs", "top_logprobs", "extra_body", "google"), ("dropped", "not served here")),
 }
-RESPONSE_FIELDS: Mapping[str, tuple[Fate, str]] = {
+RESPONSE_FIELDS: Fates = {
     **SAMPLING_FIELDS,
     **TOOL_FIELDS,
     "input": ("mapped", "contents and systemInstruction"),
@@ -349,17 +334,12 @@ UNREAD_FIELDS: Mapping[str, tuple[Collection[type], str]] = {
 # What is served while the upstream's own list cannot be had.
 STATIC_MODELS = ("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite", "gemini-embedding-001")
 
-# Responses input items that only a hosted tool makes; in a replayed history they are passed over.
-HOSTED_ITEMS = re.compile(
-    r"compaction|(web_search|file_search|image_generation|code_interpreter|local_shell|shell|apply_patch"
-    r"|computer|tool_search)_(call|call_output|output)|mcp_\w+|program\w*"
-)
 # Tools that OpenAI itself would run; Codex sends web_search with every request.
+HOSTED = "web_search|file_search|code_interpreter|image_generation|computer|local_shell|shell|apply_patch|tool_search"
+HOSTED_TOOLS = re.compile(rf"{HOSTED}|web_search\w+|computer\w+|mcp|programmatic_tool_calling")
 WEB_SEARCH = re.compile(r"web_search\w*")
-HOSTED_TOOLS = re.compile(
-    r"web_search\w*|file_search|code_interpreter|image_generation|mcp|computer\w*|local_shell|shell|apply_patch"
-    r"|tool_search|programmatic_tool_calling"
-)
+# Responses input items that only such a tool makes; in a replayed history they are passed over.
+HOSTED_ITEMS = re.compile(rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|compaction")
 
 ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
@@ -369,24 +349,19 @@ class Traits:
     """What a model can and must do, by default the oldest; asked through traits_of, never by its name in passing."""
 
     thinking: Literal["none", "budget", "level"] = "none"
-    thinks: bool = False
-    """Thinks unless it is told not to, so that summaries of its thoughts can be asked for."""
+    thinks: bool = False  # unless it is told not to, so that summaries of its thoughts can be asked for
     can_stop_thinking: bool = False
     budget: tuple[int, int] = (128, 32768)
     levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
-    signatures: bool = False
-    """Refuses a function call in the history that has no thought signature."""
-    call_ids: bool = False
-    """Gives its function calls ids, and wants them back."""
+    signatures: bool = False  # refuses a function call in the history that has no thought signature
+    call_ids: bool = False  # gives its function calls ids, and wants them back
     sampling: bool = True
     penalties: bool = True
     logprobs: bool = True
-    json_schema: bool = False
-    """Takes standard JSON Schema; without it, Google's subset."""
+    json_schema: bool = False  # takes standard JSON Schema; without it, Google's subset
     json_with_tools: bool = False
     files_in_results: bool = False
-    prefill: bool = True
-    """Continues an answer that the last turn begins."""
+    prefill: bool = True  # continues an answer that the last turn begins
     answers: tuple[str, ...] = ("TEXT",)
     output_tokens_max: int = 8192
 
@@ -449,9 +424,14 @@ class GatewayError(Exception):
 
     status: int = 500
     type: str = "server_error"
-    remedy: ClassVar[Remedy] = "give_up"
-    default_code: ClassVar[str | None] = "server_error"
-    advice: ClassVar[str] = "Try again."
+    default_code: str = "server_error"
+    remedy: Remedy = "give_up"
+    advice: str = "Try again."
+
+    def __init_subclass__(cls, *, status: int = 0, type: str = "", code: str | None = None) -> None:
+        """What clients read stands beside the class's name, where its parent says otherwise; the code "" is null."""
+        cls.status, cls.type = status or cls.status, type or cls.type
+        cls.default_code = cls.default_code if code is None else code
 
     def __init__(
         self,
@@ -464,124 +444,85 @@ class GatewayError(Exception):
     ) -> None:
         self.message = SECRET_FORMS.sub("…", message)
         super().__init__(self.message)
-        self.code = code or self.default_code
+        self.code = code or self.default_code or None
         self.param = param
         self.retry_after_s = retry_after_s
         self.headers = headers or {}
 
 
-class BadRequest(GatewayError):
-    status = 400
-    type = "invalid_request_error"
-    default_code: ClassVar[str | None] = None
+class BadRequest(GatewayError, status=400, type="invalid_request_error", code=""): ...
 
 
-class Unauthorized(BadRequest):
-    status = 401
-    default_code = "invalid_api_key"
+class Unauthorized(BadRequest, status=401, code="invalid_api_key"): ...
 
 
-class Forbidden(BadRequest):
-    status = 403
-    type = "permission_error"
+class Forbidden(BadRequest, status=403, type="permission_error"): ...
 
 
-class ModelNotFound(BadRequest):
-    status = 404
-    default_code = "model_not_found"
+class ModelNotFound(BadRequest, status=404, code="model_not_found"): ...
 
 
-class ResponseNotFound(BadRequest):
-    status = 404
+class ResponseNotFound(BadRequest, status=404): ...
 
 
-class StoreTrouble(GatewayError):
-    status = 503
-    default_code = "server_is_overloaded"
+class StoreTrouble(GatewayError, status=503, code="server_is_overloaded"): ...
 
 
-class UnknownUrl(BadRequest):
-    status = 404
-    default_code = "unknown_url"
+class UnknownUrl(BadRequest, status=404, code="unknown_url"): ...
 
 
-class MethodNotAllowed(BadRequest):
-    status = 405
-    default_code = "method_not_supported"
+class MethodNotAllowed(BadRequest, status=405, code="method_not_supported"): ...
 
 
-class BodyTooLarge(BadRequest):
-    status = 413
-    default_code = "request_too_large"
+class BodyTooLarge(BadRequest, status=413, code="request_too_large"): ...
 
 
-class BodyTooSlow(BadRequest):
-    status = 408
-    default_code = "request_timeout"
+class BodyTooSlow(BadRequest, status=408, code="request_timeout"): ...
 
 
-class UpstreamError(GatewayError):
+class UpstreamError(GatewayError, status=502, code="upstream_error"):
     """One attempt failed. Who `rests` after it: the whole account, or for this model the account, or all of its project."""
 
-    status = 502
-    default_code: ClassVar[str | None] = "upstream_error"
-    rests: ClassVar[Literal["nobody", "account", "model", "project"]] = "nobody"
-    rest_s: ClassVar[float] = 0.0
-    """For how long, where the upstream does not say; twice as long after each probe that fails."""
-    reset_at: float | None = None
-    """When the upstream says that the quota is new, in seconds since 1970."""
-    quota: str = ""
-    """What kind of quota is used up."""
-    limit: int | None = None
-    """How large that quota is."""
+    rests: Literal["nobody", "account", "model", "project"] = "nobody"
+    rest_s: float = 0.0  # where the upstream does not say; twice as long after each probe that fails
+    reset_at: float | None = None  # when the upstream says that the quota is new, in seconds since 1970
+    quota: str = ""  # what kind of quota is used up
+    limit: int | None = None  # how large that quota is
 
 
-class Cancelled(UpstreamError):
-    default_code: ClassVar[str | None] = None
+class Cancelled(UpstreamError, code=""): ...
 
 
-class UpstreamRefused(UpstreamError):
-    status = 400
-    type = "invalid_request_error"
-    default_code: ClassVar[str | None] = None
+class UpstreamRefused(UpstreamError, status=400, type="invalid_request_error", code=""): ...
 
 
-class ModelGone(UpstreamRefused):
-    status = 404
+class ModelGone(UpstreamRefused, status=404, code="model_not_found"):
     remedy = "next_account"
     rests = "model"
     rest_s = 600.0
     quota = "model"
     advice = "Use a name of `agproxy models`, or map it in models.map."
-    default_code = "model_not_found"
 
 
-class TooLarge(UpstreamRefused):
-    status = 413
-    default_code = "request_too_large"
+class TooLarge(UpstreamRefused, status=413, code="request_too_large"): ...
 
 
 class SignatureRefused(UpstreamRefused):
     """A thought signature is missing, or another model or project made it."""
 
 
-class RateLimited(UpstreamError):
-    status = 429
-    type = "rate_limit_error"
+class RateLimited(UpstreamError, status=429, type="rate_limit_error", code="rate_limit_exceeded"):
     remedy = "next_account"
     rests = "project"
     rest_s = 5.0
     quota = "requests"
-    default_code = "rate_limit_exceeded"
     advice = "Wait, or add an account of another project."
 
 
-class QuotaGone(RateLimited):
+class QuotaGone(RateLimited, type="insufficient_quota", code="insufficient_quota"):
     """Without a word of the upstream's, until the new day of its quotas begins."""
 
     quota = "day"
-    type = "insufficient_quota"
-    default_code = "insufficient_quota"
     advice = "Wait for the new day, turn on billing, or add an account of another project."
 
 
@@ -607,10 +548,8 @@ class TokenTrouble(UpstreamError):
     advice = "Check the network and token_url."
 
 
-class Overloaded(UpstreamError):
-    status = 503
+class Overloaded(UpstreamError, status=503, code="server_is_overloaded"):
     remedy = "same_account"
-    default_code = "server_is_overloaded"
     advice = "Try again later, or ask another model."
 
 
@@ -621,10 +560,8 @@ class Paused(Overloaded):
     advice = "Resume it by `agproxy pool resume NAME`."
 
 
-class UpstreamTimeout(UpstreamError):
-    status = 504
+class UpstreamTimeout(UpstreamError, status=504, code="timeout"):
     remedy = "same_account"
-    default_code = "timeout"
     advice = "Try again, or raise proxy.timeouts."
 
 
@@ -674,6 +611,9 @@ class PoolExhausted(GatewayError):
 # ==============================================================================
 
 
+Read = Callable[[Path], str | None]  # the text of a credentials file, None where it cannot be read
+
+
 class ConfigError(Exception):
     """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
@@ -681,7 +621,7 @@ class ConfigError(Exception):
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
-    def __init__(self, source: str, env: Mapping[str, str], read: Callable[[Path], str | None]) -> None:
+    def __init__(self, source: str, env: Mapping[str, str], read: Read) -> None:
         self.source = source
         self.env = env
         self.read = read
@@ -719,8 +659,7 @@ class ConfigFile:
         if node.tag != YAML_MAP:
             self.note(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)}).")
             return []
-        pairs: list[tuple[Any, Any]] = node.value
-        return pairs
+        return list(node.value)
 
 
 Kind = Callable[[ConfigFile, Any, str], Any]
@@ -744,8 +683,7 @@ def read_text(file: ConfigFile, node: Any, where: str) -> str:
 def read_secret(file: ConfigFile, node: Any, where: str) -> str:
     """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
     value = read_text(file, node, where)
-    match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)
-    if match is None:
+    if not (match := re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)):
         return value
     name = match[1] or match[2]
     found = file.env.get(name, "").strip()
@@ -771,13 +709,10 @@ def read_path(file: ConfigFile, node: Any, where: str) -> str:
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
     def read(file: ConfigFile, node: Any, where: str) -> float:
-        try:
-            value = kind(node.value)
-        except (TypeError, ValueError):
-            value = kind(low - 1)
-        if not low <= value <= high:
-            raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
-        return value
+        with contextlib.suppress(TypeError, ValueError):
+            if low <= (value := kind(node.value)) <= high:
+                return value
+        raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
 
     return read
 
@@ -856,6 +791,11 @@ def keys_of(kind: type[Any]) -> dict[str, Kind]:
     return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
 
 
+read_seconds = read_number(0.001, 86400)
+# By model or pattern, and by quota, what a project may be asked.
+read_limits = read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int))))
+
+
 @value
 class Account:
     name: str
@@ -863,23 +803,16 @@ class Account:
     base_url: str = setting(read_url, default=GEMINI_URL)
     kind: str = setting(read_word("gemini", "vertex", "cloudcode"), default="gemini")
     email: str | None = setting(read_text, default=None)
-    weight: float = setting(read_number(0.01, 1000), default=1.0)
-    """By how much more it is asked than one of weight 1."""
+    weight: float = setting(read_number(0.01, 1000), default=1.0)  # by how much more it is asked than one of weight 1
     max_concurrency: int | None = setting(read_number(1, 100000, int), default=None)
-    quota_group: str | None = setting(read_text, default=None)
-    """Accounts of one Google project share its quota."""
-    limits: Mapping[str, Mapping[str, int]] = setting(
-        read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int)))), default_factory=dict
-    )
-    """By model or pattern, and by quota, what its project may be asked."""
+    quota_group: str | None = setting(read_text, default=None)  # accounts of one Google project share its quota
+    limits: Mapping[str, Mapping[str, int]] = setting(read_limits, default_factory=dict)
     proxy: str | None = setting(read_url, default=None, repr=False)
-    credentials: str = setting(read_path, default="")
-    """The file that the user's tokens come from; `agproxy login` writes it where the accounts file names none."""
+    credentials: str = setting(read_path, default="")  # holds the tokens; `agproxy login` makes it if none is named
     client_id: str = setting(read_secret, default="")
     client_secret: str = setting(read_secret, default="", repr=False)
     refresh_token: str = setting(read_secret, default="", repr=False)
-    service_account: str = field(default="", repr=False)
-    """The JSON of a service account's file."""
+    service_account: str = field(default="", repr=False)  # the JSON of a service account's file
     token_url: str = setting(read_url, default=TOKEN_URL)
     project: str = setting(read_secret, default="")
     location: str = setting(read_text, default="global")
@@ -888,7 +821,6 @@ class Account:
 ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
 USER_KEYS = ("client_id", "client_secret", "refresh_token")
 OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
-read_seconds = read_number(0.001, 86400)
 
 
 @value
@@ -915,8 +847,7 @@ class Timeouts:
     connect_s: float = setting(read_seconds, default=10.0)
     first_event_s: float = setting(read_seconds, default=300.0)
     idle_s: float = setting(read_seconds, default=300.0)
-    total_s: float | None = setting(read_seconds, default=None)
-    """None: as long as it takes."""
+    total_s: float | None = setting(read_seconds, default=None)  # None: as long as it takes
     stall_s: float = setting(read_seconds, default=120.0)
 
 
@@ -935,8 +866,7 @@ class Config:
     strict: bool = setting(read_flag, default=False)
     strategy: str = setting(read_word(*STRATEGIES), default="affinity")
     max_wait_s: float = setting(read_number(0, 3600), default=10.0)
-    reserve: float = setting(read_number(0, 0.9), default=0.0)
-    """The share of each known limit that is left alone while another account can answer."""
+    reserve: float = setting(read_number(0, 0.9), default=0.0)  # share of each limit left alone while others can answer
     store: str | None = setting(read_store, default=None)
     fetch_media: bool = setting(read_flag, default=True)
     media_hosts: tuple[str, ...] = setting(read_texts, default=())
@@ -952,9 +882,8 @@ class Config:
     @property
     def auth(self) -> str:
         """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
-        if self.auth_mode != "auto":
-            return self.auth_mode
-        return "all_except_health" if self.allow_lan_access else "off"
+        fitting = "all_except_health" if self.allow_lan_access else "off"
+        return fitting if self.auth_mode == "auto" else self.auth_mode
 
     @property
     def bind(self) -> str:
@@ -984,8 +913,7 @@ def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
         return None
     if len(file.problems) > known:
         return None
-    given.setdefault("name", given.get("email"))
-    if not given["name"]:
+    if not given.setdefault("name", given.get("email")):
         raise ValueError("needs a `name` or an `email`.")
     kind = given.setdefault("kind", "gemini")
     if strange := [key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))]:
@@ -1058,17 +986,11 @@ SECTIONS: Mapping[str, Kind] = {
 
 
 def load_config(
-    text: str,
-    source: str,
-    env: Mapping[str, str],
-    *,
-    accounts: bool = True,
-    read: Callable[[Path], str | None] = lambda _: None,
+    text: str, source: str, env: Mapping[str, str], *, accounts: bool = True, read: Read = lambda _: None
 ) -> Config:
     """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
 
-    Without `accounts` that section is not read, so that its keys need not be there; `read` gives the text of a
-    credentials file, None where it cannot be read.
+    Without `accounts` that section is not read, so that its keys need not be there.
     """
     import yaml
 
@@ -1093,11 +1015,9 @@ def load_config(
 
 def config_problems(config: Config) -> list[str]:
     """What cannot be right or safe in values that are each right on their own."""
-    names = [account.name for account in config.accounts]
-    problems = [
-        f"two accounts are named '{name}'; give each its own `name`."
-        for name in sorted({name for name in names if names.count(name) > 1})
-    ]
+    names = Counter(account.name for account in config.accounts)
+    twice = sorted(name for name, times in names.items() if times > 1)
+    problems = [f"two accounts are named '{name}'; give each its own `name`." for name in twice]
     if not config.allow_lan_access and not is_loopback(config.bind):
         problems.append(f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it.")
     return problems
@@ -1187,11 +1107,9 @@ class Thinking:
 @value
 class Media:
     mime: str
-    data: str
-    """Base64, as it came."""
+    data: str  # base64, as it came
     signature: str | None = None
-    url: str = ""
-    """Where the content is, while `data` is empty."""
+    url: str = ""  # where the content is, while `data` is empty
     path: str = ""
 
 
@@ -1199,8 +1117,7 @@ class Media:
 class ToolCall:
     id: str
     name: str
-    arguments: str
-    """A JSON text, as the client or the model wrote it; of a custom tool the free text itself."""
+    arguments: str  # a JSON text, as the client or the model wrote it; of a custom tool the free text itself
     signature: str | None = None
     namespace: str | None = None
     custom: bool = False
@@ -1227,12 +1144,9 @@ class Tool:
     description: str
     parameters: Mapping[str, Any] | None
     namespace: str | None = None
-    custom: bool = False
-    """Takes free text instead of an object."""
-    answers: bool = False
-    """Not the client's: its argument is the final answer."""
-    source: str = ""
-    """Where in the body it stands, such as tools[0].function."""
+    custom: bool = False  # takes free text instead of an object
+    answers: bool = False  # not the client's: its argument is the final answer
+    source: str = ""  # where in the body it stands, such as tools[0].function
 
 
 @value
@@ -1250,8 +1164,7 @@ class JsonFormat:
 class ThinkingWish:
     effort: str | None = None
     budget: int | None = None
-    show: bool = False
-    """Wants to see summaries of the model's thoughts."""
+    show: bool = False  # wants to see summaries of the model's thoughts
     source: str = "/reasoning_effort"
 
 
@@ -1270,8 +1183,7 @@ class Request:
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logprobs: int | None = None
-    """How many alternatives a token; 0 is none, None is no log probabilities at all."""
+    logprobs: int | None = None  # how many alternatives a token; 0 is none, None is no log probabilities at all
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
@@ -1305,12 +1217,8 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        return Usage(
-            self.prompt + other.prompt,
-            self.completion + other.completion,
-            self.cached + other.cached,
-            self.reasoning + other.reasoning,
-        )
+        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
+        return Usage(prompt, completion, self.cached + other.cached, self.reasoning + other.reasoning)
 
 
 @value
@@ -1363,8 +1271,7 @@ class PartEnd:
 class Finished:
     choice: int
     reason: FinishReason
-    logprobs: tuple[Mapping[str, Any], ...] = ()
-    """Of each token: token, logprob and its alternatives, where they were asked for and given."""
+    logprobs: tuple[Mapping[str, Any], ...] = ()  # of each token: token, logprob and alternatives, where given
 
 
 @value
@@ -1377,9 +1284,8 @@ class Failed:
     error: GatewayError
 
 
-Event = (
-    Started | PartStart | TextDelta | ThinkingDelta | ArgumentsDelta | Annotated | PartEnd | Finished | Ended | Failed
-)
+Delta = TextDelta | ThinkingDelta | ArgumentsDelta
+Event = Started | PartStart | Delta | Annotated | PartEnd | Finished | Ended | Failed
 
 
 @dataclass(slots=True)
@@ -1399,11 +1305,8 @@ class Choice:
 class Reply:
     """A whole answer: what `collect` makes of its events."""
 
-    choices: dict[int, Choice] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=lambda: defaultdict(Choice))
     usage: Usage = field(default_factory=Usage)
-
-    def choice(self, number: int) -> Choice:
-        return self.choices.get(number) or self.choices.setdefault(number, Choice())
 
 
 def collect(events: Iterable[Event]) -> Reply:
@@ -1411,12 +1314,12 @@ def collect(events: Iterable[Event]) -> Reply:
     reply = Reply()
     for event in events:
         if isinstance(event, PartEnd):
-            reply.choice(event.choice).parts.append(event.part)
+            reply.choices[event.choice].parts.append(event.part)
         elif isinstance(event, Finished):
-            made = reply.choice(event.choice)
+            made = reply.choices[event.choice]
             made.reason, made.logprobs = event.reason, event.logprobs
         elif isinstance(event, Annotated):
-            made = reply.choice(event.choice)
+            made = reply.choices[event.choice]
             made.citations, made.searches = event.citations, event.searches
         elif isinstance(event, Ended):
             reply.usage = event.usage
@@ -1481,26 +1384,21 @@ scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once 
 
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None where it is none."""
-    try:
-        return fast_loads(text)
-    except (ValueError, RecursionError):
-        pass
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    for read in (fast_loads, json.loads):
+        with contextlib.suppress(ValueError, RecursionError):
+            return read(text)
+    return None
 
 
 def parse_strict(text: str) -> Any:
     """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
     if not ODD_NUMBER.search(text):
         return parse_json(text)
-    try:
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(text)
         json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        return None
-    return value
+        return value
+    return None
 
 
 ODD_NUMBER = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{17}")  # which is none, or which orjson would round
@@ -1512,10 +1410,7 @@ ODD_NUMBER = re.compile(r"NaN|Infinity|[eE]\+?\d{3}|\d{17}")  # which is none, o
 
 
 class Fields:
-    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the field's path.
-
-    `changes` is one list for the whole body: what of it could not be carried over.
-    """
+    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the field's path."""
 
     def __init__(self, value: Any, path: str = "", changes: list[Change] | None = None) -> None:
         if not isinstance(value, dict):
@@ -1523,7 +1418,7 @@ class Fields:
             raise BadRequest(f"{what} is not a JSON object. Send {{...}}.", code="invalid_type", param=path or None)
         self.value = value
         self.path = path
-        self.changes: list[Change] = [] if changes is None else changes
+        self.changes: list[Change] = [] if changes is None else changes  # one list for the whole body
 
     def at(self, key: str) -> str:
         return f"{self.path}.{key}" if self.path else key
@@ -1542,10 +1437,7 @@ class Fields:
         return value if value is None or value.__class__ is str else self.get(key, (str,), "a string")
 
     def needed_text(self, key: str) -> str:
-        value = self.text(key)
-        if not value:
-            raise self.missing(key)
-        return value
+        return self.text(key) or self.missing(key)
 
     def model(self) -> str:
         """The model's name: it is looked up, logged, and sent on in a URL and in headers."""
@@ -1554,8 +1446,8 @@ class Fields:
             raise self.wrong("model", f"has {len(name)} characters", f"Send at most {MODEL_CHARS_MAX}")
         return name
 
-    def missing(self, key: str) -> BadRequest:
-        return self.wrong(key, "is missing", "Add it", "missing_required_parameter")
+    def missing(self, key: str) -> NoReturn:
+        raise self.wrong(key, "is missing", "Add it", "missing_required_parameter")
 
     def wrong(self, key: str, what: str, remedy: str, code: str = "invalid_value") -> BadRequest:
         """The refusal of a field: what is wrong with it, and what to do."""
@@ -1600,18 +1492,14 @@ def pointer_of(path: str) -> str:
 
 
 def parse_chat(body: Any) -> Request:
-    """A chat completions body; one with `input` instead of `messages` is read as Responses, for Cursor sends it here.
-
-    Raises BadRequest.
-    """
+    """A chat body; `input` instead of `messages` is read as Responses, for Cursor sends it here. Raises BadRequest."""
     fields = Fields(body)
     if fields.value.get("messages") is None and fields.value.get("input") is not None:
         return parse_response(body)
-    messages = fields.objects("messages")
-    if not messages:
-        raise fields.missing("messages")
+    messages = fields.objects("messages") or fields.missing("messages")
     tools = parse_tools(fields, hosted=False)
     limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
+    alternatives = fields.count("top_logprobs", 20, low=0)
     request = Request(
         model=fields.model(),
         system=tuple(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m)),
@@ -1620,6 +1508,7 @@ def parse_chat(body: Any) -> Request:
         tool_choice=parse_tool_choice(fields, tools),
         parallel_calls=fields.flag("parallel_tool_calls", default=True),
         max_output_tokens=fields.count(limit),
+        logprobs=(alternatives or 0) if fields.flag("logprobs") or alternatives else None,
         json_format=parse_format(fields.object("response_format"), nested=True),
         modalities=parse_modalities(fields),
         thinking=parse_thinking(fields, fields.text("reasoning_effort"), "/reasoning_effort", show=True),
@@ -1634,7 +1523,7 @@ def parse_chat(body: Any) -> Request:
 SYSTEM_ROLES = ("system", "developer")
 
 
-def with_changes(request: Request, fields: Fields, table: Mapping[str, tuple[Fate, str]]) -> Request:
+def with_changes(request: Request, fields: Fields, table: Fates) -> Request:
     """The request, with what its body holds that cannot be served. Raises BadRequest for a wrong type."""
     for key, value in fields.value.items():
         fate, reason = table.get(key, ("dropped", "unknown field"))
@@ -1645,7 +1534,7 @@ def with_changes(request: Request, fields: Fields, table: Mapping[str, tuple[Fat
     return replace(request, changes=tuple(fields.changes)) if fields.changes else request
 
 
-def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]:
+def read_body(body: Any) -> tuple[list[Request], Fates]:
     """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
     given = {key for key, value in body.items() if value is not None} if isinstance(body, dict) else set()
     if "prompt" in given and not given & {"messages", "input"}:
@@ -1655,9 +1544,7 @@ def read_body(body: Any) -> tuple[list[Request], Mapping[str, tuple[Fate, str]]]
     return [parse_chat(body)], CHAT_FIELDS
 
 
-def explain_fields(
-    body: Mapping[str, Any], table: Mapping[str, tuple[Fate, str]], changes: Iterable[Change]
-) -> dict[str, str]:
+def explain_fields(body: Mapping[str, Any], table: Fates, changes: Iterable[Change]) -> dict[str, str]:
     """What becomes of each field of a body, and of each place inside one that was changed, by JSON pointer."""
     told: dict[str, str] = {}
     for change in changes:
@@ -1673,22 +1560,19 @@ def parse_modalities(fields: Fields) -> tuple[str, ...]:
         raise fields.wrong("audio", "is not served", "Leave it out", "unsupported_parameter")
     wished = fields.get("modalities", (list,), "an array") or []
     if not all(one in ("text", "image") for one in wished):
-        raise fields.wrong(
-            "modalities", "asks for what is not served", "Send text, or text and image", "unsupported_value"
-        )
+        what = "asks for what is not served"
+        raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
     return tuple(wished)
 
 
 def parse_sampling(fields: Fields) -> dict[str, Any]:
     """The fields that chat, completions and Responses share."""
     stream_options = fields.object("stream_options")
-    top = fields.count("top_logprobs", 20, low=0)
     return {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
         "presence_penalty": fields.number("presence_penalty", -2, 2),
         "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "logprobs": (top or 0) if fields.flag("logprobs") or top else None,
         "seed": parse_seed(fields),
         "stop": parse_stop(fields),
         "n": fields.count("n", CHOICES_MAX) or 1,
@@ -1716,12 +1600,9 @@ def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: boo
                 inner.change(key, "dropped", "unknown field")
     if config is None:
         return ThinkingWish(effort=effort, show=show, source=source)
-    return ThinkingWish(
-        effort=config.text("thinking_level") or effort,
-        budget=config.get("thinking_budget", (int,), "a whole number"),
-        show=config.flag("include_thoughts", default=show),
-        source=pointer_of(config.path),
-    )
+    effort = config.text("thinking_level") or effort
+    budget = config.get("thinking_budget", (int,), "a whole number")
+    return ThinkingWish(effort, budget, config.flag("include_thoughts", default=show), pointer_of(config.path))
 
 
 def parse_completion(body: Any) -> list[Request]:
@@ -1734,7 +1615,7 @@ def parse_completion(body: Any) -> list[Request]:
         system=(COMPLETE_THE_MIDDLE,) if suffix else (),
         max_output_tokens=fields.count("max_tokens", low=0) or None,
         sources={"max_output_tokens": "/max_tokens"},
-        **parse_sampling(without(fields, "logprobs", "top_logprobs")),
+        **parse_sampling(fields),
     )
     fields.count("logprobs", low=0)
     if suffix:
@@ -1753,11 +1634,6 @@ COMPLETE_THE_MIDDLE = (
 )
 
 
-def without(fields: Fields, *keys: str) -> Fields:
-    """The fields but some, which mean something else in this API."""
-    return Fields({key: value for key, value in fields.value.items() if key not in keys}, fields.path, fields.changes)
-
-
 def parse_prompts(fields: Fields) -> list[str]:
     value = fields.value.get("prompt")
     prompts = value if isinstance(value, list) and value else [""] if value in (None, []) else [value]
@@ -1772,14 +1648,13 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     fields = Fields(body)
     value = fields.value.get("input")
     if value is None:
-        raise fields.missing("input")
+        fields.missing("input")
     fields.text("user")
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) and text for text in texts):
         remedy = "Send a text or texts; for LangChain's Python class set check_embedding_ctx_length=False"
-        raise fields.wrong(
-            "input", "is empty or not made of strings; token arrays are not served", remedy, "invalid_type"
-        )
+        what = "is empty or not made of strings; token arrays are not served"
+        raise fields.wrong("input", what, remedy, "invalid_type")
     if len(texts) > EMBEDDINGS_MAX:
         raise fields.wrong("input", f"holds {len(texts)} texts", f"Send at most {EMBEDDINGS_MAX} at once")
     form = fields.text("encoding_format") or "float"
@@ -1789,10 +1664,7 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
 
 
 def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
-    """A Responses body, after the items of the conversation that it goes on with. Raises BadRequest.
-
-    `past` is None where no responses are kept.
-    """
+    """A Responses body, after the items that it goes on with, or None where none are kept. Raises BadRequest."""
     fields = Fields(body)
     refuse_state(fields, kept=past is not None)
     messages, system, more_tools = parse_input(fields, past or ())
@@ -1802,6 +1674,7 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
     effort = reasoning.text("effort") if reasoning else None
     summary = (reasoning.text("summary") or reasoning.text("generate_summary")) if reasoning else None
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
+    fields.count("top_logprobs", 20, low=0)
     request = Request(
         model=fields.model(),
         system=(*([instructions] if instructions else []), *system),
@@ -1814,7 +1687,7 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
         thinking=parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary)),
         sources={"max_output_tokens": f"/{limit}", "json_format": "/text/format", "messages": "/input"}
         | search_source(fields),
-        **parse_sampling(without(fields, "logprobs")) | {"n": 1, "logprobs": None},
+        **parse_sampling(fields) | {"n": 1},
     )
     return with_changes(request, fields, RESPONSE_FIELDS)
 
@@ -1836,21 +1709,17 @@ def not_kept(id: str) -> BadRequest:
     return BadRequest(text, code="previous_response_not_found", param="previous_response_id")
 
 
-def parse_input(
-    fields: Fields, past: Sequence[Any] = ()
-) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
-    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools.
-
-    What cannot be carried over of the past is not told again.
-    """
+def parse_input(fields: Fields, past: Sequence[Any]) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
+    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools."""
     value = fields.value.get("input")
     if value is None:
-        raise fields.missing("input")
+        fields.missing("input")
     given = [Fields({"role": "user", "content": value}, "input")] if isinstance(value, str) else fields.objects("input")
     messages: list[Message] = []
     system: list[str] = []
     tools: list[Tool] = []
-    for item in (*(Fields(item, f"past[{i}]") for i, item in enumerate(past)), *given):
+    known = [Fields(item, f"past[{i}]") for i, item in enumerate(past)]  # whose changes are not told again
+    for item in (*known, *given):
         if item.value.get("type") == "additional_tools":
             tools += parse_tools(item)
         elif item.value.get("role") in SYSTEM_ROLES:
@@ -1905,11 +1774,8 @@ def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
     if kind == "json_object":
         return JsonFormat(None)
     if kind == "json_schema":
-        spec = form.object("json_schema") if nested else form
-        if spec is None:
-            raise form.missing("json_schema")
-        schema = spec.object("schema")
-        return JsonFormat(schema.value if schema else None)
+        spec = (form.object("json_schema") or form.missing("json_schema")) if nested else form
+        return JsonFormat(spec.get("schema", (dict,), "an object"))
     raise form.wrong("type", f"is '{kind}', which is not served", "Send text, json_object or json_schema")
 
 
@@ -1922,7 +1788,7 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
         return ()
     tools: dict[tuple[str | None, str], Tool] = {}
     declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
-    for tool in (*declared, *(parse_function(entry, entry) for entry in fields.objects("functions"))):
+    for tool in (*declared, *(parse_function(entry) for entry in fields.objects("functions"))):
         if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
             pointer = pointer_of(tool.source)
             fields.changes.append(Change(pointer, "dropped", f"the tool '{tool.name}' is declared twice"))
@@ -1932,11 +1798,9 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
 def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
     """One entry of `tools`, nested as chat has it or flat as Responses has it; a namespace holds several."""
     kind = entry.text("type") or "function"
-    inner = entry.object(kind) if kind in ("function", "custom") else None
-    if kind == "function":
-        return [parse_function(entry, inner or entry)]
-    if kind == "custom":
-        return [parse_custom(entry, inner or entry)]
+    if kind in ("function", "custom"):
+        inner = entry.object(kind) or entry
+        return [parse_custom(entry, inner) if kind == "custom" else parse_function(inner)]
     if kind == "namespace":
         name = entry.needed_text("name")
         return [replace(tool, namespace=name) for one in entry.objects("tools") for tool in parse_tool(one, hosted)]
@@ -1947,9 +1811,8 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
     return []
 
 
-def parse_function(entry: Fields, inner: Fields) -> Tool:
-    parameters = inner.object("parameters")
-    schema = parameters.value if parameters else None
+def parse_function(inner: Fields) -> Tool:
+    schema = inner.get("parameters", (dict,), "an object")
     return Tool(inner.needed_text("name"), inner.text("description") or "", schema, source=inner.path)
 
 
@@ -2008,7 +1871,7 @@ def parse_message(message: Fields) -> Message:
     role = message.text("role")
     if role == "user":
         if message.value.get("content") is None:
-            raise message.missing("content")
+            message.missing("content")
         return Message("user", tuple(parse_content(message)))
     if role == "assistant":
         calls = [parse_call(call) for call in message.objects("tool_calls")]
@@ -2016,17 +1879,16 @@ def parse_message(message: Fields) -> Message:
             name = legacy.needed_text("name")
             calls.append(ToolCall(f"call_{name}", name, legacy.text("arguments") or ""))
         return Message("assistant", (*parse_content(message), *calls))
-    if role == "tool":
-        return Message("tool", (ToolResult(message.needed_text("tool_call_id"), tuple(parse_content(message))),))
-    if role == "function":
-        return Message("tool", (ToolResult(f"call_{message.needed_text('name')}", tuple(parse_content(message))),))
+    if role in ("tool", "function"):
+        id = message.needed_text("tool_call_id") if role == "tool" else f"call_{message.needed_text('name')}"
+        return Message("tool", (ToolResult(id, tuple(parse_content(message))),))
     raise message.wrong("role", f"is '{role}'", "Send system, developer, user, assistant or tool")
 
 
 def texts_of(message: Fields) -> list[str]:
     """The words of an instruction; Gemini takes no others."""
     if message.value.get("content") is None:
-        raise message.missing("content")
+        message.missing("content")
     if isinstance(message.value["content"], str):
         return [message.value["content"]]
     parts = [parse_part(part) for part in message.objects("content")]
@@ -2055,17 +1917,14 @@ def parse_part(part: Fields) -> Text | Media:
     if kind in ("image_url", "input_image"):
         return parse_image(part)
     if kind == "input_audio":
-        audio = part.object("input_audio")
-        if audio is None:
-            raise part.missing("input_audio")
+        audio = part.object("input_audio") or part.missing("input_audio")
         form = audio.needed_text("format")
         if form not in AUDIO_FORMATS:
             raise audio.wrong("format", f"is '{form}', which is not served", f"Send one of {', '.join(AUDIO_FORMATS)}")
         return Media(f"audio/{form}", checked_base64(audio, "data", audio.needed_text("data")))
     if kind in ("file", "input_file"):
         return parse_file(part.object("file") or part)
-    what = f"is '{kind}', which is not served"
-    raise part.wrong("type", what, "Send text, image_url, input_audio or file")
+    raise part.wrong("type", f"is '{kind}', which is not served", "Send text, image_url, input_audio or file")
 
 
 DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]{0,100}){0,5};base64,", re.ASCII)
@@ -2077,11 +1936,9 @@ def parse_image(part: Fields) -> Media:
     inner = part.object("image_url") if isinstance(part.value.get("image_url"), dict) else None
     if (inner or part).text("detail") in ("low", "high", "original"):
         (inner or part).change("detail", "dropped", "Gemini chooses the resolution itself")
-    return (
-        parse_url(inner, "url", inner.value.get("url"))
-        if inner
-        else parse_url(part, "image_url", part.text("image_url"))
-    )
+    if inner:
+        return parse_url(inner, "url", inner.value.get("url"))
+    return parse_url(part, "image_url", part.text("image_url"))
 
 
 def parse_file(file: Fields) -> Media:
@@ -2141,19 +1998,15 @@ def is_base64(data: str | bytes) -> bool:
 
 def parse_call(call: Fields) -> ToolCall:
     custom = call.text("type") == "custom"
-    inner = call.object("custom" if custom else "function")
-    if inner is None:
-        raise call.missing("custom" if custom else "function")
+    kind = "custom" if custom else "function"
+    inner = call.object(kind) or call.missing(kind)
     extra = call.value.get("extra_content")
     google = extra.get("google") if isinstance(extra, dict) else None
     signature = google.get("thought_signature") if isinstance(google, dict) else None
-    return ToolCall(
-        call.needed_text("id"),
-        inner.needed_text("name"),
-        inner.text("input" if custom else "arguments") or "",
-        signature if isinstance(signature, str) and is_base64(signature) else None,
-        custom=custom,
-    )
+    if not (isinstance(signature, str) and is_base64(signature)):
+        signature = None
+    text = inner.text("input" if custom else "arguments") or ""
+    return ToolCall(call.needed_text("id"), inner.needed_text("name"), text, signature, custom=custom)
 
 
 # ==============================================================================
