@@ -84,7 +84,6 @@ if TYPE_CHECKING:
     import asyncio
     import sqlite3
     import ssl
-    from datetime import tzinfo
 
     import aiohttp
 else:
@@ -2056,7 +2055,6 @@ def look_up(name: str, table: Iterable[str]) -> str | None:
 
 VERSION = re.compile(r"gemini-(\d+)(?:\.(\d+))?")
 SUFFIX = re.compile(r"(-preview|-latest|-exp|-\d{2,4})+$")
-NEWEST = (4, 0)
 
 
 def settled(model: str, rule: str, listed: Sequence[str] | None) -> Mapped:
@@ -2076,7 +2074,7 @@ def tier_of(model: str) -> str:
 
 def version_of(model: str) -> tuple[int, int]:
     match = VERSION.search(model)
-    return (int(match[1]), int(match[2] or 0)) if match else NEWEST
+    return (int(match[1]), int(match[2] or 0)) if match else (4, 0)  # the newest
 
 
 def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
@@ -2095,6 +2093,9 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # 7. Account pool
 # ==============================================================================
 
+RESTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)}
+SEAL_VERSION = "agp1."
+
 
 def next_midnight(now: float) -> float:
     """When a new day of Gemini's quotas begins: at midnight in Los Angeles.
@@ -2107,22 +2108,13 @@ def next_midnight(now: float) -> float:
 
 
 def pacific_offset_s(now: float) -> float:
-    """Seconds that clocks in Los Angeles are ahead of UTC; by the United States' rule where the system has no zones."""
+    """Seconds that clocks in Los Angeles are ahead of UTC, by the United States' rule: not each system knows its zone."""
     from datetime import UTC, datetime, timedelta
 
     moment = datetime.fromtimestamp(now, UTC)
-    if zone := pacific_zone():
-        return (moment.astimezone(zone).utcoffset() or timedelta()).total_seconds()
     march, november = (datetime(moment.year, *of, tzinfo=UTC) for of in ((3, 8, 10), (11, 1, 9)))  # 2 a.m. there
     begin, end = (day + timedelta(days=(6 - day.weekday()) % 7) for day in (march, november))  # Sundays
     return -7 * 3600.0 if begin <= moment < end else -8 * 3600.0
-
-
-@functools.cache
-def pacific_zone() -> tzinfo | None:
-    with contextlib.suppress(ImportError, LookupError):  # no such module, no such zone
-        return importlib.import_module("zoneinfo").ZoneInfo("America/Los_Angeles")  # type: ignore[no-any-return]
-    return None
 
 
 def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
@@ -2147,6 +2139,7 @@ class Seat:
 
     account: Account
     salt: int
+    """An odd number of 64 bits."""
     owners: tuple[str, ...]
     """Whose rests hold it back: its own, and those of its quota_group."""
     busy: int = 0
@@ -2217,11 +2210,6 @@ class Use:
         return [quota for quota, count in used if quota in limits and count >= limits[quota] * share]
 
 
-def salt_of(name: str) -> int:
-    """An odd number of 64 bits."""
-    return int.from_bytes(hashlib.sha256(encoded(name)).digest()[:8], "big") | 1
-
-
 class AccountPool:
     """Who is asked next, and who rests until when. Told the time, in seconds since 1970, and the chance; never waits."""
 
@@ -2244,11 +2232,11 @@ class AccountPool:
         self._seats = []
         for account in accounts:
             owners = (account.name, f"@{account.quota_group}") if account.quota_group else (account.name,)
-            seat = known.pop(account.name, None) or Seat(account, salt_of(account.name), owners)
+            salt = int.from_bytes(hashlib.sha256(encoded(account.name)).digest()[:8], "big") | 1
+            seat = known.pop(account.name, None) or Seat(account, salt, owners)
             if seat.account != account:
-                seat.owners = owners
                 self._forget(account.name, "", spare=("paused",))
-                seat.account = account
+                seat.account, seat.owners = account, owners
             self._seats.append(seat)
         for name in known:
             self._forget(name, "")
@@ -2451,7 +2439,7 @@ class AccountPool:
 
     # ---- what a person sees, and steers
 
-    def steer(self, action: str, name: str, model: str, now: float) -> bool:
+    def steer(self, action: str, name: str, model: str) -> bool:
         """Resets, pauses or resumes an account, or one model of it; False where there is no such account."""
         seat = next((seat for seat in self._seats if seat.account.name == name), None)
         if seat is None:
@@ -2492,7 +2480,7 @@ class AccountPool:
 
     # ---- what outlives the process
 
-    def rows(self, now: float) -> dict[str, str]:
+    def rows(self) -> dict[str, str]:
         """The rests of quotas, models and paused accounts and what was used today, as texts by name for `restore`."""
         rows = {}
         for (owner, model), rests in self._rests.items():
@@ -2519,18 +2507,11 @@ class AccountPool:
             error = RESTING[kind](message, code=code)
             error.quota = more[0]
             self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
-        elif value[0] == self._day:
-            seat = next((seat for seat in self._seats if owner in seat.owners), None)
-            if seat:
-                use = self._new_use(seat, owner, model)
-                use.at(now, self._day)
-                use.counts[2:], use.learned = value[1:]
-                self._limited |= bool(use.learned)
-
-
-RESTING: Mapping[str, type[UpstreamError]] = {
-    kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)
-}
+        elif value[0] == self._day and (seats := [seat for seat in self._seats if owner in seat.owners]):
+            use = self._new_use(seats[0], owner, model)
+            use.at(now, self._day)
+            use.counts[2:], use.learned = value[1:]
+            self._limited |= bool(use.learned)
 
 
 def affinity_of(client: str, session: str, request: Request) -> int:
@@ -2611,9 +2592,6 @@ def unseal(text: str, secret: bytes) -> list[Any] | None:
     return entry
 
 
-SEAL_VERSION = "agp1."
-
-
 def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
     """The request with the parts of its answers changed."""
     messages = [replace(m, parts=tuple(map(signed, m.parts))) if m.role == "assistant" else m for m in request.messages]
@@ -2625,6 +2603,8 @@ def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request
 # ==============================================================================
 
 Dialect = Literal["gemini", "vertex"]
+Refs = tuple[str, ...]  # of a schema, on the way to the part that is read
+PLACEHOLDER = "…"
 
 
 @value
@@ -2638,10 +2618,7 @@ class Built:
 
 
 def build_generate_content(request: Request, traits: Traits, dialect: Dialect = "gemini") -> Built:
-    """The generateContent body for a request.
-
-    Source: https://ai.google.dev/api/generate-content#request-body
-    """
+    """Source: https://ai.google.dev/api/generate-content#request-body"""
     return Builder(request, traits, dialect).build()
 
 
@@ -2701,11 +2678,8 @@ class Builder:
     def renamed(self, tools: Iterable[Tool]) -> dict[str, Tool]:
         """The tools of whose calls a reader must know more than their name; a stream holds them for long."""
         named = [(self.names[tool.namespace, tool.name], tool) for tool in tools]
-        return {
-            name: replace(tool, description="", parameters=None)
-            for name, tool in named
-            if name != tool.name or tool.namespace or tool.custom or tool.answers
-        }
+        odd = [(n, t) for n, t in named if n != t.name or t.namespace or t.custom or t.answers]
+        return {name: replace(tool, description="", parameters=None) for name, tool in odd}
 
     def tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
@@ -2770,9 +2744,8 @@ class Builder:
             text = "Give the final answer by calling this, once no other tool is needed."
             return Tool(ANSWER_TOOL, text, request.json_format.schema, namespace="", source=source, answers=True)
         self.change(source, "emulated", "asked for by an instruction")
-        system.append(
-            "Answer with one JSON value alone, without Markdown fences." + (f" {dumps(schema)}" if schema else "")
-        )
+        told = f" {dumps(schema)}" if schema else ""
+        system.append(f"Answer with one JSON value alone, without Markdown fences.{told}")
         return None
 
     # ---- generationConfig
@@ -2846,15 +2819,14 @@ class Builder:
             if asked:
                 self.change(wish.source, "dropped", "this model does not think")
             return {}
-        config: dict[str, Any] = self.level(wish) if traits.thinking == "level" else self.budget(wish)
+        by = self.level if traits.thinking == "level" else self.budget
+        config: dict[str, Any] = by(wish) if asked else {}
         quiet = config.get("thinkingBudget") == 0 if config else not traits.thinks
         return config | ({"includeThoughts": True} if wish.show and not quiet else {})
 
     def level(self, wish: ThinkingWish) -> dict[str, Any]:
-        if wish.budget is not None and wish.effort is None:
-            return self.budget(wish)  # accepted for compatibility
         if wish.effort is None:
-            return {}
+            return self.budget(wish)  # accepted for compatibility
         wanted = effort_of(wish.effort)
         ladder = sorted(EFFORTS.index(level.lower()) for level in self.traits.levels)
         rung = next((rung for rung in ladder if rung >= EFFORTS.index(wanted)), ladder[-1])
@@ -2863,8 +2835,6 @@ class Builder:
         return {"thinkingLevel": EFFORTS[rung].upper()}
 
     def budget(self, wish: ThinkingWish) -> dict[str, Any]:
-        if wish.budget is None and wish.effort is None:
-            return {}
         low, high = self.traits.budget
         wanted = wish.budget if wish.budget is not None else EFFORT_BUDGETS[effort_of(wish.effort or "")]
         may_stop = wanted == 0 and self.traits.can_stop_thinking
@@ -2886,8 +2856,10 @@ class Builder:
         contents: list[dict[str, Any]] = []
         for message in self.request.messages:
             if message.role == "tool":
-                results = [part for part in message.parts if isinstance(part, ToolResult)]
-                add_turn(contents, "user", self.orphans([one for one in results if id(one) not in answered]))
+                results = [part for part in message.parts if isinstance(part, ToolResult) and id(part) not in answered]
+                if results:
+                    self.change(self.messages, "emulated", "a result without a call is passed on as text")
+                add_turn(contents, "user", self.parts([part for result in results for part in result.parts]))
                 continue
             add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
@@ -2947,12 +2919,6 @@ class Builder:
             made.append({"functionResponse": response})
         return [{"role": "user", "parts": parts} for parts in (made, files) if parts]
 
-    def orphans(self, results: Sequence[ToolResult]) -> list[dict[str, Any]]:
-        """Results whose calls are not in the history, told as what they are: text."""
-        if results:
-            self.change(self.messages, "emulated", "a result without a call is passed on as text")
-        return [made for result in results for part in result.parts for made in self.part(part)]
-
 
 def matched_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     """The result of each call, by the call's id(): that of the nearest call before it, else of one that waits in vain.
@@ -2988,9 +2954,6 @@ def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, An
         contents.extend([{"role": "user", "parts": [{"text": PLACEHOLDER}]}, {"role": role, "parts": parts}])
     else:
         contents.append({"role": role, "parts": parts})
-
-
-PLACEHOLDER = "…"
 
 
 def text_parts(text: str, signature: Signature | None) -> list[dict[str, Any]]:
@@ -3057,7 +3020,7 @@ class SchemaReducer:
             self.lost.add(key)
             self.changes.append(Change(self.pointer, "dropped", f"the schema's '{key}' is not known to this upstream"))
 
-    def reduce(self, schema: Any, seen: tuple[str, ...] = (), depth: int = 0) -> dict[str, Any] | None:
+    def reduce(self, schema: Any, seen: Refs = (), depth: int = 0) -> dict[str, Any] | None:
         """The reduced schema; None where it would contain itself, or is too deep or too large."""
         self.left -= 1
         if self.left < 0 or depth > SCHEMA_DEPTH_MAX:
@@ -3082,9 +3045,7 @@ class SchemaReducer:
 
     # ---- references and allOf
 
-    def resolved(
-        self, schema: Mapping[str, Any], seen: tuple[str, ...]
-    ) -> tuple[dict[str, Any], tuple[str, ...]] | None:
+    def resolved(self, schema: Mapping[str, Any], seen: Refs) -> tuple[dict[str, Any], Refs] | None:
         """The schema with what it refers to and its allOf laid into it; None where that has no end or is not there."""
         whole = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
         if "$ref" in schema:
@@ -3098,7 +3059,7 @@ class SchemaReducer:
                 return None
             lay_under(whole, inner[0])
             seen = inner[1]
-        for part in schemas_in(schema.get("allOf")):
+        for part in objects_in(schema.get("allOf")):
             if (inner := self.resolved(part, seen)) is not None:
                 lay_under(whole, inner[0])
                 seen = inner[1]
@@ -3142,19 +3103,19 @@ class SchemaReducer:
 
     def union(self, schema: Mapping[str, Any], kinds: Sequence[str]) -> list[Any]:
         """The options of a schema that is nothing but a choice among them; beside a type of its own they are lost."""
-        unions = {key: schema[key] for key in ("anyOf", "oneOf") if schemas_in(schema.get(key))}
+        unions = {key: schema[key] for key in ("anyOf", "oneOf") if objects_in(schema.get(key))}
         plain = kinds not in ([], ["object"]) or schema.get("properties")
         for key in list(unions)[0 if plain else 1 :]:
             self.report(key)
-        return [] if plain or not unions else schemas_in(next(iter(unions.values())))
+        return [] if plain or not unions else objects_in(next(iter(unions.values())))
 
     def shaped(
-        self, made: dict[str, Any], schema: Mapping[str, Any], kind: str, seen: tuple[str, ...], depth: int
+        self, made: dict[str, Any], schema: Mapping[str, Any], kind: str, seen: Refs, depth: int
     ) -> dict[str, Any]:
         """The schema as one of its types."""
-        made |= {"type": kind.upper()}
         if kind == "null":
             return {"type": "NULL"}
+        made["type"] = kind.upper()
         values = [schema["const"]] if "const" in schema else schema.get("enum")
         if isinstance(values, list):
             texts = [value for value in values if value is not None]
@@ -3172,7 +3133,7 @@ class SchemaReducer:
         self.limits(schema, made, kind)
         return made
 
-    def members(self, schema: Mapping[str, Any], seen: tuple[str, ...], depth: int) -> dict[str, Any]:
+    def members(self, schema: Mapping[str, Any], seen: Refs, depth: int) -> dict[str, Any]:
         given = schema.get("properties")
         inner = given.items() if isinstance(given, Mapping) else ()
         properties = {str(name): made for name, one in inner if (made := self.reduce(one, seen, depth + 1))}
@@ -3218,7 +3179,8 @@ def one_of(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any
     return (plain or options or [{"type": "STRING"}])[0] | made
 
 
-def schemas_in(value: Any) -> list[Any]:
+def objects_in(value: Any) -> list[Any]:
+    """The objects of a list; of anything else none."""
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
@@ -3229,6 +3191,17 @@ def texts_only(values: Iterable[Any]) -> bool:
 # ==============================================================================
 # 9. From Gemini
 # ==============================================================================
+
+# What comes of reading JSON that has another form than Gemini promises.
+MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+DIGITS = b"0123456789"
+TEXT_START = re.compile(r'"text"\s*:\s*"')
+# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
+WAIT_TEXT = re.compile(r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE)
+HTTP_HINTS = {3: "Check base_url and the network: it redirects.", 4: "Check base_url.", 5: "Try again."}
+LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
+
+scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
 
 
 class SseSplitter:
@@ -3280,10 +3253,10 @@ class SseSplitter:
 class Candidate:
     """What is known of one choice while its chunks come."""
 
+    number: int
     kind: type[Text | Thinking] | None = None
-    """Of the part that is open."""
+    """Of the part that is open, as are its texts and signature."""
     texts: list[str] = field(default_factory=list)
-    """Of the part that is open."""
     signature: Signature | None = None
     before: str = ""
     """The text of the parts that ended."""
@@ -3311,11 +3284,6 @@ class Shape:
     choice: int
     candidate: Candidate
     kind: type[TextDelta | ThinkingDelta]
-
-
-DIGITS = b"0123456789"
-TEXT_START = re.compile(r'"text"\s*:\s*"')
-scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
 
 
 def shape_of(raw: bytes, chunk: Any, events: Sequence[Event], candidates: Mapping[int, Candidate]) -> Shape | None:
@@ -3360,35 +3328,35 @@ class GeminiReader:
         self._shape: Shape | None = None
         self._events: list[Event] = []
         self._started = False
-        self._failed = False
         self.error: GatewayError | None = None
         """What ended the answer, where it failed."""
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        try:
-            self._chunks(self._splitter.feed(data))
-        except MISSHAPEN:
-            self._fail(not_understood())
-        events, self._events = self._events, []
-        return events
+        return self._chunks(self._splitter.feed(data))
 
     def close(self, error: UpstreamError | None = None) -> list[Event]:
         """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
-        self._try(self._chunks, self._splitter.close())
-        return self._finish(error)
+        return self._chunks(self._splitter.close(), last=True, error=error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        self._try(lambda: self._chunk(self._parsed(body)))
-        return self._finish()
+        return self._chunks([body], last=True)
 
-    def _chunks(self, texts: Iterable[bytes]) -> None:
-        for text in texts:
-            if self._failed:
-                return
-            if self._shape is None or not self._more(self._shape, text):
-                self._other(text)
+    def _chunks(self, texts: Iterable[bytes], last: bool = False, error: UpstreamError | None = None) -> list[Event]:
+        """Events of chunks, and of the end behind the `last`; an answer of another form than Gemini promises has failed."""
+        try:
+            for text in texts:
+                if self.error:
+                    break
+                if self._shape is None or not self._more(self._shape, text):
+                    self._other(text)
+            if last and not self.error:
+                self._end(error)
+        except MISSHAPEN:
+            self._fail(UpstreamBroken("Gemini sent something that cannot be understood. Try again."))
+        events, self._events = self._events, []
+        return events
 
     def _more(self, shape: Shape, raw: bytes) -> bool:
         """Reads a chunk that only goes on as the one before did, without a parser; false where it is another."""
@@ -3421,13 +3389,6 @@ class GeminiReader:
             chunk = parse_json(raw)
         return chunk[0] if isinstance(chunk, list) and chunk else chunk
 
-    def _try(self, step: Callable[..., None], *what: Any) -> None:
-        """Takes a step on Gemini's JSON; what has another form than Gemini promises ends the answer with an error."""
-        try:
-            step(*what)
-        except MISSHAPEN:
-            self._fail(not_understood())
-
     def _chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
             return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
@@ -3449,12 +3410,12 @@ class GeminiReader:
                     candidate.texts.append(text)  # nine of ten parts are just more of a text
                     self._events.append(TextDelta(choice, text))
                 else:
-                    self._part(choice, candidate, part)
+                    self._part(candidate, part)
             if len(raw) > 2 or "index" not in raw or "content" not in raw:  # most chunks have these two alone
                 self._about(candidate, raw)
 
     def _candidate(self, choice: int) -> Candidate:
-        return self._candidates.setdefault(choice, Candidate())
+        return self._candidates.setdefault(choice, Candidate(choice))
 
     def _about(self, candidate: Candidate, raw: Mapping[str, Any]) -> None:
         """What is told of a candidate beside its content."""
@@ -3466,58 +3427,52 @@ class GeminiReader:
         if result := raw.get("logprobsResult"):
             candidate.logprobs += tuple(logprobs_of(result))
 
-    def _part(self, choice: int, candidate: Candidate, part: dict[str, Any]) -> None:
+    def _part(self, candidate: Candidate, part: dict[str, Any]) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
         if text or (signature and text is not None):
-            self._text(choice, candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
+            self._text(candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
         elif call := part.get("functionCall"):
-            self._call(choice, candidate, call, signature and checked_text(signature))
+            self._call(candidate, call, signature and checked_text(signature))
         elif (blob := part.get("inlineData")) and not part.get("thought"):
-            self._media(choice, candidate, Media(checked_text(blob["mimeType"]), checked_text(blob["data"]), signature))
+            self._media(candidate, Media(checked_text(blob["mimeType"]), checked_text(blob["data"]), signature))
         elif code := part.get("executableCode"):
             language = str(code.get("language", "")).lower()
-            self._text(choice, candidate, Text, f"\n```{language}\n{checked_text(code['code'])}\n```\n", None)
+            self._text(candidate, Text, f"\n```{language}\n{checked_text(code['code'])}\n```\n")
         elif result := part.get("codeExecutionResult"):
-            self._text(choice, candidate, Text, f"\n```\n{checked_text(result.get('output') or '')}\n```\n", None)
+            self._text(candidate, Text, f"\n```\n{checked_text(result.get('output') or '')}\n```\n")
 
-    def _text(
-        self, choice: int, candidate: Candidate, kind: type[Text | Thinking], text: str, signature: str | None
-    ) -> None:
+    def _text(self, candidate: Candidate, kind: type[Text | Thinking], text: str, signature: str | None = None) -> None:
+        choice = candidate.number
         if candidate.kind is not kind:
-            self._end_part(choice, candidate)
+            self._end_part(candidate)
             candidate.kind = kind
             self._emit(PartStart(choice, kind("")))
         if signature and kind is Text:
             start = sum(map(len, candidate.texts))
             candidate.signature = Signature(checked_text(signature), start, start + len(text))
-        if not text:
-            return
-        candidate.texts.append(text)
-        candidate.said = candidate.said or kind is Text
-        self._events.append(TextDelta(choice, text) if kind is Text else ThinkingDelta(choice, text))
+        if text:
+            candidate.texts.append(text)
+            candidate.said = candidate.said or kind is Text
+            self._events.append(TextDelta(choice, text) if kind is Text else ThinkingDelta(choice, text))
 
-    def _call(self, choice: int, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
+    def _call(self, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
         name = checked_text(call.get("name") or "")
         tool = self._tools.get(name) or Tool(name, "", None)
         args = dict(call.get("args") or {})
-        if tool.answers:
-            return self._answer(choice, candidate, dumps(args))
+        if tool.answers:  # the JSON that was asked for, as the text that the client waits for; only the first
+            if not candidate.answered:
+                candidate.answered = True
+                self._text(candidate, Text, dumps(args))
+            return
         candidate.calls += 1
         if candidate.calls > self._calls_max:
             return
         arguments = str(args.get("input", "")) if tool.custom else dumps(args)
-        id_ = self._id(call.get("id"))
-        self._end_part(choice, candidate)
-        made = ToolCall(id_, tool.name, arguments, signature, tool.namespace, tool.custom)
-        self._emit(PartStart(choice, replace(made, arguments="")))
-        self._emit(ArgumentsDelta(choice, arguments))
-        self._emit(PartEnd(choice, made))
-
-    def _answer(self, choice: int, candidate: Candidate, text: str) -> None:
-        """The JSON that was asked for as a call's arguments, as the text that the client waits for; only the first."""
-        if not candidate.answered:
-            candidate.answered = True
-            self._text(choice, candidate, Text, text, None)
+        made = ToolCall(self._id(call.get("id")), tool.name, arguments, signature, tool.namespace, tool.custom)
+        self._end_part(candidate)
+        self._emit(PartStart(candidate.number, replace(made, arguments="")))
+        self._emit(ArgumentsDelta(candidate.number, arguments))
+        self._emit(PartEnd(candidate.number, made))
 
     def _id(self, given: Any) -> str:
         """Gemini's own id for a call where it is one that OpenAI's clients take, else a new one."""
@@ -3526,30 +3481,30 @@ class GeminiReader:
         self._ids |= {made}
         return made
 
-    def _media(self, choice: int, candidate: Candidate, media: Media) -> None:
+    def _media(self, candidate: Candidate, media: Media) -> None:
         if media.mime.lower().startswith("audio/l16"):
             rate = re.search(r"rate=(\d{1,6})", media.mime)
             candidate.pcm_rate = int(rate[1]) if rate else candidate.pcm_rate
             candidate.pcm += (base64.b64decode(media.data),)
             candidate.said = True
         else:
-            self._whole_part(choice, candidate, media)
+            self._whole_part(candidate, media)
 
-    def _whole_part(self, choice: int, candidate: Candidate, part: Part) -> None:
+    def _whole_part(self, candidate: Candidate, part: Part) -> None:
         candidate.said = True
-        self._end_part(choice, candidate)
-        self._emit(PartStart(choice, part))
-        self._emit(PartEnd(choice, part))
+        self._end_part(candidate)
+        self._emit(PartStart(candidate.number, part))
+        self._emit(PartEnd(candidate.number, part))
 
-    def _end_part(self, choice: int, candidate: Candidate, citations: tuple[Citation, ...] = ()) -> None:
+    def _end_part(self, candidate: Candidate, citations: tuple[Citation, ...] = ()) -> None:
         if candidate.kind is None:
             return
         text = "".join(candidate.texts)
         if candidate.kind is Text:
-            self._emit(PartEnd(choice, Text(text, candidate.signature, citations)))
+            self._emit(PartEnd(candidate.number, Text(text, candidate.signature, citations)))
             candidate.before += text
         else:
-            self._emit(PartEnd(choice, Thinking(text)))
+            self._emit(PartEnd(candidate.number, Thinking(text)))
         candidate.kind, candidate.texts, candidate.signature = None, [], None
 
     def _emit(self, event: Event) -> None:
@@ -3559,57 +3514,45 @@ class GeminiReader:
         self._events.append(event)
 
     def _fail(self, error: GatewayError) -> None:
-        self._failed, self.error = True, error
+        self.error = error
         error.message = without_secret(error.message, self.secret)
-        for choice, candidate in sorted(self._candidates.items()):
-            self._end_part(choice, candidate)
+        for _, candidate in sorted(self._candidates.items()):
+            self._end_part(candidate)
         self._events.append(Failed(error))
 
-    def _finish(self, error: UpstreamError | None = None) -> list[Event]:
-        """What is left to be told, once, at the end."""
-        if not self._failed:
-            self._end(error)
-        events, self._events = self._events, []
-        return events
-
     def _end(self, error: UpstreamError | None) -> None:
+        """What is left to be told, once, at the end."""
         if not self._candidates or not all(candidate.reason for candidate in self._candidates.values()):
             self._fail(error or UpstreamBroken("Gemini's answer broke off before its end. Try again."))
-        for choice, candidate in sorted(self._candidates.items()):
-            if not self._failed:
-                self._try(self._finish_choice, choice, candidate)
-        if not self._failed:
+        for _, candidate in sorted(self._candidates.items()):
+            if not self.error:
+                self._finish_choice(candidate)
+        if not self.error:
             last = self._parsed(self._uncounted) if self._uncounted else {}
             self._emit(Ended(usage_of(last.get("usageMetadata") or self._usage)))
 
-    def _finish_choice(self, choice: int, candidate: Candidate) -> None:
+    def _finish_choice(self, candidate: Candidate) -> None:
         reason = FINISH_REASONS.get(candidate.reason, "stop")
         if reason == "stop" and candidate.calls:
             reason = "tool_calls"
         if reason == "stop" and not candidate.said:
-            return self._fail(UpstreamBroken(f"Gemini's answer is empty ({told_reason(candidate.reason)}). Try again."))
+            known = re.fullmatch(r"[A-Z_]{1,40}", candidate.reason)
+            why = f"finish reason {candidate.reason}" if known else "unknown finish reason"
+            return self._fail(UpstreamBroken(f"Gemini's answer is empty ({why}). Try again."))
         if candidate.pcm:
-            self._whole_part(choice, candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
-        self._end_part(choice, candidate, self._annotate(choice, candidate) if candidate.grounding else ())
-        self._emit(Finished(choice, reason, candidate.logprobs))
+            self._whole_part(candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
+        self._end_part(candidate, self._annotate(candidate) if candidate.grounding else ())
+        self._emit(Finished(candidate.number, reason, candidate.logprobs))
 
-    def _annotate(self, choice: int, candidate: Candidate) -> tuple[Citation, ...]:
+    def _annotate(self, candidate: Candidate) -> tuple[Citation, ...]:
         """Tells what the whole text rests on; the citations of the part that is open, counted in it."""
         spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
         citations = citations_of(spoken, candidate.grounding)
         queries = [query for about in candidate.grounding for query in about.get("webSearchQueries") or ()]
         if citations or queries:
-            self._emit(Annotated(choice, citations, tuple(dict.fromkeys(map(checked_text, queries)))))
+            self._emit(Annotated(candidate.number, citations, tuple(dict.fromkeys(map(checked_text, queries)))))
         before = len(candidate.before)
-        ours = [replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before]
-        return tuple(ours)
-
-
-MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-def not_understood() -> UpstreamBroken:
-    return UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
+        return tuple(replace(c, start=c.start - before, end=c.end - before) for c in citations if c.start >= before)
 
 
 class CloudCodeReader(GeminiReader):
@@ -3627,10 +3570,6 @@ def checked_text(value: Any) -> str:
     return value
 
 
-def told_reason(raw: str) -> str:
-    return f"finish reason {raw}" if re.fullmatch(r"[A-Z_]{1,40}", raw) else "unknown finish reason"
-
-
 def wav(pcm: bytes, rate: int) -> Media:
     """Raw 16-bit mono samples, as Gemini's speech models send them, with the header that players need."""
     head = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + len(pcm), b"WAVEfmt ", 16, 1, 1, rate, rate * 2, 2, 16, b"data", len(pcm))  # fmt: skip
@@ -3645,38 +3584,32 @@ def citations_of(text: str, grounding: Sequence[Mapping[str, Any]]) -> tuple[Cit
     raw = encoded(text)
 
     def span(segment: Mapping[str, Any]) -> tuple[int, int]:
-        start, end = (len(raw[: count_of(segment.get(key))].decode(errors="ignore")) for key in SPAN_KEYS)
+        marks = (raw[: count_of(segment.get(key))] for key in ("startIndex", "endIndex"))
+        start, end = (len(mark.decode(errors="ignore")) for mark in marks)
         quoted = segment.get("text")
         if isinstance(quoted, str) and quoted and text[start:end] != quoted and quoted in text:
             start = text.index(quoted)
             end = start + len(quoted)
         return start, end
 
-    found: dict[Citation, None] = {}
+    found: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
     pages = [(chunk.get("web") or {}) for about in grounding for chunk in about.get("groundingChunks") or ()]
     for about in grounding:
         for support in about.get("groundingSupports") or ():
-            cited = [pages[i] for i in support.get("groundingChunkIndices") or () if i < len(pages)]
-            for page in (page for page in cited if page.get("uri")):
-                found[Citation(*span(support.get("segment") or {}), str(page["uri"]), str(page.get("title") or ""))] = (
-                    None
-                )
-        for source in (*(about.get("citationSources") or ()), *(about.get("citations") or ())):
-            if source.get("uri"):
-                found[Citation(*span(source), str(source["uri"]), str(source.get("title") or ""))] = None
-    return tuple(found)
+            numbers = support.get("groundingChunkIndices") or ()
+            found += [(support.get("segment") or {}, pages[i]) for i in numbers if i < len(pages)]
+        found += [(one, one) for one in (*(about.get("citationSources") or ()), *(about.get("citations") or ()))]
+    cited = [(span(at), page) for at, page in found if page.get("uri")]
+    return tuple(dict.fromkeys(Citation(*at, str(page["uri"]), str(page.get("title") or "")) for at, page in cited))
 
 
-SPAN_KEYS = ("startIndex", "endIndex")
-
-
-def logprobs_of(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def logprobs_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Of each token: token, logprob and its alternatives."""
     tops = result.get("topCandidates") or ()
     chosen = [logprob_of(one) for one in result.get("chosenCandidates") or ()]
     for i, one in enumerate(chosen):
         one["top_logprobs"] = [logprob_of(top) for top in tops[i].get("candidates") or ()] if i < len(tops) else []
-    return list(chosen)
+    return chosen
 
 
 def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -3684,9 +3617,6 @@ def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     logprob = float(raw.get("logProbability") or 0)
     logprob = max(logprob, LOGPROB_MIN) if math.isfinite(logprob) else LOGPROB_MIN
     return {"token": token, "logprob": logprob, "bytes": list(encoded(token))}
-
-
-LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
 
 
 def count_of(value: Any) -> int:
@@ -3699,13 +3629,9 @@ def count_of(value: Any) -> int:
 
 def usage_of(raw: Mapping[str, Any]) -> Usage:
     """Source: https://ai.google.dev/api/generate-content#UsageMetadata (total = prompt + tool use + candidates + thoughts)"""
-    thoughts = count_of(raw.get("thoughtsTokenCount"))
-    return Usage(
-        prompt=count_of(raw.get("promptTokenCount")) + count_of(raw.get("toolUsePromptTokenCount")),
-        completion=count_of(raw.get("candidatesTokenCount")) + thoughts,
-        cached=count_of(raw.get("cachedContentTokenCount")),
-        reasoning=thoughts,
-    )
+    prompt = count_of(raw.get("promptTokenCount")) + count_of(raw.get("toolUsePromptTokenCount"))
+    cached, thoughts = count_of(raw.get("cachedContentTokenCount")), count_of(raw.get("thoughtsTokenCount"))
+    return Usage(prompt, count_of(raw.get("candidatesTokenCount")) + thoughts, cached, reasoning=thoughts)
 
 
 def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
@@ -3717,10 +3643,8 @@ def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
         vectors, norms = [], []
     if len(vectors) != count or not all(map(math.isfinite, norms)):
         raise UpstreamBroken("Gemini sent other vectors than were asked for. Try again.")
-    return [
-        vector if abs(norm - 1) < 1e-6 else [v / norm for v in vector]
-        for vector, norm in zip(vectors, norms, strict=True)
-    ]
+    pairs = zip(vectors, norms, strict=True)
+    return [vector if abs(norm - 1) < 1e-6 else [v / norm for v in vector] for vector, norm in pairs]
 
 
 def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamError:
@@ -3735,14 +3659,10 @@ def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamErr
     everything = ""
     with contextlib.suppress(RecursionError):
         everything = str(error)
-    for statuses, pattern, kind, code in REFUSALS:
-        if status in statuses and re.search(pattern, everything):
-            made = kind(message[:ERROR_CHARS_MAX], code=code, param="model" if kind is ModelGone else None)
-            return with_wait(made, error, retry_after)
-    return with_wait((Overloaded if status > 504 else UpstreamBroken)(message[:ERROR_CHARS_MAX]), error, retry_after)
-
-
-HTTP_HINTS = {3: "Check base_url and the network: it redirects.", 4: "Check base_url.", 5: "Try again."}
+    meant = (row[2:] for row in REFUSALS if status in row[0] and re.search(row[1], everything))
+    kind, code = next(meant, (Overloaded if status > 504 else UpstreamBroken, None))
+    made = kind(message[:ERROR_CHARS_MAX], code=code, param="model" if kind is ModelGone else None)
+    return with_wait(made, error, retry_after)
 
 
 def error_of(body: Any) -> Mapping[str, Any]:
@@ -3762,14 +3682,11 @@ def with_wait(made: UpstreamError, error: Mapping[str, Any], retry_after: str) -
     """The error with the quota that it speaks of, the wait that is asked for and the page to visit, by its details."""
     about: dict[str, Any] = {}
     quotas: dict[str, int | None] = {}
-    details = error.get("details")
-    for detail in details if isinstance(details, list) else ():
-        if isinstance(detail, dict):
-            metadata, violations, links = (detail.get(key) for key in ("metadata", "violations", "links"))
-            about |= detail | (metadata if isinstance(metadata, dict) else {})
-            about |= links[0] if isinstance(links, list) and links and isinstance(links[0], dict) else {}
-            for one in violations if isinstance(violations, list) else ():
-                quotas |= quota_of(one, "quotaId", "quotaValue") if isinstance(one, dict) else {}
+    for detail in objects_in(error.get("details")):
+        for part in (detail, *objects_in([detail.get("metadata")]), *objects_in(detail.get("links"))[:1]):
+            about |= part
+        for violation in objects_in(detail.get("violations")):
+            quotas |= quota_of(violation, "quotaId", "quotaValue")
     quotas |= quota_of(about, "quota_limit", "quota_limit_value")
     if isinstance(made, RateLimited) and quotas:
         made.quota = min(quotas, key=lambda quota: not quota.endswith("day"))
@@ -3797,10 +3714,6 @@ def quota_of(about: Mapping[str, Any], id: str, value: str) -> dict[str, int | N
     return {f"{'tokens' if 'Token' in name else 'requests'}_per_{per}": count_of(about.get(value)) or None}
 
 
-# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
-WAIT_TEXT = re.compile(r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE)
-
-
 def duration_s(text: Any) -> float | None:
     """Seconds of a duration such as 34.07s, 900ms or 3h2m1.2s; at most a day's; None for anything else."""
     if not isinstance(text, str) or not re.fullmatch(r"(\d{1,9}(\.\d+)?(ms|[hms]))+", text):
@@ -3825,6 +3738,17 @@ def timestamp_of(text: str) -> float | None:
 
 DONE = "data: [DONE]\n\n"
 FINGERPRINT = "fp_agproxy"
+PREDICTED = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+RESPONSE_BEGUN: Mapping[str, Any] = {"object": "response", "status": "in_progress", "service_tier": "default"} | (
+    dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+)
+# What a Response repeats of the body, and what stands there instead where the body has nothing.
+RESPONSE_ECHOES: Mapping[str, Any] = (
+    dict.fromkeys(("max_output_tokens", "max_tool_calls", "previous_response_id", "prompt_cache_key"))
+    | {"safety_identifier": None, "instructions": None, "tool_choice": "auto", "truncation": "disabled"}
+    | {"temperature": 1.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "top_logprobs": 0}
+    | {"parallel_tool_calls": True, "store": True, "metadata": {}}
+)
 
 
 def error_body(error: GatewayError) -> dict[str, Any]:
@@ -3837,36 +3761,27 @@ def render_usage(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion,
         "total_tokens": usage.prompt + usage.completion,
         "prompt_tokens_details": {"cached_tokens": usage.cached, "audio_tokens": 0},
-        "completion_tokens_details": {
-            "reasoning_tokens": usage.reasoning,
-            "audio_tokens": 0,
-            "accepted_prediction_tokens": 0,
-            "rejected_prediction_tokens": 0,
-        },
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning, "audio_tokens": 0, **PREDICTED},
     }
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": call.id, "type": "custom" if call.custom else "function"}
-    if call.custom:
-        entry["custom"] = {"name": call.name, "input": call.arguments}
-    else:
-        entry["function"] = {"name": call.name, "arguments": call.arguments}
+    kind, what = ("custom", "input") if call.custom else ("function", "arguments")
+    entry: dict[str, Any] = {"id": call.id, "type": kind, kind: {"name": call.name, what: call.arguments}}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
 
 
-def render_media(media: Media, index: int, head: Head) -> dict[str, Any]:
-    """What a message or delta holds for generated media: `audio` as OpenAI has it, else `images` as its routers do."""
+def render_media(media: Media, index: int, head: Head) -> tuple[str, Any]:
+    """Where in a message or delta generated media stand: `audio` as OpenAI has it, else `images` as its routers do."""
     if media.mime.startswith("audio/"):
         about = {"id": f"audio_{head.id}", "expires_at": head.created + 3600, "transcript": ""}
-        return {"audio": about | {"data": media.data}}
-    return {"images": [{"type": "image_url", "index": index, "image_url": {"url": data_url(media)}}]}
-
-
-def data_url(media: Media) -> str:
-    return f"data:{media.mime};base64,{media.data}"
+        return "audio", about | {"data": media.data}
+    url = f"data:{media.mime};base64,{media.data}"
+    if head.images_in_text:
+        return "content", f"![image]({url})"
+    return "images", [{"type": "image_url", "index": index, "image_url": {"url": url}}]
 
 
 def render_citation(citation: Citation) -> dict[str, Any]:
@@ -3876,10 +3791,6 @@ def render_citation(citation: Citation) -> dict[str, Any]:
 
 def chat_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
     return [{"type": "url_citation", "url_citation": render_citation(citation)} for citation in citations]
-
-
-def response_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
-    return [{"type": "url_citation", **render_citation(citation)} for citation in citations]
 
 
 def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -3905,8 +3816,7 @@ class Head:
 class Frames:
     """What the chunks of chat and completions have in common: head, tail, usage chunk, error, [DONE]."""
 
-    def __init__(self, id: str, kind: str, head: Head, more: Mapping[str, Any]) -> None:
-        known = {"id": id, "object": kind, "created": head.created, "model": head.model, **more}
+    def __init__(self, known: Mapping[str, Any], head: Head) -> None:
         self.head = f'data: {dumps(known)[:-1]},"choices":['
         self.tail = (',"usage":null' if head.include_usage else "") + "}\n\n"
         self._include_usage = head.include_usage
@@ -3925,20 +3835,24 @@ class ChatRenderer:
     """Events to the frames of a chat stream, or the object of a whole answer."""
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
-        self._about = {"service_tier": "default", "system_fingerprint": FINGERPRINT}
         self._head = head
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
-        self._media: dict[int, int] = {}
-        self._spoken: tuple[int, ...] = ()
+        self._media: dict[int, list[str]] = {}
+        """Of each choice, where it got media."""
         self._custom = False
         self._before_text: dict[int, str] = {}
         """Of each choice that has begun, how a chunk of its text begins."""
         self._after_text = ""
 
+    def _known(self, kind: str) -> dict[str, Any]:
+        head = self._head
+        known = {"id": f"chatcmpl-{head.id}", "object": kind, "created": head.created, "model": head.model}
+        return {**known, "service_tier": "default", "system_fingerprint": FINGERPRINT}
+
     @functools.cached_property
     def _frames(self) -> Frames:
-        return Frames(f"chatcmpl-{self._head.id}", "chat.completion.chunk", self._head, self._about)
+        return Frames(self._known("chat.completion.chunk"), self._head)
 
     def render_all(self, events: Iterable[Event]) -> str:
         """The frames of the events of one read; nine of ten are more text of a choice that has begun."""
@@ -3961,9 +3875,8 @@ class ChatRenderer:
             case PartStart(choice, ToolCall() as call):
                 return self._start_call(choice, call)
             case ArgumentsDelta(choice, text):
-                return self._call(
-                    choice, {"custom": {"input": text}} if self._custom else {"function": {"arguments": text}}
-                )
+                entry = {"custom": {"input": text}} if self._custom else {"function": {"arguments": text}}
+                return self._call(choice, entry)
             case PartStart(choice, Media() as media):
                 return self._image(choice, media)
             case Annotated(choice, citations):
@@ -3992,14 +3905,12 @@ class ChatRenderer:
         return self._delta(choice, dumps({"tool_calls": [{"index": index, **entry}]}))
 
     def _image(self, choice: int, media: Media) -> str:
-        if media.mime.startswith("audio/") and choice in self._spoken:
+        given = self._media.setdefault(choice, [])
+        key, told = render_media(media, len(given), self._head)
+        if key == "audio" and key in given:
             return ""  # SDKs would join a second one with the first
-        if media.mime.startswith("audio/"):
-            self._spoken += (choice,)
-        elif self._head.images_in_text:
-            return self._delta(choice, dumps({"content": f"![image]({data_url(media)})"}))
-        index = self._media[choice] = self._media.get(choice, -1) + 1
-        return self._delta(choice, dumps(render_media(media, index, self._head)))
+        given.append(key)
+        return self._delta(choice, dumps({key: told}))
 
     def _delta(self, choice: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
         first = "" if choice in self._before_text else self._open(choice)
@@ -4015,19 +3926,10 @@ class ChatRenderer:
         return "".join(self._delta(each, '{"role":"assistant","content":"","refusal":null}') for each in new)
 
     def whole(self, reply: Reply) -> dict[str, Any]:
-        """The chat.completion object."""
-        return {
-            "id": f"chatcmpl-{self._head.id}",
-            "object": "chat.completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            **self._about,
-            "choices": [self.whole_choice(index, choice) for index, choice in sorted(reply.choices.items())],
-            "usage": render_usage(reply.usage),
-        }
+        choices = [self.whole_choice(index, choice) for index, choice in sorted(reply.choices.items())]
+        return {**self._known("chat.completion"), "choices": choices, "usage": render_usage(reply.usage)}
 
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        """One choice of a chat.completion."""
         message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
         calls: list[dict[str, Any]] = []
         for part in choice.parts:
@@ -4039,7 +3941,11 @@ class ChatRenderer:
                 case ToolCall():
                     calls.append(render_call(part))
                 case Media():
-                    self._add_media(message, part)
+                    key, told = render_media(part, len(message.get("images", ())), self._head)
+                    if key not in message:
+                        message[key] = told
+                    elif key != "audio":
+                        message[key] += told
                 case ToolResult():
                     pass
         if choice.citations:
@@ -4047,22 +3953,8 @@ class ChatRenderer:
         if calls:
             message |= {"function_call": calls[0]["function"]} if self._legacy else {"tool_calls": calls}
             message["content"] = message["content"] or None
-        reason = self._reason(choice.reason)
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": render_logprobs(choice.logprobs),
-            "finish_reason": reason,
-        }
-
-    def _add_media(self, message: dict[str, Any], media: Media) -> None:
-        if media.mime.startswith("audio/") and "audio" in message:
-            return
-        if self._head.images_in_text and not media.mime.startswith("audio/"):
-            message["content"] += f"![image]({data_url(media)})"
-            return
-        made = render_media(media, len(message.get("images", ())), self._head)
-        message |= made | ({"images": message.get("images", []) + made["images"]} if "images" in made else {})
+        logprobs, reason = render_logprobs(choice.logprobs), self._reason(choice.reason)
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
 
 
 class CompletionRenderer:
@@ -4072,8 +3964,9 @@ class CompletionRenderer:
         prompts = body.get("prompt") or ""
         self._echo = (prompts if isinstance(prompts, list) else [prompts]) if body.get("echo") else []
         self._n = body.get("n") or 1
-        self._frames = Frames(f"cmpl-{head.id}", "text_completion", head, {"system_fingerprint": FINGERPRINT})
-        self._head = head
+        about = {"object": "text_completion", "created": head.created, "model": head.model}
+        self._known = {"id": f"cmpl-{head.id}", **about, "system_fingerprint": FINGERPRINT}
+        self._frames = Frames(self._known, head)
         self._opened: set[int] = set()
 
     def render_all(self, events: Iterable[Event]) -> str:
@@ -4084,7 +3977,7 @@ class CompletionRenderer:
             case TextDelta(choice, text):
                 return self._text(choice, text)
             case Finished(choice, reason):
-                return self._text(choice, "", "stop" if reason == "tool_calls" else reason)
+                return self._text(choice, "", '"stop"' if reason == "tool_calls" else f'"{reason}"')
             case Ended() | Failed():
                 return self._frames.last(event)
             case Started() | PartStart() | PartEnd() | ThinkingDelta() | ArgumentsDelta() | Annotated():
@@ -4092,11 +3985,10 @@ class CompletionRenderer:
             case _:
                 assert_never(event)
 
-    def _text(self, choice: int, text: str, reason: str | None = None) -> str:
+    def _text(self, choice: int, text: str, finish: str = "null") -> str:
         if choice not in self._opened:
             self._opened.add(choice)
             text = self._prompt(choice) + text
-        finish = f'"{reason}"' if reason else "null"
         entry = f'{{"text":{encode_basestring(text)},"index":{choice},"logprobs":null,"finish_reason":{finish}}}'
         return self._frames.choice(entry)
 
@@ -4105,25 +3997,12 @@ class CompletionRenderer:
         return self._echo[choice // self._n] if self._echo else ""
 
     def whole(self, reply: Reply) -> dict[str, Any]:
-        """The text_completion object."""
-        choices = [
-            {
-                "text": self._prompt(index) + choice.text,
-                "index": index,
-                "logprobs": None,
-                "finish_reason": "stop" if choice.reason == "tool_calls" else choice.reason,
-            }
-            for index, choice in sorted(reply.choices.items())
-        ]
-        return {
-            "id": f"cmpl-{self._head.id}",
-            "object": "text_completion",
-            "created": self._head.created,
-            "model": self._head.model,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-            "usage": render_usage(reply.usage),
-        }
+        choices = [self._whole_choice(index, choice) for index, choice in sorted(reply.choices.items())]
+        return {**self._known, "choices": choices, "usage": render_usage(reply.usage)}
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        reason = "stop" if choice.reason == "tool_calls" else choice.reason
+        return {"text": self._prompt(index) + choice.text, "index": index, "logprobs": None, "finish_reason": reason}
 
 
 class ResponseRenderer:
@@ -4209,7 +4088,7 @@ class ResponseRenderer:
     def _frame(self, kind: str, more: Mapping[str, Any]) -> str:
         if self._quiet:
             return ""
-        name = f"response.{kind}"
+        name = "error" if kind == "error" else f"response.{kind}"
         event = {"type": name, "sequence_number": self._sequence, **more}
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
@@ -4228,11 +4107,9 @@ class ResponseRenderer:
             return self._last()
         told = error_body(error)["error"]
         flat = {key: told[key] for key in ("code", "message", "param")}
-        event = {"type": "error", "sequence_number": self._sequence, **flat, "error": told}
-        self._sequence += 1
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        return f"event: error\ndata: {dumps(event)}\n\n" + self._last()
+        return self._frame("error", flat | {"error": told}) + self._last()
 
     def _last(self) -> str:
         """The one event that ends a stream; there is none of its own for a cancelled one."""
@@ -4345,49 +4222,21 @@ def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
     Source: https://platform.openai.com/docs/api-reference/responses/object
     """
     reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
-    defaults: dict[str, Any] = {
-        "max_output_tokens": None,
-        "max_tool_calls": None,
-        "parallel_tool_calls": True,
-        "previous_response_id": None,
-        "prompt_cache_key": None,
-        "safety_identifier": None,
-        "store": True,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "tool_choice": "auto",
-        "top_logprobs": 0,
-        "truncation": "disabled",
-        "metadata": {},
-        "instructions": None,
-    }
-    echoed = {key: default if body.get(key) is None else body[key] for key, default in defaults.items()}
+    form = text.get("format") or {"type": "text"}
+    if form.get("type") == "json_schema":
+        form = {"description": None, **form, "strict": bool(form.get("strict"))}
     return {
         "id": f"resp_{head.id}",
-        "object": "response",
+        **RESPONSE_BEGUN,
         "created_at": head.created,
-        "completed_at": None,
-        "status": "in_progress",
         "background": bool(body.get("background")),
-        "error": None,
-        "incomplete_details": None,
         "model": head.model,
         "output": [],
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "service_tier": "default",
-        "text": {"format": render_format(text.get("format")), "verbosity": text.get("verbosity") or "medium"},
+        "text": {"format": form, "verbosity": text.get("verbosity") or "medium"},
         "tools": [render_tool(tool) for tool in body.get("tools") or []],
-        "usage": None,
-        **echoed,
+        **{key: default if body.get(key) is None else body[key] for key, default in RESPONSE_ECHOES.items()},
     }
-
-
-def render_format(form: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    if form is None or form.get("type") != "json_schema":
-        return form or {"type": "text"}
-    return {"description": None, **form, "strict": bool(form.get("strict"))}
 
 
 def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -4440,7 +4289,7 @@ def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, 
 
 
 def text_part(part: Text) -> dict[str, Any]:
-    annotations = response_annotations(part.citations)
+    annotations = [{"type": "url_citation", **render_citation(citation)} for citation in part.citations]
     return {"type": "output_text", "text": part.text, "annotations": annotations, "logprobs": []}
 
 
@@ -4905,7 +4754,7 @@ class PoolStore:
             await self.save()
 
     async def save(self) -> None:
-        rows = self._pool.rows(self._clock())
+        rows = self._pool.rows()
         changed = [(name, value) for name, value in rows.items() if self._written.get(name) != value]
         gone = [(name,) for name in self._written.keys() - rows.keys()]
 
@@ -7159,7 +7008,7 @@ class Gateway:
         action, name = fields.needed_text("action"), fields.needed_text("account")
         if action not in POOL_ACTIONS:
             raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
-        if not self._upstream.pool.steer(action, name, fields.text("model") or "", now):
+        if not self._upstream.pool.steer(action, name, fields.text("model") or ""):
             raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
         return {"accounts": self._upstream.pool.status(now)}
 

@@ -213,9 +213,9 @@ def test_a_barred_account_is_out_until_it_changes_or_is_reset() -> None:
     assert (pool.name(now=NOON + 1e7), pool.wait_s(M, (), NOON)) == (None, math.inf)
     pool.update([A, replace(B, api_key="new")], "round_robin", 0)
     assert (pool.name(), pool.name("b")) == ("b", None)
-    assert pool.steer("reset", "a", "", NOON)
+    assert pool.steer("reset", "a", "")
     assert pool.name("b") == "a"
-    assert not pool.steer("reset", "nobody", "", NOON)
+    assert not pool.steer("reset", "nobody", "")
 
 
 def test_a_refusal_of_credentials_that_were_changed_meanwhile_is_of_nobody() -> None:
@@ -286,14 +286,14 @@ def test_an_exhausted_pool_has_the_class_of_the_last_refusal(last: agproxy.Upstr
 
 def test_a_pause_lasts_until_it_is_ended() -> None:
     pool = turns(A, B)
-    assert pool.steer("pause", "a", M, NOON) and pool.steer("pause", "b", "", NOON)
+    assert pool.steer("pause", "a", M) and pool.steer("pause", "b", "")
     assert pool.name(now=NOON + 1e6) is None
     told = pool.exhausted(M, {}, NOON)
     assert (told.status, "a: A person paused it" in told.message) == (503, True)
     assert pool.name(model="other") == "a"
     pool.update([replace(A, weight=2), B], "round_robin", 0)
     assert pool.name() is None
-    assert pool.steer("resume", "a", M, NOON)
+    assert pool.steer("resume", "a", M)
     assert pool.name() == "a"
 
 
@@ -340,16 +340,16 @@ def test_what_outlives_the_process() -> None:
     assert pool.name() == "a"
     pool.refuse("a", agproxy.QuotaGone("Used up."))
     pool.refuse("b", agproxy.CredentialRefused("No."))
-    pool.steer("pause", "c", "", NOON)
+    pool.steer("pause", "c", "")
     again = Pool(accounts, "fill_first")
-    again.restore(pool.rows(NOON), NOON + 60)
+    again.restore(pool.rows(), NOON + 60)
     assert again.name(now=NOON + 61) == "b"  # its credentials are tried anew
     assert again.name("b", now=NOON + 61) is None
     assert again.exhausted(M, {}, NOON + 61).code == "insufficient_quota"
     assert again.status(NOON + 61)[0]["models"][0]["requests_per_day"] == 1
     assert again.name(now=NOON + 43201) == "a"
     tomorrow = Pool(accounts, "fill_first")
-    tomorrow.restore(pool.rows(NOON), NOON + 86400)
+    tomorrow.restore(pool.rows(), NOON + 86400)
     assert tomorrow.name(now=NOON + 86400) == "a"
     assert tomorrow.status(NOON + 86400)[0]["models"][0]["requests_per_day"] == 1
 
@@ -358,7 +358,7 @@ def test_what_is_kept_has_a_bound() -> None:
     pool = turns(A)
     for number in range(agproxy.STATES_MAX + 50):
         pool.refuse("a", agproxy.ModelGone("No."), model=f"m{number}", now=NOON + 1000 * number)
-    assert len(pool.rows(NOON)) <= 2 * agproxy.STATES_MAX
+    assert len(pool.rows()) <= 2 * agproxy.STATES_MAX
     assert len(pool._rests) <= agproxy.STATES_MAX + 1
 
 
@@ -391,7 +391,6 @@ def test_signatures_are_put_back_for_the_model_that_made_them_and_the_oldest_giv
     assert recalled("gemini-9") == [None, None, None]
 
 
-@pytest.mark.parametrize("zones", [True, False], ids=["by the system's zones", "by rule"])
 @pytest.mark.parametrize(
     ("now", "midnight"),
     [
@@ -404,10 +403,6 @@ def test_signatures_are_put_back_for_the_model_that_made_them_and_the_oldest_giv
         ("2026-12-31T23:00:00Z", "2027-01-01T08:00:00Z"),
     ],
 )
-def test_the_day_of_the_quotas_ends_at_midnight_in_los_angeles(
-    now: str, midnight: str, zones: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not zones:
-        monkeypatch.setattr(agproxy, "pacific_zone", lambda: None)
+def test_the_day_of_the_quotas_ends_at_midnight_in_los_angeles(now: str, midnight: str) -> None:
     seconds = datetime.fromisoformat(now).timestamp()
     assert datetime.fromtimestamp(agproxy.next_midnight(seconds), UTC) == datetime.fromisoformat(midnight)

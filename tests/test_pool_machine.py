@@ -85,7 +85,7 @@ class PoolMachine(RuleBasedStateMachine):
         action=st.sampled_from(agproxy.POOL_ACTIONS), name=st.sampled_from("abcx"), model=st.sampled_from(("", *MODELS))
     )
     def steer(self, action: str, name: str, model: str) -> None:
-        assert self.pool.steer(action, name, model, self.now) == (name in {account.name for account in self.accounts})
+        assert self.pool.steer(action, name, model) == (name in {account.name for account in self.accounts})
 
     @rule(count=st.integers(1, 3), key=st.sampled_from("kl"), strategy=st.sampled_from(agproxy.STRATEGIES))
     def reload(self, count: int, key: str, strategy: str) -> None:
@@ -94,7 +94,7 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self) -> None:
-        rows = self.pool.rows(self.now)
+        rows = self.pool.rows()
         self.pool = agproxy.AccountPool(self.accounts)
         self.pool.restore(rows, self.now)
         self.leases.clear()
