@@ -4373,11 +4373,9 @@ class Step:
 
     model: str
     seen: list[tuple[str, str]] = field(default_factory=list)
-    account: str = ""
-    """Nobody, where none could be asked."""
+    account: str = ""  # nobody, where none could be asked
     answer: str = ""
-    wait_s: float = 0.0
-    """How long was waited after it."""
+    wait_s: float = 0.0  # how long was waited after it
 
 
 @dataclass(slots=True)
@@ -4388,10 +4386,8 @@ class Trace:
     id: str
     route: str
     started: float
-    client_id: str = ""
-    """The client's own name for the request, where it gave a sane one."""
-    client: str = ""
-    """The name of the key that let the client in."""
+    client_id: str = ""  # the client's own name for the request, where it gave a sane one
+    client: str = ""  # the name of the key that let the client in
     model: str = ""
     mapped_model: str = ""
     account: Account | None = None
@@ -4402,11 +4398,10 @@ class Trace:
     usage: Usage | None = None
     changes: tuple[Change, ...] = ()
     strict: bool = False
-    error: str = ""
-    """The code of the error that broke off a stream."""
+    error: str = ""  # the code of the error that broke off a stream
 
     def headers(self, now: float) -> dict[str, str]:
-        headers = {"X-Request-Id": self.id, "openai-processing-ms": str(milliseconds(now - self.started))}
+        headers = {"X-Request-Id": self.id, "openai-processing-ms": str(round(1000 * (now - self.started)))}
         if self.mapped_model:
             headers |= {"X-Mapped-Model": self.mapped_model, "X-Attempts": str(self.attempts)}
         if self.account and self.config.show_account != "off":
@@ -4456,10 +4451,6 @@ def masked(name: str) -> str:
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
 
 
-def milliseconds(seconds: float) -> int:
-    return round(seconds * 1000)
-
-
 def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
     """What the log says of a finished request; never a prompt, never a key."""
     first = trace.first_byte
@@ -4474,8 +4465,8 @@ def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
         "attempts": trace.attempts,
         "status": status,
         "error": trace.error,
-        "first_ms": None if first is None else milliseconds(first - trace.started),
-        "ms": milliseconds(now - trace.started),
+        "first_ms": None if first is None else round(1000 * (first - trace.started)),
+        "ms": round(1000 * (now - trace.started)),
         "tokens": trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}",
     }
     return {key: value for key, value in fields.items() if value not in (None, "")}
@@ -4514,9 +4505,7 @@ class Database:
 
     async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
         """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises StoreTrouble.
-
-        It is done even where nobody waits for it any more.
-        """
+        It is done even where nobody waits for it any more."""
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
         done.add_done_callback(lambda future: future.cancelled() or future.exception())
         return await asyncio.shield(done)
@@ -4586,6 +4575,7 @@ def hold_file(path: Path) -> sqlite3.Connection | None:
 
 
 StoredState = Literal["over", "running", "lost"]
+Clock = Callable[[], float]
 
 
 @value
@@ -4594,28 +4584,23 @@ class StoredResponse:
 
     id: str
     previous: str | None
-    input: bytes
-    """As it was saved, for it may be long and is seldom read."""
+    input: bytes  # as it was saved, for it may be long and is seldom read
     response: Any
     signatures: Any
     events: bytes
-    state: StoredState
-    """Lost is what was running in a process that is gone."""
+    state: StoredState  # lost is what was running in a process that is gone
 
 
 class ResponseStore:
     """The responses that are kept, bounded in number, size and age; those least lately used give way.
-
-    `client` is the name of the key that one was made for: nobody else is told of it.
-    """
+    `client` is the name of the key that one was made for: nobody else is told of it."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._keeper = secrets.token_hex(8)
         self._held: sqlite3.Connection | None = None
         self._secret = b""
-        self._saves = self._unswept = 0
-        """How many, and how many bytes since the last sweep."""
+        self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
 
     @property
     def _bytes_max(self) -> int:
@@ -4647,8 +4632,7 @@ class ResponseStore:
         if keeper in ("", self._keeper):
             return not keeper
         life = self._life(keeper)
-        held = hold_file(life) if life.exists() else None
-        if held is not None:
+        if life.exists() and (held := hold_file(life)):
             held.close()
             life.unlink(missing_ok=True)
         return not life.exists()
@@ -4658,8 +4642,7 @@ class ResponseStore:
 
         def read(connection: sqlite3.Connection) -> bytes:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
-            value: bytes = connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
-            return value
+            return bytes(connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0])
 
         self._secret = self._secret or await self._run(read)
         return self._secret
@@ -4689,15 +4672,13 @@ class ResponseStore:
 
     def _forget(self, connection: sqlite3.Connection) -> None:
         """What this gateway makes just now is spared."""
-        connection.execute(
-            """DELETE FROM responses WHERE id IN (
-                SELECT id FROM (
-                    SELECT id, used, row_number() OVER latest AS number,
-                        sum(length(input) + length(response) + length(events)) OVER latest AS size
-                    FROM responses WINDOW latest AS (ORDER BY used DESC, id))
-                WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?""",
-            (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S, self._keeper),
-        )
+        sql = """DELETE FROM responses WHERE id IN (
+            SELECT id FROM (
+                SELECT id, used, row_number() OVER latest AS number,
+                    sum(length(input) + length(response) + length(events)) OVER latest AS size
+                FROM responses WINDOW latest AS (ORDER BY used DESC, id))
+            WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?"""
+        connection.execute(sql, (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S, self._keeper))
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
         return next(iter(await self.chain(id, client, 1)), None)
@@ -4735,7 +4716,7 @@ class PoolStore:
     """What the account pool knows beyond the process: written every few seconds, and at once when an account is to rest
     for long; of its rows only those that changed. Without its file the pool still serves."""
 
-    def __init__(self, database: Database, pool: AccountPool, clock: Callable[[], float]) -> None:
+    def __init__(self, database: Database, pool: AccountPool, clock: Clock) -> None:
         self._database = database
         self._pool = pool
         self._clock = clock
@@ -4812,15 +4793,9 @@ class Shared:
 
 class Credentials:
     """The header that lets each account in: its key, or a token that is renewed ahead of its end.
+    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises."""
 
-    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
-    """
-
-    def __init__(
-        self,
-        post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]],
-        clock: Callable[[], float],
-    ) -> None:
+    def __init__(self, post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]], clock: Clock) -> None:
         self._post = post
         self._clock = clock
         self._tokens: dict[tuple[str, ...], Token] = {}
@@ -4910,18 +4885,15 @@ def signed_assertion(account: Account, now: float) -> str:
 
 def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
     """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
-
-    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
-    """
+    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2"""
     code = str(told.get("error") or f"HTTP {status}")
     why = f"{code}: {told['error_description']}" if told.get("error_description") else code
     if code == "invalid_grant":
         text = f"The login of {account.name} is no longer good ({why})."
         return AccountBarred(f"{text} Run `agproxy login {account.name}`, or renew its credentials.")
     if code in ("invalid_client", "unauthorized_client", "invalid_request", "unsupported_grant_type", "invalid_scope"):
-        return CredentialRefused(
-            f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
-        )
+        text = f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
+        return CredentialRefused(text)
     return TokenTrouble(f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S)
 
 
@@ -4964,13 +4936,10 @@ class Deadline:
 
 class Incoming:
     """An HTTP answer that is waited for. Its body comes in pieces: to whoever reads, or straight to a sink.
+    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`."""
 
-    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
-    """
-
-    def __init__(self, channel: Channel, deadline: Deadline, first_s: float, idle_s: float) -> None:
-        self.status = 0
-        """Until the head has come."""
+    def __init__(self, channel: asyncio.Transport | Pour, deadline: Deadline, first_s: float, idle_s: float) -> None:
+        self.status = 0  # until the head has come
         self.headers: Mapping[str, str] = {}
         self._channel = channel
         self._deadline, self._loop = deadline, deadline.loop
@@ -5045,10 +5014,13 @@ class Incoming:
         return data
 
     async def read(self) -> bytes:
-        """The whole body. Raises as `more`."""
+        """The whole body; who stops waiting for it, ends it. Raises as `more`."""
         pieces = []
-        while data := await self.more():
-            pieces.append(data)
+        try:
+            while data := await self.more():
+                pieces.append(data)
+        finally:
+            self.abort()
         return b"".join(pieces)
 
     async def flow(self, sink: Callable[[bytes], None]) -> None:
@@ -5083,19 +5055,9 @@ class Incoming:
             self._channel.abort()
 
 
-class Channel(Protocol):
-    """What an answer comes through."""
-
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-    def abort(self) -> None: ...
-
-
 class Unframer:
     """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
-
-    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
-    """
+    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1"""
 
     def __init__(self, headers: Mapping[str, str], *, strict: bool = False) -> None:
         self._strict = strict
@@ -5108,8 +5070,7 @@ class Unframer:
         packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
         self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
         self.done = not self._chunked and not self._until_close and self._left == 0
-        self.behind = b""
-        """What came behind the last chunk."""
+        self.behind = b""  # what came behind the last chunk
 
     def feed(self, data: bytes) -> bytes:
         if self._chunked:
@@ -5186,9 +5147,7 @@ def whole_chunks(data: bytes) -> tuple[list[bytes], int]:
 
 class Connection:
     """One connection to an upstream, for one exchange after another; asyncio's transport calls it as its protocol.
-
-    Source: https://www.rfc-editor.org/rfc/rfc9112
-    """
+    Source: https://www.rfc-editor.org/rfc/rfc9112"""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts) -> None:
         self._deadline = Deadline(loop)
@@ -5197,19 +5156,18 @@ class Connection:
         self._head = b""
         self._incoming: Incoming | None = None
         self._keep = True
-        self._silent = True
-        """Nothing came back in this exchange yet."""
+        self._silent = True  # nothing came back in this exchange yet
 
     async def exchange(self, head: bytes, body: bytes) -> Incoming:
         """Sends a request; the answer, once its head is there. Raises OSError; StaleConnection where it was dead."""
-        if self._transport.is_closing():
+        if self.transport.is_closing():
             raise StaleConnection
         self._silent = True
         wait = self._timeouts
-        self._incoming = incoming = Incoming(self, self._deadline, wait.first_event_s, wait.idle_s)
-        self._transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
+        self._incoming = incoming = Incoming(self.transport, self._deadline, wait.first_event_s, wait.idle_s)
+        self.transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
         if len(body) >= JOINED_BYTES_MAX:
-            self._transport.write(body)
+            self.transport.write(body)
         try:
             await incoming.head()
         except BaseException:
@@ -5218,13 +5176,13 @@ class Connection:
         return incoming
 
     def connection_made(self, transport: asyncio.Transport) -> None:
-        self._transport = transport
+        self.transport = transport
 
     def data_received(self, data: bytes) -> None:
         self._silent = False
         incoming = self._incoming
         if incoming is None:
-            return self.abort()  # nothing was asked
+            return self.transport.abort()  # nothing was asked
         try:
             if not incoming.status:
                 data = self._read_head(incoming, data)
@@ -5260,10 +5218,10 @@ class Connection:
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
         self._incoming = None
-        if self._keep and not self._transport.is_closing():
+        if self._keep and not self.transport.is_closing():
             self._idle.append(self)
         else:
-            self._transport.close()
+            self.transport.close()
         incoming.end()
 
     def eof_received(self) -> None:
@@ -5273,25 +5231,15 @@ class Connection:
         self._deadline.stop()
         if self in self._idle:
             self._idle.remove(self)
-        if self._incoming is None:
-            return
-        whole = self._incoming.status and error is None and self._unframer.close()
-        cut = StaleConnection() if self._silent else error or ConnectionError("the connection was closed")
-        self._incoming.end(None if whole else cut)
+        if self._incoming is not None:
+            whole = self._incoming.status and error is None and self._unframer.close()
+            cut = StaleConnection() if self._silent else error or ConnectionError("the connection was closed")
+            self._incoming.end(None if whole else cut)
 
     def pause_writing(self) -> None:
         """Nothing to do: a body is handed over whole, and asyncio keeps what the socket does not take yet."""
 
     def resume_writing(self) -> None: ...
-
-    def pause_reading(self) -> None:
-        self._transport.pause_reading()
-
-    def resume_reading(self) -> None:
-        self._transport.resume_reading()
-
-    def abort(self) -> None:
-        self._transport.abort()
 
 
 @functools.lru_cache(256)
@@ -5311,49 +5259,40 @@ class DirectTransport:
     proxy: None = None
 
     def __init__(self, url: str, timeouts: Timeouts) -> None:
-        parts = urlsplit(url)
-        self._tls = parts.scheme == "https"
-        self._host = parts.hostname or ""
-        self._port = parts.port or (443 if self._tls else 80)
-        self._path = parts.path
-        self._netloc = parts.netloc.rpartition("@")[2]
+        self._url = urlsplit(url)
+        self._netloc = self._url.netloc.rpartition("@")[2]
         self._timeouts = timeouts
         self._idle: list[Connection] = []
 
-    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Awaitable[Incoming]:
-        """The answer, once its head is there. Raises OSError and TimeoutError."""
-        return self._send(f"POST {self._path}{path}", {"Content-Length": str(len(body)), **headers}, body)
-
-    def get(self, path: str, headers: Mapping[str, str]) -> Awaitable[Incoming]:
-        """The same."""
-        return self._send(f"GET {self._path}{path}", headers, b"")
-
-    async def _send(self, what: str, headers: Mapping[str, str], body: bytes) -> Incoming:
-        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        head = f"{what} HTTP/1.1\r\nHost: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n".encode()
+    async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
+        """The answer to a POST, or without a body to a GET, once its head is there. Raises OSError and TimeoutError."""
+        method, length = ("GET", "") if body is None else ("POST", f"Content-Length: {len(body)}\r\n")
+        lines = length + "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        what = f"{method} {self._url.path}{path} HTTP/1.1\r\nHost: {self._netloc}"
+        head = f"{what}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n".encode()
         while self._idle:
             with contextlib.suppress(StaleConnection):  # closed by the other side in the meantime: nothing was heard
-                return await self._idle.pop().exchange(head, body)
-        connection = await self._connect()
-        return await connection.exchange(head, body)
+                return await self._idle.pop().exchange(head, body or b"")
+        connection = Connection(asyncio.get_running_loop(), self._idle, self._timeouts)
+        await self._connect(connection)
+        return await connection.exchange(head, body or b"")
 
-    async def _connect(self) -> Connection:
+    async def _connect(self, protocol: Any) -> None:
+        """For a Connection: it need not be of asyncio's own class, so that --help does not import that."""
         loop = asyncio.get_running_loop()
-        connection = Connection(loop, self._idle, self._timeouts)
-        protocol: Any = connection  # which asyncio's own class need not be, so that --help does not import it
-        tls = tls_context() if self._tls else None
-        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(self._host)  # uvloop cannot
+        tls = tls_context() if self._url.scheme == "https" else None
+        host, port = self._url.hostname or "", self._url.port or (443 if tls else 80)
+        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(host)  # uvloop cannot
         both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                await loop.create_connection(lambda: protocol, self._host, self._port, ssl=tls, **both)
+                await loop.create_connection(lambda: protocol, host, port, ssl=tls, **both)
         except TimeoutError:
             raise ConnectionError("the connection was not made in time") from None
-        return connection
 
     async def close(self) -> None:
         for connection in list(self._idle):
-            connection.abort()
+            connection.transport.abort()
 
 
 @functools.cache
@@ -5372,23 +5311,13 @@ class ProxiedTransport:
         self._timeouts = timeouts
         self._session = open_session(timeouts)
 
-    def post(self, path: str, headers: Mapping[str, str], body: bytes) -> Awaitable[Incoming]:
-        """The answer, once its head is there. Raises OSError, aiohttp.ClientError and TimeoutError."""
-        return self._send(self._session.post, path, headers, body)
-
-    def get(self, path: str, headers: Mapping[str, str]) -> Awaitable[Incoming]:
-        """The same."""
-        return self._send(self._session.get, path, headers, None)
-
-    async def _send(self, ask: Any, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
+    async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
+        """As a DirectTransport's. Raises aiohttp.ClientError, too."""
+        about: Any = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
         async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
-            about = {"data": body, "headers": headers, "proxy": self.proxy, "allow_redirects": False}
-            response = await ask(self._url + path, **about)
-        loop = asyncio.get_running_loop()
-        left_s = (deadline.when() or 0.0) - loop.time()
-        pour = Pour(response, Deadline(loop))
-        pour.start(left_s, self._timeouts.idle_s)
-        return pour.incoming
+            response = await self._session.request("GET" if body is None else "POST", self._url + path, **about)
+        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
+        return Pour(response, left_s, self._timeouts.idle_s).incoming
 
     async def close(self) -> None:
         await self._session.close()
@@ -5397,31 +5326,25 @@ class ProxiedTransport:
 class Pour:
     """Carries the body of aiohttp's response over to an Incoming."""
 
-    incoming: Incoming
-
-    def __init__(self, response: aiohttp.ClientResponse, deadline: Deadline) -> None:
+    def __init__(self, response: aiohttp.ClientResponse, first_s: float, idle_s: float) -> None:
         self._response = response
-        self._deadline = deadline
         self._running = asyncio.Event()
         self._running.set()
-
-    def start(self, first_s: float, idle_s: float) -> None:
-        self.incoming = Incoming(self, self._deadline, first_s, idle_s)
-        headers = {key.lower(): value for key, value in self._response.headers.items()}
-        self.incoming.begin(self._response.status, headers)
+        deadline = Deadline(asyncio.get_running_loop())
+        self.incoming = Incoming(self, deadline, first_s, idle_s)
+        self.incoming.begin(response.status, {key.lower(): value for key, value in response.headers.items()})
         self._task = asyncio.create_task(self._pour())
-        self._task.add_done_callback(lambda _: self._deadline.stop())
+        self._task.add_done_callback(lambda _: deadline.stop())
 
     async def _pour(self) -> None:
-        error: Exception | None = None
         try:
             async for data in self._response.content.iter_any():
                 self.incoming.push(data)
                 await self._running.wait()
+            self.incoming.end()
         except (aiohttp.ClientError, OSError) as cut:
-            error = cut
             self._response.close()
-        self.incoming.end(error)
+            self.incoming.end(cut)
 
     def pause_reading(self) -> None:
         self._running.clear()
@@ -5450,9 +5373,8 @@ def connection_problem(error: Exception, proxy: str | None) -> str:
         return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
     if type(cause).__name__ == "gaierror":
         return "Gemini's host name could not be resolved. Check DNS and base_url."
-    if isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError) or not isinstance(
-        cause, ConnectionError
-    ):
+    refused = isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError)
+    if refused or not isinstance(cause, ConnectionError):
         return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
     where = "The proxy or Gemini" if proxy else "Gemini"
     return f"{where} broke the connection before an answer began. Try again."
@@ -5478,11 +5400,21 @@ def proxy_for(url: str, given: str | None) -> str | None:
 # 15. Upstream
 # ==============================================================================
 
+Attempt = Callable[[Lease], Awaitable[T]]
+Mends = Callable[[UpstreamError], bool] | None
+Barred = Mapping[str, UpstreamError]
+
+NUMBERS = (secrets.token_hex(8), itertools.count(1))
+quoted_model = functools.lru_cache(256)(quote)
+
 
 class Answer:
-    """One answer that has begun: its first events are known, so nobody retries any more."""
+    """One answer that has begun: its first events are known, so nobody retries any more.
+    Raises the error that they end with: nobody has seen them yet."""
 
     def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
+        if first and isinstance(first[-1], Failed):
+            raise first[-1].error
         self.first = first
         self.last: Event | None = first[-1] if first and reader is None else None
         self.on_close: Callable[[Event | None], None] | None = None
@@ -5494,11 +5426,8 @@ class Answer:
 
     def end_by(self, seconds: float) -> None:
         """Breaks the answer off when it lasts longer."""
-        self._alarm = asyncio.get_running_loop().call_later(seconds, self._expire)
-
-    def _expire(self) -> None:
-        text = "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
-        self.break_off(UpstreamTimeout(text))
+        error = UpstreamTimeout("The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less.")
+        self._alarm = asyncio.get_running_loop().call_later(seconds, self.break_off, error)
 
     def break_off(self, error: UpstreamError) -> None:
         """Ends the answer; unless it was whole, its last event says why."""
@@ -5510,7 +5439,6 @@ class Answer:
         reader, self.first = self._reader, []
         if reader is None:
             return []
-        error: UpstreamError | None = None
 
         def feed(data: bytes) -> None:
             if events := reader.feed(data):
@@ -5519,12 +5447,11 @@ class Answer:
         try:
             await self._incoming.flow(feed)
         except TimeoutError:
-            error = UpstreamTimeout(
-                "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
-            )
+            text = "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
+            self._late = self._late or UpstreamTimeout(text)
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
-        events = reader.close(self._late or error)
+        events = reader.close(self._late)
         self.last = Failed(reader.error) if reader.error else events[-1] if events else None
         return events
 
@@ -5603,7 +5530,7 @@ class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
     def __init__(self, config: Config) -> None:
-        self.clock: Callable[[], float] = time.time
+        self.clock: Clock = time.time
         self.pool = AccountPool(())
         self.credentials = Credentials(self._post_form, lambda: self.clock())
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
@@ -5613,8 +5540,7 @@ class Upstream:
         self._models: tuple[str, ...] | None = None
         self._listing: asyncio.Task[None] | None = None
         self._told: set[str] = set()
-        self.rested = asyncio.Event()
-        """Set when an account was sent to rest for long."""
+        self.rested = asyncio.Event()  # set when an account was sent to rest for long
         self.signatures = SignatureMemory()
         self.skew_s = 0.0
         self.media = MediaFetcher(config)
@@ -5641,9 +5567,11 @@ class Upstream:
         """The transport to an account's upstream."""
         transport = self._transports.get((account.base_url, account.proxy))
         if transport is None:
-            proxy = proxy_for(account.base_url, account.proxy or self._config.upstream_proxy)
-            transport = open_transport(account.base_url, proxy, self._config)
-            self._transports[account.base_url, account.proxy] = transport
+            url, wait = account.base_url, self._config.timeouts
+            proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
+            direct = proxy is None and DIRECT
+            transport = DirectTransport(url, wait) if direct else ProxiedTransport(url, proxy, wait)
+            self._transports[url, account.proxy] = transport
         return transport
 
     async def close(self) -> None:
@@ -5700,13 +5628,8 @@ class Upstream:
     async def _known_of(self, account: Account) -> tuple[str, ...]:
         """Neither Vertex nor v1internal has a list; counting the tokens of a word proves the credentials for nothing."""
         model = STATIC_MODELS[1]
-        body: dict[str, Any] = {"contents": [{"role": "user", "parts": [{"text": "hi"}]}]}
-        if account.kind == "cloudcode":
-            body = {"request": {"model": f"models/{model}", **body}}
-        incoming = await self._post(account, model, "countTokens", dump_bytes(body))
-        answer = parse_json(await incoming.read())
-        if incoming.status != 200:
-            raise classify_error(incoming.status, answer)
+        body = countable(account.kind, model, b'{"contents":[{"role":"user","parts":[{"text":"hi"}]}]}')
+        answer = await json_of(await self._post(account, model, "countTokens", body))
         return STATIC_MODELS[:3] if answer["totalTokens"] else ()
 
     async def _pages_of(self, account: Account) -> tuple[str, ...]:
@@ -5715,11 +5638,10 @@ class Upstream:
         page = ""
         for _ in range(MODEL_PAGES_MAX):
             path = f"/v1beta/models?pageSize=1000&pageToken={quote(page)}"
-            incoming = await self._to(account).get(path, {"x-goog-api-key": account.api_key, "User-Agent": USER_AGENT})
+            headers = {"x-goog-api-key": account.api_key, "User-Agent": USER_AGENT}
+            incoming = await self._to(account).send(path, headers, None)
             self.skew_s = clock_skew(incoming.headers.get("date"), time.time())
-            answer = parse_json(await incoming.read())
-            if incoming.status != 200:
-                raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
+            answer = await json_of(incoming)
             for model in answer["models"]:
                 if {"generateContent", "embedContent"} & set(model.get("supportedGenerationMethods", ())):
                     names.append(model["name"].removeprefix("models/"))
@@ -5747,7 +5669,7 @@ class Upstream:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
         generation = Generation(request, sse, self.signatures.recall, self._traits_of)
         if self.pool.accounts:  # so that what is said of it is told even where nobody can be asked
-            trace.changes = generation.form(trace.mapped_model, dialect_of(self.pool.accounts[0])).changes
+            trace.changes = generation.form(trace.mapped_model, self.pool.accounts[0]).changes
         if trace.strict:
             refuse_dropped(trace.changes)
         total_s = self._config.timeouts.total_s
@@ -5770,7 +5692,7 @@ class Upstream:
         barred = dict.fromkeys(others, ModelGone("makes no embeddings, only accounts of kind gemini do"))
         for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
             texts = request.texts[start : start + EMBEDDINGS_A_CALL]
-            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), never, barred)
+            answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), None, barred)
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
@@ -5806,7 +5728,7 @@ class Upstream:
             try:
                 return await self._try(lease, trace, attempt, turn.step)
             except UpstreamError as error:
-                mended = number < ATTEMPTS_MAX and mends(error)
+                mended = mends is not None and number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
                 turn.refused(lease, error, mended)
@@ -5823,35 +5745,30 @@ class Upstream:
             if isinstance(error, GatewayError):
                 told = error.message = without_secret(error.message, lease.account.api_key)
             step.answer = f"{type(error).__name__}: {told}"
-            self._failed(lease, error)
+            self._ended(lease, error)
             raise
         step.answer = "answered"
         self.pool.succeeded(lease, self.clock())
         if isinstance(result, Answer):
             result.on_close = functools.partial(self._ended, lease)
         else:
-            self.pool.release(lease, 0, self.clock())
+            self._ended(lease, None)
         return result
 
-    def _ended(self, lease: Lease, last: Event | None) -> None:
-        if isinstance(last, Failed):
-            self._failed(lease, last.error)
-        else:
-            self.pool.release(lease, last.usage.prompt if isinstance(last, Ended) else 0, self.clock())
-
-    def _failed(self, lease: Lease, error: BaseException) -> None:
-        if isinstance(error, UpstreamError):
-            if isinstance(error, CredentialRefused | ModelGone):
-                self._projects.pop(lease.account.name, None)  # it may be another one by now
-            self.pool.failed(lease, error, self.clock(), random.random())
-            if isinstance(error, QuotaGone):
-                self.rested.set()
-        else:  # the client left, or what it sent cannot be used
-            self.pool.release(lease, 0, self.clock())
+    def _ended(self, lease: Lease, by: Event | BaseException | None) -> None:
+        """Gives the lease back: `by` an answer's last event, what was raised before it, or nothing of either."""
+        error = by.error if isinstance(by, Failed) else by
+        if not isinstance(error, UpstreamError):  # all is well, the client left, or what it sent cannot be used
+            return self.pool.release(lease, by.usage.prompt if isinstance(by, Ended) else 0, self.clock())
+        if isinstance(error, CredentialRefused | ModelGone):
+            self._projects.pop(lease.account.name, None)  # it may be another one by now
+        self.pool.failed(lease, error, self.clock(), random.random())
+        if isinstance(error, QuotaGone):
+            self.rested.set()
 
     async def _generate(self, generation: Generation, trace: Trace, lease: Lease) -> Answer:
         account = lease.account
-        form = generation.form(lease.model, dialect_of(account))
+        form = generation.form(lease.model, account)
         trace.changes = form.changes
         if trace.strict:
             refuse_dropped(form.changes)
@@ -5868,25 +5785,22 @@ class Upstream:
     async def count(self, request: Request, trace: Trace) -> int:
         """How many tokens a request is. Raises as `ask`. Source: https://ai.google.dev/api/tokens"""
         generation = Generation(request, False, self.signatures.recall, self._traits_of)
-        answer = await self._retry(trace, functools.partial(self._count, generation), never, {})
-        return count_of(answer.get("totalTokens"))
 
-    async def _count(self, generation: Generation, lease: Lease) -> dict[str, Any]:
-        form = generation.form(lease.model, dialect_of(lease.account))
-        body = countable(lease.account.kind, lease.model, form.body)
-        return await self._unary(lease.account, lease.model, "countTokens", body)
+        async def attempt(lease: Lease) -> dict[str, Any]:
+            form = generation.form(lease.model, lease.account)
+            return await self._unary(lease, "countTokens", countable(lease.account.kind, lease.model, form.body))
+
+        answer = await self._retry(trace, attempt, None, {})
+        return count_of(answer.get("totalTokens"))
 
     async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
         body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
-        return await self._unary(lease.account, lease.model, "batchEmbedContents", body)
+        return await self._unary(lease, "batchEmbedContents", body)
 
-    async def _unary(self, account: Account, model: str, method: str, body: bytes) -> dict[str, Any]:
-        with UpstreamErrors(self._to(account).proxy):
-            incoming = await self._post(account, model, method, body)
-            answer = parse_json(await incoming.read())
-        if incoming.status != 200:
-            raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
+    async def _unary(self, lease: Lease, method: str, body: bytes) -> dict[str, Any]:
+        with UpstreamErrors(self._to(lease.account).proxy):
+            answer = await json_of(await self._post(lease.account, lease.model, method, body))
         return answer if isinstance(answer, dict) else {}
 
     # ---- the wire
@@ -5899,7 +5813,7 @@ class Upstream:
             project = await self._project(account, header) if account.kind == "cloudcode" else account.project
             path, sent = enveloped(account, project, model, method, body)
             about = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
-            incoming = await transport.post(path, header | about, sent)
+            incoming = await transport.send(path, header | about, sent)
             if incoming.status != 401 or account.kind == "gemini" or refused:
                 return incoming
             incoming.abort()
@@ -5955,9 +5869,7 @@ class Upstream:
 
 def enveloped(account: Account, project: str, model: str, method: str, body: bytes) -> tuple[str, bytes]:
     """The path and the body of a call, as the account's kind of upstream wants them.
-
-    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
-    """
+    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest"""
     if account.kind == "gemini":
         return f"/v1beta/models/{quoted_model(model)}:{method}", body
     if account.kind == "vertex":
@@ -5969,21 +5881,11 @@ def enveloped(account: Account, project: str, model: str, method: str, body: byt
     return f"/v1internal:{method}", b'%b,"request":%b}' % (about[:-1], body)
 
 
-quoted_model = functools.lru_cache(256)(quote)
-
-
-Attempt = Callable[[Lease], Awaitable[T]]
-Mends = Callable[[UpstreamError], bool]
-Barred = Mapping[str, UpstreamError]
-
-
 class Turn:
     """Whom one request asks for one model, one after another, and how long it waits for them."""
 
-    step: Step
-
     def __init__(
-        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, last: bool, clock: Callable[[], float]
+        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, last: bool, clock: Clock
     ) -> None:
         self._pool, self._trace, self._model = pool, trace, trace.mapped_model
         self._patience_s, self._last, self._clock = patience_s, last, clock
@@ -6003,14 +5905,13 @@ class Turn:
         self._trace.steps.append(step)
         while True:
             step.seen.clear()
-            if not self._mended:
-                seen, key = step.seen, self._trace.affinity
-                if lease := self._pool.acquire(self._model, self._tried, key, self._clock(), seen):
-                    return lease
+            key, now = self._trace.affinity, self._clock()
+            if not self._mended and (lease := self._pool.acquire(self._model, self._tried, key, now, step.seen)):
+                return lease
             if same := self._same:
                 if not self._mended:
                     self._spare = False
-                    await self._wait(step, self._pause_s(self._refusals[same.account.name]))
+                    await self._wait(self._pause_s(self._refusals[same.account.name]))
                 self._same, self._mended = None, False
                 if lease := self._pool.again(same, self._model, self._clock()):
                     return lease
@@ -6020,11 +5921,11 @@ class Turn:
             wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
             if wait_s > self._patience_s:
                 raise self.exhausted()
-            await self._wait(step, wait_s)
+            await self._wait(wait_s)
 
-    async def _wait(self, step: Step, wait_s: float) -> None:
+    async def _wait(self, wait_s: float) -> None:
         self._patience_s -= wait_s
-        step.wait_s += wait_s
+        self.step.wait_s += wait_s
         await asyncio.sleep(wait_s)
 
     def _pause_s(self, error: UpstreamError) -> float:
@@ -6057,44 +5958,39 @@ def next_id() -> str:
     return f"{NUMBERS[0]}{next(NUMBERS[1]):08x}"
 
 
-NUMBERS = (secrets.token_hex(8), itertools.count(1))
-
-
+@dataclass(slots=True)
 class Generation:
     """One answer to be had: its forms, each made at the first need of it, and the readers of what comes."""
 
-    def __init__(
-        self, request: Request, sse: bool, recall: Callable[[Request, str], Request], traits: Callable[[str], Traits]
-    ) -> None:
-        self.sse = sse
-        self.secret = ""
-        self._request = request
-        self._recall = recall
-        self._traits_of = traits
-        self._mended = False
-        self._forms: dict[tuple[str, Dialect], Form] = {}
+    request: Request
+    sse: bool
+    recall: Callable[[Request, str], Request]
+    traits_of: Callable[[str], Traits]
+    mended: bool = False
+    forms: dict[tuple[str, Dialect], Form] = field(default_factory=dict)
 
-    def form(self, model: str, dialect: Dialect) -> Form:
-        form = self._forms.get((model, dialect))
+    def form(self, model: str, account: Account) -> Form:
+        dialect: Dialect = "gemini" if account.kind == "gemini" else "vertex"
+        form = self.forms.get((model, dialect))
         if form is None:
-            signed = self._recall(self._request, model)
-            request = with_signatures(signed, unsigned) if self._mended else signed
-            built = build_generate_content(request, self._traits_of(model), dialect)
+            signed = self.recall(self.request, model)
+            request = with_signatures(signed, unsigned) if self.mended else signed
+            built = build_generate_content(request, self.traits_of(model), dialect)
             body = with_payloads(dump_bytes(built.body), request.payloads)
-            form = self._forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
+            form = self.forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
         return form
 
     def mends(self, error: UpstreamError) -> bool:
         """Whether the body was changed so that the same account may be asked again: once, without real signatures."""
-        if self._mended or not isinstance(error, SignatureRefused):
+        if self.mended or not isinstance(error, SignatureRefused):
             return False
-        self._mended = True
-        self._forms.clear()
+        self.mended = True
+        self.forms.clear()
         return True
 
     def reader(self, form: Form, account: Account) -> GeminiReader:
         kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
-        made = kind(lambda: f"call_{next_id()}", form.tools, parallel_calls=self._request.parallel_calls)
+        made = kind(lambda: f"call_{next_id()}", form.tools, parallel_calls=self.request.parallel_calls)
         made.secret = account.api_key
         return made
 
@@ -6108,14 +6004,6 @@ def countable(kind: str, model: str, body: bytes) -> bytes:
         return dump_bytes({key: whole[key] for key in ("contents", "systemInstruction", "tools") if key in whole})
     system = [{"role": "user", **whole["systemInstruction"]}] if "systemInstruction" in whole else []
     return dump_bytes({"request": {"model": f"models/{model}", "contents": [*system, *whole["contents"]]}})
-
-
-def dialect_of(account: Account) -> Dialect:
-    return "gemini" if account.kind == "gemini" else "vertex"
-
-
-def never(_: UpstreamError) -> bool:
-    return False
 
 
 def unsigned(part: Part) -> Part:
@@ -6155,35 +6043,27 @@ class UpstreamErrors:
             raise UpstreamBroken(connection_problem(error, self._proxy)) from None
 
 
-def open_transport(url: str, proxy: str | None, config: Config) -> DirectTransport | ProxiedTransport:
-    if proxy is None and DIRECT:
-        return DirectTransport(url, config.timeouts)
-    return ProxiedTransport(url, proxy, config.timeouts)
+async def json_of(incoming: Incoming) -> Any:
+    """What an answer says. Raises what a status other than 200 means, and the transport's errors."""
+    answer = parse_json(await incoming.read())
+    if incoming.status != 200:
+        raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
+    return answer
 
 
 async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool) -> Answer:
     """The answer with its first events, or with all of them where it is not `streamed` on.
-
-    Raises what the status or the first event says, and the transport's errors.
-    """
+    Raises what the status or the first event says, and the transport's errors."""
     if incoming.status != 200:
-        wait = incoming.headers.get("retry-after", "")
-        raise classify_error(incoming.status, parse_json(await incoming.read()), wait)
+        await json_of(incoming)  # which raises
     if not streamed:
         body = await incoming.read()
         events = reader.feed(body) + reader.close() if sse else reader.whole(body)
-        return Answer(unless_failed(events), incoming, None)
+        return Answer(events, incoming, None)
     while data := await incoming.more():
         if events := reader.feed(data):
-            return Answer(unless_failed(events), incoming, reader)
-    return Answer(unless_failed(reader.close()), incoming, None)
-
-
-def unless_failed(events: list[Event]) -> list[Event]:
-    """The events that came first. Raises the error that they end with: nobody has seen them yet."""
-    if events and isinstance(events[-1], Failed):
-        raise events[-1].error
-    return events
+            return Answer(events, incoming, reader)
+    return Answer(reader.close(), incoming, None)
 
 
 class MediaFetcher:
@@ -6191,10 +6071,14 @@ class MediaFetcher:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._session: aiohttp.ClientSession | None = None
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
     async def close(self) -> None:
-        if self._session:
+        if "_session" in self.__dict__:
             await self._session.close()
 
     async def filled(self, request: Request) -> Request:
@@ -6203,14 +6087,12 @@ class MediaFetcher:
         if not links:
             return request
         if len(links) > MEDIA_LINKS_MAX:
-            raise BadRequest(
-                f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}.", code="invalid_value"
-            )
+            text = f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}."
+            raise BadRequest(text, code="invalid_value")
         found = await asyncio.gather(*(self._fetch_in_time(media) for media in links.values()))
         content = dict(zip(links, found, strict=True))
-        return replace(
-            request, messages=tuple(replace(m, parts=with_content(m.parts, content)) for m in request.messages)
-        )
+        messages = [replace(message, parts=with_content(message.parts, content)) for message in request.messages]
+        return replace(request, messages=tuple(messages))
 
     async def _fetch_in_time(self, media: Media) -> Media:
         if not self._config.fetch_media:
@@ -6229,7 +6111,7 @@ class MediaFetcher:
             host = urlsplit(url).hostname or ""
             if is_address(host) and not self._may_ask(host, host):
                 raise self._refused(media, "leads to a private address; name its host in proxy.media_hosts to allow it")
-            async with self._open_session().get(url, allow_redirects=False) as response:
+            async with self._session.get(url, allow_redirects=False) as response:
                 if response.status in (301, 302, 303, 307, 308):
                     url = urljoin(url, response.headers.get("Location", ""))
                     continue
@@ -6257,12 +6139,6 @@ class MediaFetcher:
 
     def _may_ask(self, host: str, address: str) -> bool:
         return host in self._config.media_hosts or is_public(address)
-
-    def _open_session(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
-            self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-        return self._session
 
 
 class PublicResolver:
@@ -7720,7 +7596,7 @@ def error_response(error: GatewayError, trace: Trace) -> HttpResponse:
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
         response.headers["Retry-After"] = str(math.ceil(wait_s))
-        response.headers["Retry-After-Ms"] = str(milliseconds(wait_s))
+        response.headers["Retry-After-Ms"] = str(round(1000 * wait_s))
     if error.code == "insufficient_quota":
         response.headers["X-Should-Retry"] = "false"
     return response

@@ -182,7 +182,7 @@ class Day:
         self.judge.figures["requests"] += 1
         began = self.clock()
         try:
-            self.judge.figures[f"served by {await self.upstream._retry(trace, attempt, agproxy.never, {})}"] += 1
+            self.judge.figures[f"served by {await self.upstream._retry(trace, attempt, None, {})}"] += 1
             self.judge.figures["served after a wait or a retry"] += self.clock() - began > 8
         except agproxy.PoolExhausted as error:
             self.failed(trace, model, error)

@@ -138,7 +138,7 @@ async def test_a_connection_is_used_again(transport: Any) -> None:
     async with socket as url:
         to = transport(url)
         for number in (1, 2, 3):
-            incoming = await to.post("/v1", HEADERS, b"{}")
+            incoming = await to.send("/v1", HEADERS, b"{}")
             assert (incoming.status, await incoming.read()) == (200, b"%d" % number)
     assert socket.connections == 1
     assert socket.requests[0].startswith(b"POST /base/v1 HTTP/1.1\r\n")
@@ -151,7 +151,7 @@ async def test_an_answer_that_is_over_is_let_go(transport: Any) -> None:
 
     async with Socket(answer) as url:
         to = transport(url)
-        incoming = await to.post("/v1", HEADERS, b"{}")
+        incoming = await to.send("/v1", HEADERS, b"{}")
         assert await incoming.read() == b"over"
         await asyncio.sleep(0.01)
         kept = weakref.ref(incoming)
@@ -171,8 +171,8 @@ async def test_a_kept_connection_that_died_is_replaced(transport: Any) -> None:
     socket = Socket(answer)
     async with socket as url:
         to = transport(url)
-        assert await (await to.post("/", HEADERS, b"{}")).read() == b"1"
-        assert await (await to.post("/", HEADERS, b"{}")).read() == b"3"  # the second was heard by nobody
+        assert await (await to.send("/", HEADERS, b"{}")).read() == b"1"
+        assert await (await to.send("/", HEADERS, b"{}")).read() == b"3"  # the second was heard by nobody
     assert socket.connections == 2
 
 
@@ -193,7 +193,7 @@ async def test_forms_of_an_answer(wire: bytes, transport: Any) -> None:
             await asyncio.sleep(0)
 
     async with Socket(answer) as url:
-        assert await (await transport(url).post("/", HEADERS, b"{}")).read() == b"ok"
+        assert await (await transport(url).send("/", HEADERS, b"{}")).read() == b"ok"
 
 
 async def test_a_body_until_the_connection_ends(transport: Any) -> None:
@@ -202,7 +202,7 @@ async def test_a_body_until_the_connection_ends(transport: Any) -> None:
         writer.close()
 
     async with Socket(answer) as url:
-        assert await (await transport(url).post("/", HEADERS, b"{}")).read() == b"ok"
+        assert await (await transport(url).send("/", HEADERS, b"{}")).read() == b"ok"
 
 
 @pytest.mark.parametrize("wire", [b"", b"HTTP/1.1 200", b"hello\r\n\r\n", b"HTTP/1.1 two OK\r\n\r\n", b"x" * 70000])
@@ -213,7 +213,7 @@ async def test_what_is_no_answer_is_an_error(wire: bytes, transport: Any) -> Non
 
     async with Socket(answer) as url:
         with pytest.raises((OSError, agproxy.aiohttp.ClientError)):
-            await transport(url).post("/", HEADERS, b"{}")
+            await transport(url).send("/", HEADERS, b"{}")
 
 
 async def test_a_body_that_is_cut_is_an_error(transport: Any) -> None:
@@ -222,7 +222,7 @@ async def test_a_body_that_is_cut_is_an_error(transport: Any) -> None:
         writer.close()
 
     async with Socket(answer) as url:
-        incoming = await transport(url).post("/", HEADERS, b"{}")
+        incoming = await transport(url).send("/", HEADERS, b"{}")
         with pytest.raises((OSError, agproxy.aiohttp.ClientError)):
             await incoming.read()
 
@@ -232,7 +232,7 @@ async def test_silence_in_a_body_ends_it(transport: Any) -> None:
         writer.write(said(b"ab")[:-1])
 
     async with Socket(answer) as url:
-        incoming = await transport(url, idle_s=0.1).post("/", HEADERS, b"{}")
+        incoming = await transport(url, idle_s=0.1).send("/", HEADERS, b"{}")
         with pytest.raises(TimeoutError):
             await incoming.flow(lambda _: None)
 
@@ -245,7 +245,7 @@ async def test_an_answer_is_there_in_time(transport: Any, sent: bytes) -> None:
     async with Socket(answer) as url:
         started = asyncio.get_running_loop().time()
         with pytest.raises(TimeoutError):
-            await (await transport(url, first_event_s=0.1).post("/", HEADERS, b"{}")).read()
+            await (await transport(url, first_event_s=0.1).send("/", HEADERS, b"{}")).read()
         assert 0.075 < asyncio.get_running_loop().time() - started < 1
 
 
@@ -262,7 +262,7 @@ async def test_a_paused_body_waits_upstream(transport: Any) -> None:
             sent += 1 << 16
 
     async with Socket(answer) as url:
-        incoming = await transport(url, idle_s=0.1).post("/", HEADERS, b"{}")
+        incoming = await transport(url, idle_s=0.1).send("/", HEADERS, b"{}")
         got: list[int] = []
 
         def sink(data: bytes) -> None:
@@ -291,8 +291,26 @@ async def test_who_leaves_closes_the_connection(transport: Any) -> None:
         closed.set()
 
     async with Socket(answer) as url:
-        incoming = await transport(url).post("/", HEADERS, b"{}")
+        incoming = await transport(url).send("/", HEADERS, b"{}")
         incoming.abort()
+        await asyncio.wait_for(closed.wait(), 1)
+
+
+async def test_who_leaves_while_a_whole_body_is_read_closes_the_connection(transport: Any) -> None:
+    closed = asyncio.Event()
+
+    async def answer(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"ab")[:-1])
+        await writer.drain()
+        with contextlib.suppress(OSError):
+            await reader.read()
+        closed.set()
+
+    async with Socket(answer) as url:
+        incoming = await transport(url).send("/", HEADERS, b"{}")
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await incoming.read()
         await asyncio.wait_for(closed.wait(), 1)
 
 
@@ -307,7 +325,7 @@ async def test_who_gives_up_waiting_closes_the_connection(transport: Any) -> Non
     async with Socket(answer) as url:
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await transport(url).post("/", HEADERS, b"{}")
+                await transport(url).send("/", HEADERS, b"{}")
         await asyncio.wait_for(closed.wait(), 1)
 
 
@@ -321,15 +339,15 @@ async def test_over_tls(transport: Any, tmp_path: Path, monkeypatch: pytest.Monk
 
     async with Socket(answer, context) as url:
         with pytest.raises((OSError, agproxy.aiohttp.ClientError)) as caught:
-            await transport(url).post("/", HEADERS, b"{}")
+            await transport(url).send("/", HEADERS, b"{}")
         assert "TLS certificate was refused" in agproxy.connection_problem(caught.value, None)
         trusted = ssl.create_default_context()
         authority.configure_trust(trusted)
         monkeypatch.setattr(agproxy, "tls_context", lambda: trusted)
         to = transport(url)
         if isinstance(to, agproxy.DirectTransport):
-            assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
-            assert await (await to.post("/", HEADERS, b"{}")).read() == BODY
+            assert await (await to.send("/", HEADERS, b"{}")).read() == BODY
+            assert await (await to.send("/", HEADERS, b"{}")).read() == BODY
 
 
 @pytest.mark.parametrize("transport", ["direct"], indirect=True)
@@ -344,7 +362,7 @@ async def test_what_was_not_asked_for_is_taken_for_no_answer(transport: Any) -> 
     socket = Socket(answer)
     async with socket as url:
         to = transport(url)
-        assert await (await to.post("/", HEADERS, b"{}")).read() == b"1"
+        assert await (await to.send("/", HEADERS, b"{}")).read() == b"1"
         await asyncio.sleep(0.1)
-        assert await (await to.post("/", HEADERS, b"{}")).read() == b"2"
+        assert await (await to.send("/", HEADERS, b"{}")).read() == b"2"
     assert socket.connections == 2
