@@ -58,7 +58,7 @@ from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, Protocol, TypeVar, assert_never, dataclass_transform
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, NoReturn, TypeVar, assert_never, dataclass_transform
 from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
@@ -2019,8 +2019,7 @@ class Mapped:
 
     model: str
     rule: str
-    wished: str | None = None
-    """What the rule said, where the upstream lists another name for it."""
+    wished: str | None = None  # what the rule said, where the upstream lists another name for it
 
 
 def map_model(name: str, config: Config, listed: Sequence[str] | None) -> Mapped:
@@ -2138,10 +2137,8 @@ class Seat:
     """An account's place in the pool."""
 
     account: Account
-    salt: int
-    """An odd number of 64 bits."""
-    owners: tuple[str, ...]
-    """Whose rests hold it back: its own, and those of its quota_group."""
+    salt: int  # an odd number of 64 bits
+    owners: tuple[str, ...]  # whose rests hold it back: its own, and those of its quota_group
     busy: int = 0
     turn: float = 0.0
     twins: set[str] = field(default_factory=set)
@@ -2154,8 +2151,7 @@ class Rest:
 
     error: UpstreamError
     until: float
-    strikes: int = 0
-    """How many probes in a row have failed."""
+    strikes: int = 0  # how many probes in a row have failed
     span: tuple[float, float] = (0.0, 0.0)
     """From when until when the upstream surely refuses: the last tenth may be the way of the answer."""
     prober: Lease | None = None
@@ -2220,8 +2216,7 @@ class AccountPool:
         self._together: dict[tuple[str, str], int] = {}
         self._floor = 0.0
         self._day = 0.0
-        self._limited = False
-        """Whether any limit was given or learned."""
+        self._limited = False  # whether any limit was given or learned
         self.update(accounts, strategy, reserve)
 
     def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
@@ -3254,16 +3249,13 @@ class Candidate:
     """What is known of one choice while its chunks come."""
 
     number: int
-    kind: type[Text | Thinking] | None = None
-    """Of the part that is open, as are its texts and signature."""
+    kind: type[Text | Thinking] | None = None  # of the part that is open, as are its texts and signature
     texts: list[str] = field(default_factory=list)
     signature: Signature | None = None
-    before: str = ""
-    """The text of the parts that ended."""
+    before: str = ""  # the text of the parts that ended
     said: bool = False
     calls: int = 0
-    answered: bool = False
-    """Has given its answer by the answer tool."""
+    answered: bool = False  # has given its answer by the answer tool
     reason: str = ""
     pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
@@ -3275,12 +3267,9 @@ class Candidate:
 class Shape:
     """How a chunk looks that holds nothing but more of a text; the next one mostly differs in text and counts alone."""
 
-    before: str
-    """Up to the text."""
-    after: str
-    """From the quote behind the text to the usage."""
-    rest: bytes
-    """The usage and what follows, without digits."""
+    before: str  # up to the text
+    after: str  # from the quote behind the text to the usage
+    rest: bytes  # the usage and what follows, without digits
     choice: int
     candidate: Candidate
     kind: type[TextDelta | ThinkingDelta]
@@ -3314,8 +3303,7 @@ class GeminiReader:
     def __init__(
         self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
     ) -> None:
-        self.secret = ""
-        """The key that was sent: an error may repeat it."""
+        self.secret = ""  # the key that was sent: an error may repeat it
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
@@ -3323,13 +3311,11 @@ class GeminiReader:
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
         self._usage: Mapping[str, Any] = {}
-        self._uncounted = b""
-        """The last chunk whose usage was not read yet."""
+        self._uncounted = b""  # the last chunk whose usage was not read yet
         self._shape: Shape | None = None
         self._events: list[Event] = []
         self._started = False
-        self.error: GatewayError | None = None
-        """What ended the answer, where it failed."""
+        self.error: GatewayError | None = None  # what ended the answer, where it failed
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
@@ -3801,13 +3787,11 @@ def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | N
 class Head:
     """What the objects of one answer repeat."""
 
-    id: str
-    """24 hexadecimal digits; each form puts its own prefix before them."""
+    id: str  # 24 hexadecimal digits; each form puts its own prefix before them
     created: int
     model: str
     include_usage: bool = False
-    images_in_text: bool = False
-    """Generated images are Markdown in the text, for clients that know no other place."""
+    images_in_text: bool = False  # generated images are Markdown in the text, for clients that know no other place
     now: Callable[[], float] = float
     seal: Callable[[ToolCall | Text], str] | None = None
     """How a signed part's signature is given to the client, where it asked for that."""
@@ -3838,11 +3822,9 @@ class ChatRenderer:
         self._head = head
         self._legacy = bool(body.get("functions")) and not body.get("tools")
         self._calls: dict[int, int] = {}
-        self._media: dict[int, list[str]] = {}
-        """Of each choice, where it got media."""
+        self._media: dict[int, list[str]] = {}  # of each choice, where it got media
         self._custom = False
-        self._before_text: dict[int, str] = {}
-        """Of each choice that has begun, how a chunk of its text begins."""
+        self._before_text: dict[int, str] = {}  # of each choice that has begun, how a chunk of its text begins
         self._after_text = ""
 
     def _known(self, kind: str) -> dict[str, Any]:
@@ -4013,8 +3995,7 @@ class ResponseRenderer:
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
         self._head = head
-        self.response = response_template(head, body)
-        """The object, as far as it is made."""
+        self.response = response_template(head, body)  # the object, as far as it is made
         self.signed: list[ToolCall | Text] = []
         self._sequence = 0
         self._item: dict[str, Any] = {}
@@ -4022,8 +4003,7 @@ class ResponseRenderer:
         self._held: Text | Thinking | None = None
         self._reason: FinishReason = "stop"
         self._searches: tuple[str, ...] = ()
-        self._quiet = False
-        """Makes the object alone."""
+        self._quiet = False  # makes the object alone
 
     def render_all(self, events: Iterable[Event]) -> str:
         return "".join(map(self.render, events))
@@ -4505,7 +4485,9 @@ class Database:
 
     async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
         """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises StoreTrouble.
-        It is done even where nobody waits for it any more."""
+
+        It is done even where nobody waits for it any more.
+        """
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
         done.add_done_callback(lambda future: future.cancelled() or future.exception())
         return await asyncio.shield(done)
@@ -4593,7 +4575,9 @@ class StoredResponse:
 
 class ResponseStore:
     """The responses that are kept, bounded in number, size and age; those least lately used give way.
-    `client` is the name of the key that one was made for: nobody else is told of it."""
+
+    `client` is the name of the key that one was made for: nobody else is told of it.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -4793,7 +4777,9 @@ class Shared:
 
 class Credentials:
     """The header that lets each account in: its key, or a token that is renewed ahead of its end.
-    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises."""
+
+    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
+    """
 
     def __init__(self, post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]], clock: Clock) -> None:
         self._post = post
@@ -4885,7 +4871,9 @@ def signed_assertion(account: Account, now: float) -> str:
 
 def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
     """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
-    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2"""
+
+    Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
+    """
     code = str(told.get("error") or f"HTTP {status}")
     why = f"{code}: {told['error_description']}" if told.get("error_description") else code
     if code == "invalid_grant":
@@ -4936,7 +4924,9 @@ class Deadline:
 
 class Incoming:
     """An HTTP answer that is waited for. Its body comes in pieces: to whoever reads, or straight to a sink.
-    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`."""
+
+    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
+    """
 
     def __init__(self, channel: asyncio.Transport | Pour, deadline: Deadline, first_s: float, idle_s: float) -> None:
         self.status = 0  # until the head has come
@@ -5057,7 +5047,9 @@ class Incoming:
 
 class Unframer:
     """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
-    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1"""
+
+    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
+    """
 
     def __init__(self, headers: Mapping[str, str], *, strict: bool = False) -> None:
         self._strict = strict
@@ -5147,7 +5139,9 @@ def whole_chunks(data: bytes) -> tuple[list[bytes], int]:
 
 class Connection:
     """One connection to an upstream, for one exchange after another; asyncio's transport calls it as its protocol.
-    Source: https://www.rfc-editor.org/rfc/rfc9112"""
+
+    Source: https://www.rfc-editor.org/rfc/rfc9112
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts) -> None:
         self._deadline = Deadline(loop)
@@ -5410,7 +5404,9 @@ quoted_model = functools.lru_cache(256)(quote)
 
 class Answer:
     """One answer that has begun: its first events are known, so nobody retries any more.
-    Raises the error that they end with: nobody has seen them yet."""
+
+    Raises the error that they end with: nobody has seen them yet.
+    """
 
     def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
         if first and isinstance(first[-1], Failed):
@@ -5869,7 +5865,9 @@ class Upstream:
 
 def enveloped(account: Account, project: str, model: str, method: str, body: bytes) -> tuple[str, bytes]:
     """The path and the body of a call, as the account's kind of upstream wants them.
-    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest"""
+
+    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
+    """
     if account.kind == "gemini":
         return f"/v1beta/models/{quoted_model(model)}:{method}", body
     if account.kind == "vertex":
@@ -6053,7 +6051,9 @@ async def json_of(incoming: Incoming) -> Any:
 
 async def first_events(incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool) -> Answer:
     """The answer with its first events, or with all of them where it is not `streamed` on.
-    Raises what the status or the first event says, and the transport's errors."""
+
+    Raises what the status or the first event says, and the transport's errors.
+    """
     if incoming.status != 200:
         await json_of(incoming)  # which raises
     if not streamed:
@@ -6236,13 +6236,11 @@ known_header = functools.lru_cache(256)(parse_header)  # a client's lines are mo
 
 def body_length(new: bool, headers: Mapping[str, str]) -> int:
     """How many bytes of body follow a head, -1 where it comes in chunks. Raises ValueError."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length")
+    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
     if coding is not None:
-        if coding.lower() != "chunked" or length is not None or not new:
+        if coding.lower() != "chunked" or "content-length" in headers or not new:
             raise ValueError("a transfer-encoding other than chunked alone")
         return -1
-    if length is None:
-        return 0
     if not (length.isascii() and length.isdigit() and len(length) < 16):
         raise ValueError("an odd content-length")
     return int(length)
@@ -6271,19 +6269,14 @@ class HttpRequest:
         self.path = unquote(path if path.startswith("/") else urlsplit(path).path or path)
         said = self.headers.get("connection", "").lower()
         self.close = "close" in said or not (self._new or "keep-alive" in said)
-        self.begun = self.ended = False
-        """Whether the head of the answer went out, and its end."""
-        self.quiet = True
-        """Nothing was written since somebody looked."""
-        self.task: asyncio.Task[None] | None = None
-        """Who answers it."""
-        self.source: Answer | Merged | None = None
-        """What the answer is made of: it pauses while the client does not take what was written."""
+        self.begun = self.ended = False  # whether the head of the answer went out, and its end
+        self.quiet = True  # nothing was written since somebody looked
+        self.task: asyncio.Task[None] | None = None  # who answers it
+        self.source: Answer | Merged | None = None  # which pauses while the client does not take what was written
         self._connection = connection
         self._left = body_length(self._new, self.headers)
         self._chunks = Unframer({"transfer-encoding": "chunked"}, strict=True) if self._left < 0 else None
-        self.whole = self._left == 0
-        """Whether all of the body is there."""
+        self.whole = self._left == 0  # whether all of the body is there
         self._pieces: list[bytes] = []
         self._size = 0
         self._come: asyncio.Future[None] | None = None
@@ -6411,10 +6404,9 @@ class HttpRequest:
 
 
 def render_head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = "".join(
-        [f"{name}: {value if value.isprintable() else printable(value)}\r\n" for name, value in headers.items()]
-    )
-    return encoded(f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n{lines}\r\n")
+    lines = [f"{name}: {value if value.isprintable() else printable(value)}\r\n" for name, value in headers.items()]
+    first = f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n"
+    return encoded(f"{first}{''.join(lines)}\r\n")
 
 
 def printable(value: str) -> str:
@@ -6452,8 +6444,7 @@ def unpacked(data: bytes, packing: str) -> bytes:
     if len(body) > BODY_BYTES_MAX:
         raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
-        text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-        raise BadRequest(text, headers=CLOSE)
+        raise BadRequest("The body cannot be unpacked as its Content-Encoding says. Send it as it is.", headers=CLOSE)
     return body
 
 
@@ -6473,10 +6464,12 @@ def keep_buffers() -> None:
             libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-class App(Protocol):
+class App:
     """Who answers: `handle` raises nothing, `drain` lets running answers finish, `close` ends the rest."""
 
-    async def handle(self, http: HttpRequest) -> HttpResponse: ...
+    async def handle(self, http: HttpRequest) -> HttpResponse:
+        raise NotImplementedError
+
     async def drain(self) -> None: ...
     async def close(self) -> None: ...
 
@@ -6485,20 +6478,15 @@ class Server:
     """What the connections of one listener share: who answers, and how many there may be."""
 
     def __init__(self, app: App, connections_max: float, stall_s: float) -> None:
-        self.app = app
-        self.stall_s = stall_s
+        self.app, self.connections_max, self.stall_s = app, connections_max, stall_s
         self.connections: set[ClientConnection] = set()
-        self.connections_max = connections_max
         self.loop = asyncio.get_running_loop()
         self._sweep()
-
-    def accept(self) -> Any:
-        return ClientConnection(self)
 
     def _sweep(self) -> None:
         """Closes the connections on which no whole head came for too long; one timer for them all."""
         for connection in [*self.connections]:
-            if connection.waits_s() > KEEP_ALIVE_S:
+            if self.loop.time() - connection.since > KEEP_ALIVE_S:
                 connection.transport.close()
         self._alarm = self.loop.call_later(KEEP_ALIVE_S / 8, self._sweep)
 
@@ -6517,19 +6505,16 @@ class Server:
 class ClientConnection:
     """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
 
-    __slots__ = ("_deaf", "_request", "_rest", "_server", "_since", "_stall", "room", "transport")
+    __slots__ = ("_deaf", "_request", "_rest", "_server", "_stall", "room", "since", "transport")
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._rest = b""
-        """What came and belongs to no request yet."""
+        self._rest = b""  # what came and belongs to no request yet
         self._request: HttpRequest | None = None
         self._stall: asyncio.TimerHandle | None = None
-        self._since = server.loop.time()
-        """When the connection was made, or its last request was over."""
+        self.since = server.loop.time()  # when it was made, or its last request was over; never while there is one
         self._deaf = False
-        self.room: asyncio.Future[None] | None = None
-        """Done once the client has taken most of what was written; None where it has."""
+        self.room: asyncio.Future[None] | None = None  # done once most of what was written is taken; None where it is
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
@@ -6539,10 +6524,6 @@ class ClientConnection:
             text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
             self._refuse(Overloaded(text))
             transport.close()
-
-    def waits_s(self) -> float:
-        """For how long there has been no request."""
-        return 0.0 if self._request else self._server.loop.time() - self._since
 
     def data_received(self, data: bytes) -> None:
         request = self._request
@@ -6573,7 +6554,7 @@ class ClientConnection:
             self._rest = rest if request.whole else request.feed(rest)
         except ValueError as error:
             return self._refuse(not_http(error))
-        self._request = request
+        self._request, self.since = request, math.inf
         request.task = self._server.loop.create_task(self._serve(request))
 
     async def _serve(self, request: HttpRequest) -> None:
@@ -6588,7 +6569,7 @@ class ClientConnection:
             self.transport.abort()
             raise
         self._request = request.task = None
-        self._since = self._server.loop.time()
+        self.since = self._server.loop.time()
         if request.close:
             self.transport.close()
         elif self._rest and not self.transport.is_closing():
@@ -6645,17 +6626,13 @@ def not_http(error: ValueError) -> BadRequest:
 
 
 async def listen(
-    app: App,
-    host: str,
-    port: int,
-    stack: contextlib.AsyncExitStack,
-    connections_max: float = math.inf,
-    stall_s: float = 120.0,
+    app: App, host: str, port: int, stack: contextlib.AsyncExitStack, open_max: float = math.inf, stall_s: float = 120.0
 ) -> int:
     """Serves until the stack ends, then first lets nobody in any more; the port that it listens on. Raises OSError."""
-    server = Server(app, connections_max, stall_s)
+    server = Server(app, open_max, stall_s)
+    connect: Any = functools.partial(ClientConnection, server)  # no class of asyncio's, so that --help does not load it
     stack.push_async_callback(app.close)
-    listener = await server.loop.create_server(server.accept, host, port, backlog=1024)
+    listener = await server.loop.create_server(connect, host, port, backlog=1024)
     stack.push_async_callback(server.close)
     stack.push_async_callback(app.drain)
     stack.callback(listener.close)
@@ -6676,25 +6653,25 @@ DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Rendere
 }
 STORED = "responses/{id}"
 METHODS = {
-    "healthz": "GET",
-    "models": "GET",
-    "embeddings": "POST",
-    **dict.fromkeys(DOORS, "POST"),
-    "responses/input_tokens": "POST",
+    **dict.fromkeys(("healthz", "models", f"{STORED}/input_items"), "GET"),
+    **dict.fromkeys((*DOORS, "embeddings", "responses/input_tokens", f"{STORED}/cancel"), "POST"),
     STORED: "GET, DELETE",
-    f"{STORED}/input_items": "GET",
-    f"{STORED}/cancel": "POST",
 }
+ENDPOINTS = f"models|embeddings|{'|'.join(DOORS)}"
 # Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
-    rf"(?:/(?:v1|models|embeddings|{'|'.join(DOORS)}))*/(?P<route>healthz|models|embeddings|{'|'.join(DOORS)})"
+    rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<route>healthz|responses/input_tokens|{ENDPOINTS})"
     r"(?:(?<=models)/(?P<id>.+?)|(?<=responses)/(?P<stored>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
 )
 
 
 @functools.lru_cache(256)
-def match_route(path: str) -> re.Match[str] | None:
-    return ROUTE.fullmatch(re.sub("/{2,}", "/", path))
+def match_route(path: str) -> tuple[str, re.Match[str] | None]:
+    """The route of a path, the path itself where it has none; and what is named in it."""
+    match = ROUTE.fullmatch(re.sub("/{2,}", "/", path))
+    if match and match["stored"]:
+        return STORED + (match["part"] or ""), match
+    return match["route"] if match else path, match
 
 
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -6718,49 +6695,30 @@ def stamp_of(path: str) -> tuple[int, int] | None:
     return None
 
 
-class Gateway:
+@dataclass(eq=False, repr=False)
+class Gateway(App):
     """The handlers."""
 
-    def __init__(
-        self,
-        config: Config,
-        upstream: Upstream,
-        store: ResponseStore,
-        tally: Tally,
-        running_max: float,
-        source: Source | None,
-        drain_s: float,
-    ) -> None:
-        self._drain_s = drain_s
-        self._beside: list[tuple[asyncio.Task[None], Callable[[], Awaitable[None]] | None]] = []
-        self._config = config
-        self._source = source
-        self._journal: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
-        self._upstream = upstream
-        self._store = store
-        self._jobs: dict[str, Job] = {}
-        self._tally = tally
-        self._running: dict[Any, Answer | Merged | None] = {}
-        """Each request's task, with its answer once that has begun."""
-        self.unbegun: set[Any] = set()
-        """Those tasks that wait for their answer to begin."""
-        self._running_max = running_max
-        self._draining = self.stopped = False
-
-    def beside(self, work: Coroutine[Any, Any, None], at_end: Callable[[], Awaitable[None]] | None = None) -> None:
-        """Does some work as long as the gateway lives, and what is to be done at its end."""
-        self._beside.append((asyncio.create_task(work), at_end))
+    _config: Config
+    _upstream: Upstream
+    _store: ResponseStore
+    _running_max: float
+    _source: Source | None
+    _drain_s: float
+    tally: Tally = field(default_factory=Tally)
+    _journal: deque[tuple[Trace, int, float]] = field(default_factory=lambda: deque(maxlen=JOURNAL_MAX))
+    at_end: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)  # done by close()
+    _jobs: dict[str, Job] = field(default_factory=dict)
+    _running: dict[Any, Unbegun | Answer | Merged | None] = field(default_factory=dict)  # by each request's task
+    _draining: bool = False
 
     async def drain(self) -> None:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
         await self._wait(self._drain_s)
-        self.stopped = True
         for answer in (*self._running.values(), *self._jobs.values()):
             if answer:
                 answer.break_off(STOPPED)
-        for task in self.unbegun:
-            task.cancel()
         await self._wait(1)
         for task in self._running:
             task.cancel()
@@ -6777,12 +6735,7 @@ class Gateway:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for task, at_end in self._beside:
-            task.cancel()
-            if at_end:
-                await at_end()
-        await self._upstream.close()
-        await self._store.close()
+        await self.at_end.aclose()
 
     async def handle(self, http: HttpRequest) -> HttpResponse:
         """Every request: named, let in or not, answered, and told the truth where it fails."""
@@ -6812,7 +6765,7 @@ class Gateway:
 
     def _tell(self, trace: Trace, status: int) -> None:
         """What happened, for the log, the bill and `agproxy why`."""
-        self._tally.add(trace, status)
+        self.tally.add(trace, status)
         if trace.steps:
             self._journal.append((trace, status, time.monotonic()))
         if log.isEnabledFor(logging.INFO):
@@ -6821,8 +6774,8 @@ class Gateway:
 
     def _route(self, http: HttpRequest, trace: Trace) -> HttpResponse | Coroutine[Any, Any, HttpResponse]:
         """The answer, or who gives it. Raises GatewayError for whom is not let in."""
-        match = match_route(http.path)
-        trace.route = route = route_of(match) if match else http.path
+        route, match = match_route(http.path)
+        trace.route = route
         self._guard(http)
         if http.method == "OPTIONS":
             return HttpResponse(status=204, headers=trace.headers(time.monotonic()))
@@ -6844,10 +6797,8 @@ class Gateway:
             return json_response({"status": "ok", "version": __version__}, trace)
         if route == "models":
             return self._tell_json(self._models(match["id"]), trace)
-        if route == "embeddings":
-            return self._serve_whole(http, trace, self._embed)
-        if route == "responses/input_tokens":
-            return self._serve_whole(http, trace, self._count)
+        if route in ("embeddings", "responses/input_tokens"):
+            return self._serve_whole(http, trace)
         if route.startswith(STORED):
             return self._serve_stored(http, trace, match["stored"])
         return self._answer(http, trace)
@@ -6855,10 +6806,9 @@ class Gateway:
     async def _tell_json(self, told: Awaitable[Any], trace: Trace) -> HttpResponse:
         return json_response(await told, trace)
 
-    async def _serve_whole(
-        self, http: HttpRequest, trace: Trace, work: Callable[[Any, Trace], Awaitable[HttpResponse]]
-    ) -> HttpResponse:
-        with Unbegun(self, http.task):
+    async def _serve_whole(self, http: HttpRequest, trace: Trace) -> HttpResponse:
+        work = self._embed if trace.route == "embeddings" else self._count
+        with Unbegun(self._running, http.task):
             return await work(parse_body(await http.read()), trace)
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
@@ -6889,10 +6839,7 @@ class Gateway:
         return {"accounts": self._upstream.pool.status(now)}
 
     async def reload(self) -> int:
-        """Goes on with the config as it stands in its file now, and says how many accounts it has.
-
-        Raises ConfigError where it cannot be used: then nothing changes.
-        """
+        """Reads the config anew and counts its accounts. Raises ConfigError where it is no use, and changes nothing."""
         try:
             if self._source is None:
                 raise ConfigError("This gateway has no accounts file that it could read again.")
@@ -6933,9 +6880,8 @@ class Gateway:
         given = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
         given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
         sent = [key.encode("utf-8", "surrogateescape") for key in given]
-        right = [
-            known.name for known in self._config.api_key for key in sent if hmac.compare_digest(key, known.key.encode())
-        ]
+        keys = self._config.api_key
+        right = [known.name for known in keys for key in sent if hmac.compare_digest(key, known.key.encode())]
         if not right:
             what = "The API key is wrong." if any(given) else "An API key is missing."
             raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
@@ -6948,10 +6894,8 @@ class Gateway:
         host = host_of(f"//{http.headers.get('host', 'localhost')}")
         literal = self._config.allow_lan_access and is_address(host)
         if not (is_loopback(host) or literal or host in self._config.allowed_hosts):
-            text = (
-                f"The Host '{host}' may not be used without a key. Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
-            )
-            raise Forbidden(text, code="host_not_allowed")
+            text = f"The Host '{host}' may not be used without a key."
+            raise Forbidden(f"{text} Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}.", code="host_not_allowed")
         origin = http.headers.get("origin")
         if origin and re.match(r"https?:|null$", origin, re.IGNORECASE) and not self._is_allowed(origin):
             text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
@@ -6967,25 +6911,20 @@ class Gateway:
             return {}
         headers = {"Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin, "Vary": "Origin"}
         if http.method != "OPTIONS":
-            return headers | {"Access-Control-Expose-Headers": EXPOSED_HEADERS}
-        return headers | {
-            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-            "Access-Control-Allow-Headers": http.headers.get("access-control-request-headers", "authorization"),
-            "Access-Control-Max-Age": "600",
-        }
+            return headers | {"Access-Control-Expose-Headers": EXPOSED}
+        asked = http.headers.get("access-control-request-headers", "authorization")
+        headers |= {"Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600"}
+        return headers | {"Access-Control-Allow-Headers": asked}
 
     async def _models(self, name: str | None) -> dict[str, Any]:
         """The list of models, or the one that is named."""
         listed = await self._upstream.models() or STATIC_MODELS
         aliases = [alias for alias in self._config.aliases if "*" not in alias and alias not in listed]
         owners = dict.fromkeys(listed, "google") | dict.fromkeys(aliases, "agproxy")
+        if name:
+            owners = {name: owners.get(name) or owners.get(await self._upstream.resolve(name), "google")}
         data = [{"id": id, "object": "model", "created": 0, "owned_by": owner} for id, owner in owners.items()]
-        if name is None:
-            return {"object": "list", "data": data}
-        if name in owners:
-            return {"id": name, "object": "model", "created": 0, "owned_by": owners[name]}
-        mapped = await self._upstream.resolve(name)
-        return {"id": name, "object": "model", "created": 0, "owned_by": owners.get(mapped, "google")}
+        return data[0] if name else {"object": "list", "data": data}
 
     async def _embed(self, body: Any, trace: Trace) -> HttpResponse:
         request = parse_embeddings(body)
@@ -6998,10 +6937,10 @@ class Gateway:
     async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         client = self._client(http, trace)
         try:
-            with Unbegun(self, http.task):
+            with Unbegun(self._running, http.task):
                 begun = await self._begin(http, trace, client)
             if isinstance(begun, Job):
-                return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.object(), trace)
+                return await client.copy(begun.follow(0)) if client.held else bytes_response(begun.kept.object(), trace)
             self._running[http.task] = http.source = begun.answer
             try:
                 return await (self._stream(http, client, trace, begun) if client.held else self._whole(trace, begun))
@@ -7010,7 +6949,7 @@ class Gateway:
                 if begun.kept:
                     await begun.kept.leave()
         except GatewayError as error:
-            if not client.begun:
+            if not http.begun:
                 raise
             trace.error = error.code or error.type
             return client.fail(error)
@@ -7018,11 +6957,11 @@ class Gateway:
             client.close()
 
     def _client(self, http: HttpRequest, trace: Trace) -> ClientStream:
-        return ClientStream(http, self._config, lambda: trace.headers(time.monotonic()) | self._cors(http))
+        return ClientStream(http, self._config.heartbeat_s, lambda: trace.headers(time.monotonic()) | self._cors(http))
 
     async def _begin(self, http: HttpRequest, trace: Trace, client: ClientStream) -> Begun | Job:
         """The answer that has begun and what renders it; the request's own data are let go before a long stream."""
-        requests, renderer, body, payloads = await self._understand(http, trace)
+        requests, renderer, body, payloads = await self._parse(http, trace)
         first = requests[0]
         if first.stream:
             client.hold(renderer)
@@ -7034,16 +6973,13 @@ class Gateway:
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
         if kept and body.get("background"):
             return await self._detach(requests[0], kept, trace)
-        answer: Answer | Merged
         if len(requests) == 1 and first.n == 1:
-            answer = await self._upstream.ask(requests[0], trace, sse=first.stream)
+            answer: Answer | Merged = await self._upstream.ask(requests[0], trace, sse=first.stream)
         else:
             answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
         return Begun(answer, renderer, payloads, kept)
 
-    async def _understand(
-        self, http: HttpRequest, trace: Trace
-    ) -> tuple[list[Request], Renderer, Mapping[str, Any], Mapping[str, bytes]]:
+    async def _parse(self, http: HttpRequest, trace: Trace) -> tuple[list[Request], Renderer, Any, dict[str, bytes]]:
         """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
         parse, form = DOORS[trace.route]
         data = await http.read()
@@ -7055,15 +6991,12 @@ class Gateway:
         requests = parsed if isinstance(parsed, list) else [parsed]
         trace.strict = self._config.strict or http.headers.get("x-agproxy-strict") == "1"
         trace.model = requests[0].model
-        told = (requests[0].include_usage, self._config.images_in_text, time.time)
+        sealing = await self._sealing(body, requests[0], trace) if form is ResponseRenderer else None
+        told = (requests[0].include_usage, self._config.images_in_text, time.time, sealing)
         head = Head(trace.id[4:], int(time.time()), trace.model, *told)
-        if form is ResponseRenderer:
-            head = replace(head, seal=await self._sealing(body, requests[0], trace))
         return requests, form(head, body), body, payloads
 
-    async def _sealing(
-        self, body: Mapping[str, Any], request: Request, trace: Trace
-    ) -> Callable[[ToolCall | Text], str] | None:
+    async def _sealing(self, body: Any, request: Request, trace: Trace) -> Callable[[ToolCall | Text], str] | None:
         """Learns the signatures that a client brings back; how it is given new ones, where it asks for them."""
         carried = [part.signature for message in request.messages for part in message.parts if type(part) is Thinking]
         wanted = "reasoning.encrypted_content" in (body.get("include") or ())
@@ -7071,14 +7004,22 @@ class Gateway:
             return None
         secret = await self._store.secret()
         self._upstream.signatures.learn(entry for text in carried if (entry := unseal(text or "", secret)))
-        return (lambda part: seal(signature_entry(part, trace.mapped_model), secret)) if wanted else None
+        return (lambda part: seal(signature_entry(part, self._model_of(trace)), secret)) if wanted else None
 
-    def _keep(
-        self, renderer: ResponseRenderer, body: Mapping[str, Any], payloads: Mapping[str, bytes], trace: Trace
-    ) -> Kept | None:
+    def _model_of(self, trace: Trace) -> str:
+        """The model that answers a request, or makes its response in the background."""
+        job = self._jobs.get(f"resp_{trace.id[4:]}")
+        return (job.trace if job else trace).mapped_model
+
+    def _keep(self, renderer: ResponseRenderer, body: Any, payloads: Mapping[str, bytes], trace: Trace) -> Kept | None:
         """The place of a new response in the store; None where it is not to be kept."""
-        renderer.response["store"] = self._config.store != "off" and body.get("store") is not False
-        return Kept(self._store, renderer, body["input"], payloads, trace) if renderer.response["store"] else None
+        response = renderer.response
+        response["store"] = self._config.store != "off" and body.get("store") is not False
+        if not response["store"]:
+            return None
+        given = with_payloads(dump_bytes(render_input(body["input"], trace.id[4:])), payloads)
+        about = (trace.client, response["previous_response_id"], given)
+        return Kept(response["id"], renderer, payloads, self._store, lambda: self._model_of(trace), about)
 
     async def _detach(self, request: Request, kept: Kept, trace: Trace) -> Job:
         """Begins to make a response beside the connection that asked for it; it has a log line of its own."""
@@ -7093,15 +7034,10 @@ class Gateway:
         return job
 
     async def _recall(self, body: Any, trace: Trace) -> list[Any]:
-        """The items of the conversation that a body goes on with; those that it only names are put into it.
-
-        Raises BadRequest.
-        """
-        past: list[Any] = []
-        previous = body.get("previous_response_id") if isinstance(body, dict) else None
-        if isinstance(previous, str) and previous:
-            past = await self._past(previous, trace)
-        items = body.get("input") if isinstance(body, dict) else None
+        """The items that a body goes on with; those that it only names are put into it. Raises BadRequest."""
+        given = body if isinstance(body, dict) else {}
+        previous, items = given.get("previous_response_id"), given.get("input")
+        past = await self._past(previous, trace) if isinstance(previous, str) and previous else []
         known: dict[str, Any] = {item["id"]: item for item in past if "id" in item}
         for i, item in enumerate(items if isinstance(items, list) else ()):
             id = str(item.get("id")) if isinstance(item, dict) and is_reference(item) else ""
@@ -7129,8 +7065,7 @@ class Gateway:
 
     async def _whole(self, trace: Trace, begun: Begun) -> HttpResponse:
         events = list(begun.answer.first)
-        last = await begun.answer.flow(events.extend)
-        events += last
+        events.extend(await begun.answer.flow(events.extend))
         self._upstream.signatures.remember(events, trace.mapped_model)
         reply = collect(events)
         trace.usage = reply.usage
@@ -7190,13 +7125,14 @@ class Gateway:
         if http.method == "POST" and one.state == "running" and not job:
             raise BadRequest("Another gateway makes this response. Cancel it there.")
         if http.method in ("POST", "DELETE") and job:
-            await job.cancel()
+            job.break_off(Cancelled("The response was cancelled. Ask again for another."))
+            await asyncio.wait([job.task])  # for then that is kept
         if http.method == "DELETE":
             await self._store.delete(id)
             return json_response({"id": id, "object": "response", "deleted": True}, trace)
         if http.query.get("stream") == "true":
             return await self._replay(http, trace, one, job)
-        return bytes_response(job.object(), trace) if job else json_response(one.response, trace)
+        return bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
 
     async def _replay(self, http: HttpRequest, trace: Trace, one: StoredResponse, job: Job | None) -> HttpResponse:
         """The stream of a response from where the client wants it, and what is still to come of it."""
@@ -7205,33 +7141,35 @@ class Gateway:
         if job:
             if http.method == "HEAD":
                 return bytes_response(b"", trace)
-            client = self._client(http, trace)
-            client.hold(job.kept.renderer)
-            try:
+            with contextlib.closing(self._client(http, trace)) as client:
+                client.hold(job.kept.renderer)
                 return await client.copy(job.follow(at))
-            finally:
-                client.close()
         if one.state == "running":
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
         head = Head(one.id, one.response["created_at"], one.response["model"])
-        again = ResponseRenderer(head, {}).replay
-        data = one.events or encoded(again(one.response))
+        data = one.events or encoded(ResponseRenderer(head, {}).replay(one.response))
         return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
 
 
+@dataclass(slots=True)
 class Unbegun:
-    """While an answer has not begun: raises what a drain cut off as an error, so that the client is told."""
+    """While an answer has not begun: what breaks it off is raised as an error, so that the client is told."""
 
-    def __init__(self, gateway: Gateway, task: Any) -> None:
-        self._gateway, self._task = gateway, task
+    running: dict[Any, Any]
+    task: Any
+    error: GatewayError | None = None
 
     def __enter__(self) -> None:
-        self._gateway.unbegun.add(self._task)
+        self.running[self.task] = self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self._gateway.unbegun.discard(self._task)
-        if self._gateway.stopped and isinstance(error, asyncio.CancelledError):
-            raise STOPPED from None
+        self.running[self.task] = None
+        if self.error and isinstance(error, asyncio.CancelledError):
+            raise self.error from None
+
+    def break_off(self, error: GatewayError) -> None:
+        self.error = error
+        self.task.cancel()
 
 
 @value
@@ -7244,32 +7182,27 @@ class Begun:
     kept: Kept | None
 
 
+@dataclass(slots=True)
 class Kept:
     """The place of one response in the store: it is written when the answer begins, and when it is over."""
 
-    def __init__(
-        self, store: ResponseStore, renderer: ResponseRenderer, input: Any, payloads: Mapping[str, bytes], trace: Trace
-    ) -> None:
-        self.renderer = renderer
-        self.id: str = renderer.response["id"]
-        self.payloads = payloads
-        self._store = store
-        self._trace = trace
-        given = self._dump(render_input(input, trace.id[4:]))
-        self._given: Sequence[Any] = (trace.client, renderer.response["previous_response_id"], given)
-        self._state: StoredState = "over"
-
-    def _dump(self, value: Any) -> bytes:
-        return with_payloads(dump_bytes(value), self.payloads)
+    id: str
+    renderer: ResponseRenderer
+    payloads: Mapping[str, bytes]
+    _store: ResponseStore
+    _model: Callable[[], str]
+    _given: Sequence[Any]
+    _state: StoredState = "over"
 
     def object(self) -> bytes:
-        return self._dump(self.renderer.response)
+        """The response as far as it is made."""
+        return with_payloads(dump_bytes(self.renderer.response), self.payloads)
 
     async def save(self, state: StoredState | None = None, events: bytes = b"") -> None:
         """Writes what the response has become; a disk that refuses costs nobody an answer."""
         running = self.renderer.response["status"] in ("queued", "in_progress")
         self._state = state or ("running" if running else "over")
-        signatures = [signature_entry(part, self._trace.mapped_model) for part in self.renderer.signed]
+        signatures = [signature_entry(part, self._model()) for part in self.renderer.signed]
         given, self._given = self._given, ()
         try:
             await self._store.save(self.id, self._state, (self.object(), dump_bytes(signatures), events), given)
@@ -7287,39 +7220,36 @@ class Job:
     """A response that is made beside every connection; its frames are kept for whoever follows it."""
 
     def __init__(self, kept: Kept, upstream: Upstream, request: Request, trace: Trace) -> None:
-        self.kept = kept
-        self._frames = split_frames(self._bytes(kept.renderer.begin("queued")))
+        self.kept, self.trace, self._upstream = kept, trace, upstream
+        self._frames = split_frames(with_payloads(encoded(kept.renderer.begin("queued")), kept.payloads))
         self._answer: Answer | None = None
         self._stopped: UpstreamError | None = None
-        self._asked = self._over = False
+        self._asked = False
         self._grown = asyncio.Event()
-        self.task = asyncio.create_task(self._make(upstream, request, trace))
+        self.task = asyncio.create_task(self._make(request))
+        self.task.add_done_callback(lambda _: self._add([]))
 
-    async def _make(self, upstream: Upstream, request: Request, trace: Trace) -> None:
-        def render(events: list[Event]) -> list[bytes]:
-            upstream.signatures.remember(events, trace.mapped_model)
-            return split_frames(self._bytes(self.kept.renderer.render_all(events)))
+    def _render(self, events: list[Event]) -> list[bytes]:
+        self._upstream.signatures.remember(events, self.trace.mapped_model)
+        return split_frames(with_payloads(encoded(self.kept.renderer.render_all(events)), self.kept.payloads))
 
+    async def _make(self, request: Request) -> None:
         try:
-            last = await self._ask(upstream, request, trace, lambda events: self._add(render(events)))
+            last = await self._ask(request, lambda events: self._add(self._render(events)))
             if last and isinstance(last[-1], Ended):
-                trace.usage = last[-1].usage
+                self.trace.usage = last[-1].usage
             elif last and isinstance(last[-1], Failed):
-                trace.error = last[-1].error.code or last[-1].error.type
-            frames = render(last)
+                self.trace.error = last[-1].error.code or last[-1].error.type
+            frames = self._render(last)
             await self.kept.save(events=b"".join([*self._frames, *frames]))
             self._add(frames)
         finally:
             await self.kept.leave()
-            self._over = True
-            self._add([])
 
-    async def _ask(
-        self, upstream: Upstream, request: Request, trace: Trace, sink: Callable[[list[Event]], None]
-    ) -> list[Event]:
+    async def _ask(self, request: Request, sink: Callable[[list[Event]], None]) -> list[Event]:
         """Hands the events to the sink as they come; those that end the answer, in whatever way, are returned."""
         try:
-            self._answer = answer = await upstream.ask(request, trace, sse=True)
+            self._answer = answer = await self._upstream.ask(request, self.trace, sse=True)
             sink(answer.first)
             return await answer.flow(sink)
         except GatewayError as error:
@@ -7331,22 +7261,10 @@ class Job:
             if self._answer:
                 self._answer.close()
 
-    def object(self) -> bytes:
-        """The response as far as it is made."""
-        return self.kept.object()
-
-    def _bytes(self, text: str) -> bytes:
-        return with_payloads(encoded(text), self.kept.payloads)
-
     def _add(self, frames: list[bytes]) -> None:
         self._frames += frames
         self._grown.set()
         self._grown = asyncio.Event()
-
-    async def cancel(self) -> None:
-        """Breaks the response off, and waits until that is kept."""
-        self.break_off(Cancelled("The response was cancelled. Ask again for another."))
-        await asyncio.wait([self.task])
 
     def break_off(self, error: UpstreamError) -> None:
         """Ends the response with an error, unless it is at its end already; what was said so far stays in it."""
@@ -7363,7 +7281,7 @@ class Job:
             if new := self._frames[at:]:
                 at += len(new)
                 yield b"".join(new)
-            elif self._over:
+            elif self.task.done():
                 return
             else:
                 await grown.wait()
@@ -7380,13 +7298,6 @@ def is_reference(item: Mapping[str, Any]) -> bool:
 
 # How items are named that are kept, by the response that they belong to.
 ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{24})i?[0-9a-f]{4}")
-
-
-def route_of(match: re.Match[str]) -> str:
-    stored: str = match["stored"] or ""
-    if not stored or stored == "input_tokens":
-        return match["route"] + ("/input_tokens" if stored else "")
-    return STORED + (match["part"] or "")
 
 
 def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
@@ -7423,33 +7334,22 @@ def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
 SESSION_HEADERS = ("session_id", "session-id", "x-session-id", "x-session-affinity", "conversation_id")
 
 
+@dataclass(slots=True)
 class ClientStream:
     """A client's side of a stream: one write a read.
 
     Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
     """
 
-    __slots__ = ("_alarm", "_beat_s", "_headers", "_http", "_renderer")
-
-    def __init__(self, http: HttpRequest, config: Config, headers: Callable[[], dict[str, str]]) -> None:
-        self._http = http
-        self._headers = headers
-        self._beat_s = config.heartbeat_s
-        self._renderer: Renderer | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-
-    @property
-    def begun(self) -> bool:
-        return self._http.begun
-
-    @property
-    def held(self) -> bool:
-        """Whether the answer is to be streamed."""
-        return self._renderer is not None
+    _http: HttpRequest
+    _beat_s: float
+    _headers: Callable[[], dict[str, str]]
+    held: Renderer | None = None  # what makes the stream; None where the answer is not to be one
+    _alarm: asyncio.TimerHandle | None = None
 
     def hold(self, renderer: Renderer) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
-        self._renderer = renderer
+        self.held = renderer
         if self._beat_s:
             self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
 
@@ -7475,8 +7375,8 @@ class ClientStream:
 
     def fail(self, error: GatewayError) -> HttpResponse:
         """Ends a stream that only heartbeats have begun."""
-        assert self._renderer
-        return self.end(encoded(self._renderer.render_all([Started(), Failed(error)])))
+        assert self.held
+        return self.end(encoded(self.held.render_all([Started(), Failed(error)])))
 
     def close(self) -> None:
         """Also cuts off what did not come to its end, so that nobody takes it for whole."""
@@ -7496,9 +7396,7 @@ class ClientStream:
 
 STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
-EXPOSED_HEADERS = (
-    "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
-)
+EXPOSED = "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
 
 
 def finite(number: str) -> float:
@@ -7512,8 +7410,6 @@ def finite(number: str) -> float:
 LOOKED_THROUGH_MAX = 64 << 10
 BOM = b"\xef\xbb\xbf"
 BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-
-
 PAYLOAD_BYTES_MIN = 16 << 10
 PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
 
@@ -7595,31 +7491,29 @@ def error_response(error: GatewayError, trace: Trace) -> HttpResponse:
     response.headers |= error.headers
     if error.status in (429, 503):
         wait_s = error.retry_after_s or 1.0
-        response.headers["Retry-After"] = str(math.ceil(wait_s))
-        response.headers["Retry-After-Ms"] = str(round(1000 * wait_s))
+        response.headers |= {"Retry-After": str(math.ceil(wait_s)), "Retry-After-Ms": str(round(1000 * wait_s))}
     if error.code == "insufficient_quota":
         response.headers["X-Should-Retry"] = "false"
     return response
 
 
 async def create_app(
-    config: Config,
-    tally: Tally | None = None,
-    running_max: float = math.inf,
-    source: Source | None = None,
-    drain_s: float = 0.0,
+    config: Config, running_max: float = math.inf, source: Source | None = None, drain_s: float = 0.0
 ) -> Gateway:
     """The gateway, to be listened for; when that ends, running answers have `drain_s` to finish."""
     upstream = Upstream(config)
     database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
     store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
-    gateway = Gateway(config, upstream, store, tally or Tally(), running_max, source, drain_s)
+    gateway = Gateway(config, upstream, store, running_max, source, drain_s)
+    gateway.at_end.push_async_callback(store.close)
+    gateway.at_end.push_async_callback(upstream.close)
     if source:
-        gateway.beside(gateway.watch(source))
+        gateway.at_end.callback(asyncio.create_task(gateway.watch(source)).cancel)
     if database.path:
         if database.path.exists():
             await rests.load()
-        gateway.beside(rests.keep(upstream.rested), rests.save)
+        gateway.at_end.push_async_callback(rests.save)
+        gateway.at_end.callback(asyncio.create_task(rests.keep(upstream.rested)).cancel)
     return gateway
 
 
@@ -7651,7 +7545,7 @@ DEMO_FORMATS = {"date": "2026-01-31", "date-time": "2026-01-31T12:00:00Z", "emai
 
 
 @value
-class Demo:
+class Demo(App):
     """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
 
     fault: str | None
@@ -7664,9 +7558,6 @@ class Demo:
             return await self._call(http, *name[1:].partition(":")[::2])
         models = ({"name": f"models/{name}", "supportedGenerationMethods": DEMO_MODELS[name]} for name in DEMO_MODELS)
         return demo_json({"models": list(models)})
-
-    async def drain(self) -> None: ...
-    async def close(self) -> None: ...
 
     async def _call(self, http: HttpRequest, model: str, method: str) -> HttpResponse:
         streams = method == "streamGenerateContent"
@@ -7922,7 +7813,7 @@ def find_file(accounts: str | None, env: Mapping[str, str]) -> Path | None:
     return next((path for path in (Path("accounts.yaml"), home) if path.exists()), None)
 
 
-def find_config(accounts: str | None, env: Mapping[str, str], *, with_accounts: bool) -> Config:
+def find_config(accounts: str | None, env: Mapping[str, str], with_pool: bool) -> Config:
     """The file's config; without a file, one account by a key from the environment, or none."""
     path = find_file(accounts, env)
     if path is None:
@@ -7936,7 +7827,7 @@ def find_config(accounts: str | None, env: Mapping[str, str], *, with_accounts: 
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), env, accounts=with_accounts, read=read_if_there)
+    return load_config(text, str(path), env, accounts=with_pool, read=read_if_there)
 
 
 def read_if_there(path: Path) -> str | None:
@@ -7955,15 +7846,11 @@ class Unusable(click.ClickException, ConfigError):
 
 
 def configured(
-    accounts: str | None,
-    host: str | None = None,
-    port: int | None = None,
-    demo: bool = False,
-    with_accounts: bool = True,
+    accounts: str | None, host: str | None = None, port: int | None = None, demo: bool = False, with_pool: bool = True
 ) -> Config:
     """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
     try:
-        config = find_config(accounts, os.environ, with_accounts=with_accounts and not demo)
+        config = find_config(accounts, os.environ, with_pool and not demo)
         if named := os.environ.get("AGPROXY_PORT"):
             if not named.isdecimal() or int(named) > 65535:
                 raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
@@ -7976,38 +7863,19 @@ def configured(
         raise Unusable(f"{error}\nMend that; `agproxy check` tries again.", "config_invalid") from None
 
 
-def with_key(config: Config) -> Config:
-    """The config, if it has the key that clients must show. Raises Unusable."""
+def servable(config: Config, with_pool: bool = True) -> Config:
+    """The config, if it has the key that clients must show, and accounts where a pool is needed. Raises Unusable."""
     if config.auth != "off" and not config.api_key:
-        raise Unusable(
-            "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set. "
-            f"Paste this fresh one into the accounts file:\nproxy:\n  api_key: {fresh_key()}",
-            "key_needed",
-        )
-    return config
-
-
-def servable(config: Config) -> Config:
-    """The config, if a gateway can be started with it. Raises Unusable."""
-    with_key(config)
-    if not config.accounts and not config.demo:
+        text = "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set."
+        fresh = f"Paste this fresh one into the accounts file:\nproxy:\n  api_key: sk-{secrets.token_urlsafe(32)}"
+        raise Unusable(f"{text} {fresh}", "key_needed")
+    if with_pool and not config.accounts and not config.demo:
         raise Unusable(f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}", "no_accounts")
     return config
 
 
-def reloaded(log_handler: MaskingHandler, accounts: str | None, host: str | None, port: int | None) -> Config:
-    """The config anew; its secrets are masked before anybody uses it. Raises ConfigError."""
-    config = servable(configured(accounts, host, port))
-    log_handler.learn(config)
-    return config
-
-
-def fresh_key() -> str:
-    return f"sk-{secrets.token_urlsafe(32)}"
-
-
-def echo_json(value: Any) -> None:
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+def pretty(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)
 
 
 class JsonFormatter(logging.Formatter):
@@ -8029,12 +7897,13 @@ class MaskingHandler(logging.StreamHandler[Any]):
         self._known: list[str] = []
         self.learn(config)
 
-    def learn(self, config: Config) -> None:
-        """Masks the secrets of another config too; the earlier ones stay, for a request may still carry them."""
+    def learn(self, config: Config) -> Config:
+        """The config, once its secrets are masked too; the earlier ones stay, for a request may still carry them."""
         owners: list[Any] = [*config.accounts, *config.api_key]
         known = [getattr(owner, one.name) or "" for owner in owners for one in fields_of(owner) if not one.repr]
         forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
         self._known = sorted(forms.union(self._known), key=len, reverse=True)  # one may begin with another
+        return config
 
     def format(self, record: logging.LogRecord) -> str:
         return functools.reduce(without_secret, self._known, SECRET_FORMS.sub("…", super().format(record)))
@@ -8110,7 +7979,7 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
         running_max = raise_file_limit()
-        app = await create_app(config, None, running_max, source, drain_s)
+        app = await create_app(config, running_max, source, drain_s)
         port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)
         click.echo(banner(replace(config, port=port), running_max), err=True)
         if source:
@@ -8150,18 +8019,17 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
         raise Unusable(f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.", "config_invalid")
     port = await listen(Demo(fault), "127.0.0.1", 0, stack)
     demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
-    # a fault that was asked for is seen at once
-    return replace(config, accounts=(demo,), store="memory", max_wait_s=0)
+    return replace(config, accounts=(demo,), store="memory", max_wait_s=0)  # so that a fault is seen at once
 
 
 async def run_command(config: Config, command: Sequence[str]) -> int:
     """Serves one command on a free loopback port with a key of its own; its exit code. Raises OSError."""
-    key, tally = fresh_key(), Tally()
-    config = replace(config, host="127.0.0.1", port=0, auth_mode="strict", api_key=(ClientKey("run", key),))
-    config = replace(config, store="memory")
+    keys = (ClientKey("run", f"sk-{secrets.token_urlsafe(32)}"),)
+    config = replace(config, host="127.0.0.1", port=0, auth_mode="strict", api_key=keys, store="memory")
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
-        port = await listen(await create_app(config, tally), "127.0.0.1", 0, stack)
+        app = await create_app(config)
+        port = await listen(app, "127.0.0.1", 0, stack)
         direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1")))
         env = {**os.environ, **client_environment(replace(config, port=port)), "no_proxy": direct, "NO_PROXY": direct}
         child = await asyncio.create_subprocess_exec(*command, env=env)
@@ -8169,7 +8037,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], child.send_signal)
         on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else child.send_signal)
         code = await child.wait()
-        click.echo(f"agproxy: {tally.bill()}", err=True)
+        click.echo(f"agproxy: {app.tally.bill()}", err=True)
     return 128 - code if code < 0 else code
 
 
@@ -8188,27 +8056,17 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-accounts_option = click.option(
-    "--accounts",
-    metavar="FILE",
-    help="The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]",
-)
+FILES = "$AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml"
+accounts_option = click.option("--accounts", metavar="FILE", help=f"The accounts file.  [default: {FILES}]")
 demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
 LOG_LEVELS = ("debug", "info", "warning", "error")
-Where = tuple[str | None, str | None, int | None]
 
 
 def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where the gateway is, as one argument `where`."""
-
-    @functools.wraps(command)
-    def with_where(accounts: str | None, host: str | None, port: int | None, **more: Any) -> None:
-        command(where=(accounts, host, port), **more)
-
+    """The options that say where the gateway is, which a command takes as `where`."""
     ports = click.IntRange(0, 65535)
-    host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
-    port_option = click.option("--port", type=ports, help="Port to listen on.  [default: $AGPROXY_PORT, 8045]")
-    return host_option(port_option(accounts_option(with_where)))
+    port = click.option("--port", type=ports, help="Port to listen on.  [default: $AGPROXY_PORT, 8045]")
+    return click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")(port(accounts_option(command)))
 
 
 @main.command()
@@ -8217,14 +8075,14 @@ def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--log-level", default="info", show_default=True, type=click.Choice(LOG_LEVELS))
 @click.option("--log-format", default="text", show_default=True, type=click.Choice(["text", "json"]))
 @click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
-def serve(where: Where, demo: bool, log_level: str, log_format: str, drain_s: float) -> None:
+def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: Any) -> None:
     """Start the gateway."""
-    config = servable(configured(*where, demo))
-    path = find_file(where[0], os.environ)
+    config = servable(configured(**where, demo=demo))
+    path = find_file(where["accounts"], os.environ)
     warn_of_readers(path)
     log_handler = set_up_logging(log_level, log_format, config)
     try:
-        run_loop(run_until_signal(config, path, functools.partial(reloaded, log_handler, *where), drain_s))
+        run_loop(run_until_signal(config, path, lambda: log_handler.learn(servable(configured(**where))), drain_s))
     except OSError as error:
         text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
@@ -8297,10 +8155,8 @@ def check(accounts: str | None, online: bool) -> None:
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
     click.echo(render_table(rows))
     if any(account.kind == "cloudcode" for account in config.accounts):
-        click.echo(
-            "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode), and accounts "
-            "have been closed for it. API keys (kind gemini) are the recommended kind."
-        )
+        text = "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode)"
+        click.echo(f"{text}, and accounts have been closed for it. API keys (kind gemini) are the recommended kind.")
     if any(row[0] == "no" for row in found):
         sys.exit(1)
 
@@ -8332,9 +8188,8 @@ async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str,
         listed = await upstream.models_of(account)
     except UpstreamError as error:
         told = f"{error.message.rstrip('.')}. {remedy_of(error, account.kind)}".rstrip()
-    late = ""
-    if abs(upstream.skew_s) > CLOCK_SKEW_S_MAX:
-        late = f"This machine's clock is off by {upstream.skew_s:.0f} s. Set it by NTP."
+    skewed = f"This machine's clock is off by {upstream.skew_s:.0f} s. Set it by NTP."
+    late = skewed if abs(upstream.skew_s) > CLOCK_SKEW_S_MAX else ""
     return ("yes", str(len(listed)), late) if listed else ("no", "-", f"{told} {late}".rstrip())
 
 
@@ -8376,26 +8231,20 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
             refuse_dropped(changes)
     except GatewayError as error:
         raise Unusable(error.message, error.code or "invalid_body") from None
-    echo_json(
-        {
-            "model": requests[0].model,
-            "mapped_model": mapped.model,
-            "rule": mapped.rule,
-            "fields": explain_fields(body, table, changes),
-            "requests": [one.body for one in built],
-        }
-    )
+    told: dict[str, Any] = {"model": requests[0].model, "mapped_model": mapped.model, "rule": mapped.rule}
+    told |= {"fields": explain_fields(body, table, changes), "requests": [one.body for one in built]}
+    click.echo(pretty(told))
 
 
 # ---- the running gateway
 
 
-def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
+def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
     """What the running gateway answers under /agproxy/. Raises Unusable."""
     import urllib.error
     import urllib.request
 
-    config = configured(*where, with_accounts=False)
+    config = configured(**where, with_pool=False)
     url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
     request = urllib.request.Request(url, None if body is None else dump_bytes(body))
     if config.api_key:
@@ -8417,13 +8266,10 @@ def ask_gateway(where: Where, path: str, body: Any = None) -> Any:
 @main.command("status")
 @gateway_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def print_status(where: Where, as_json: bool) -> None:
+def print_status(as_json: bool, **where: Any) -> None:
     """Show what each account of the running gateway does, who rests until when and why, and what was used."""
     told = ask_gateway(where, "status")
-    if as_json:
-        echo_json(told)
-    else:
-        click.echo(status_table(told["accounts"]))
+    click.echo(pretty(told) if as_json else status_table(told["accounts"]))
 
 
 def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
@@ -8445,7 +8291,7 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
 @gateway_options
 @click.argument("action", type=click.Choice(POOL_ACTIONS))
 @click.argument("name", metavar="NAME[/MODEL]")
-def steer_pool(where: Where, action: str, name: str) -> None:
+def steer_pool(action: str, name: str, **where: Any) -> None:
     """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
     account, _, model = name.partition("/")
     told = ask_gateway(where, "pool", {"action": action, "account": account, "model": model})
@@ -8455,7 +8301,7 @@ def steer_pool(where: Where, action: str, name: str) -> None:
 @main.command("why")
 @gateway_options
 @click.argument("id")
-def print_why(where: Where, id: str) -> None:
+def print_why(id: str, **where: Any) -> None:
     """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
     told = ask_gateway(where, f"why/{id}")
     decisions = told.pop("decisions")
@@ -8470,7 +8316,7 @@ def print_why(where: Where, id: str) -> None:
 
 @main.command("reload")
 @gateway_options
-def reload_gateway(where: Where) -> None:
+def reload_gateway(**where: Any) -> None:
     """Have the running gateway read its accounts file again."""
     click.echo(f"{ask_gateway(where, 'reload', {})['accounts']} accounts")
 
@@ -8510,7 +8356,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 @value
-class Landing:
+class Landing(App):
     """The page at which a login ends."""
 
     state: str
@@ -8520,9 +8366,6 @@ class Landing:
         if http.query.get("state") == self.state and not self.come.done():
             self.come.set_result(f"?{urlencode(http.query)}")
         return HttpResponse(b"agproxy has heard; this page may be closed.", 200, {"Content-Type": "text/plain"})
-
-    async def drain(self) -> None: ...
-    async def close(self) -> None: ...
 
 
 async def log_in(account: Account, config: Config, paste: bool) -> str:
@@ -8537,36 +8380,33 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
         redirect = f"http://127.0.0.1:{port}/"
         url = login_url(account, redirect, state, verifier)
         click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
-        if paste:
-            answer = await asyncio.to_thread(click.prompt, "The address that the browser ends at (it shows no page)")
-        else:
-            answer = await come
+        ask = functools.partial(click.prompt, "The address that the browser ends at (it shows no page)")
+        answer = await (asyncio.to_thread(ask) if paste else come)
     code = login_code(answer, state)
-    return await with_upstream(
-        replace(config, accounts=()), lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier)
-    )
+    alone = replace(config, accounts=())
+    return await with_upstream(alone, lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier))
 
 
 @main.command("env")
 @gateway_options
 @click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
 @click.option("--client", type=click.Choice([*CLIENTS, *DOORS_NOT_BUILT]), help="Print what to paste for this client.")
-def print_env(where: Where, shell: str, client: str | None) -> None:
+def print_env(shell: str, client: str | None, **where: Any) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
-    config = with_key(configured(*where, with_accounts=False))
+    config = servable(configured(**where, with_pool=False), with_pool=False)
     values = client_environment(config)
     if client in DOORS_NOT_BUILT:
         raise Unusable(f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served")
     if client:
         key = values["OPENAI_API_KEY"]
         filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
-        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(f"Authorization: Bearer {key}")}
-        filled["json"] = json.dumps(key)
+        header = f"Authorization: Bearer {key}"
+        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(header), "json": json.dumps(key)}
         place, text = CLIENTS[client].format(**filled).rstrip().split("\n", 1)
         click.echo(f"# {place}", err=True)
         click.echo(text)
     elif shell == "json":
-        echo_json(values)
+        click.echo(pretty(values))
     else:
         click.echo("\n".join(SHELLS[shell](name, value) for name, value in values.items()))
 

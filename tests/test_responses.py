@@ -604,6 +604,27 @@ async def test_a_client_carries_the_signatures(
     assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
 
 
+@pytest.mark.parametrize("carried", [False, True], ids=["kept here", "carried"])
+async def test_the_signatures_of_a_background_response_are_those_of_its_model(
+    carried: bool, start: Start, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    store = str(tmp_path / "s")
+    client = await start(store=store)
+    gemini.script = [signed_call(), said("done")]
+    asked = SEALED | {"store": True, "background": True, "include": SEALED["include"] if carried else []}
+    made = await ask(client, **asked)
+    while made["status"] in ("queued", "in_progress"):
+        await asyncio.sleep(0.01)
+        made = (await fetch(client, made["id"]))[1]
+    await client.close()
+    client = await start(store=store)  # a gateway that remembers nothing
+    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
+    sent = [{"role": "user", "content": "list"}, *made["output"], result]
+    more = {"input": sent} if carried else {"input": [result], "previous_response_id": made["id"]}
+    await ask(client, **SEALED | more)
+    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
+
+
 @pytest.mark.parametrize("change", ["another gateway", "changed", "foreign"])
 async def test_what_was_not_sealed_here_is_passed_over(change: str, start: Start, gemini: FakeGemini) -> None:
     client = await start()
