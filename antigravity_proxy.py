@@ -639,7 +639,12 @@ class ConfigFile:
     def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
         """The values given in a mapping, each read by its kind; null is as if the key were not there."""
         values: dict[str, Any] = {}
-        for key, value in self.pairs(node, path or "the file", kinds):
+        if node is None or node.tag == YAML_NULL:
+            return values
+        if node.tag != YAML_MAP:
+            self.note(node, f"{path or 'the file'} must hold 'key: value' lines (keys: {', '.join(kinds)}).")
+            return values
+        for key, value in node.value:
             if not isinstance(key.value, str):
                 self.note(key, "a key must be a word.")
                 continue
@@ -651,14 +656,6 @@ class ConfigFile:
             elif value.tag != YAML_NULL and (read := self.value(kinds[key.value], value, where)) is not None:
                 values[key.value] = read
         return values
-
-    def pairs(self, node: Any, path: str, known: Iterable[str]) -> list[tuple[Any, Any]]:
-        if node is None or node.tag == YAML_NULL:
-            return []
-        if node.tag != YAML_MAP:
-            self.note(node, f"{path} must hold 'key: value' lines (keys: {', '.join(known)}).")
-            return []
-        return list(node.value)
 
 
 Kind = Callable[[ConfigFile, Any, str], Any]
@@ -730,26 +727,38 @@ def read_texts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
     return tuple(read_text(file, item, where) for item in nodes)
 
 
+def read_words(*words: str) -> Kind:
+    def read(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+        found = tuple(text.upper() for text in read_texts(file, node, where))
+        if not found or not set(found) <= set(words):
+            raise ValueError(f"must be some of {', '.join(words)}.")
+        return found
+
+    return read
+
+
 def read_range(file: ConfigFile, node: Any, where: str) -> tuple[int, int]:
     ends = read_texts(file, node, where)
-    if len(ends) != 2 or not all(end.isdecimal() for end in ends):
+    if len(ends) != 2 or not all(re.fullmatch(r"\d{1,9}", end) for end in ends) or int(ends[0]) > int(ends[1]):
         raise ValueError("must be two whole numbers, [least, most].")
     return int(ends[0]), int(ends[1])
 
 
 def read_url(file: ConfigFile, node: Any, where: str) -> str:
     value = read_secret(file, node, where).rstrip("/")
-    if not re.match(r"https?://[^/\s]+", value) or not host_of(value):
+    labels = host_of(value).split(".")
+    if not re.fullmatch(r"https?://\S+", value) or not all(0 < len(label) < 64 for label in labels):
         raise ValueError("must be a URL that begins with http:// or https://.")
     return value
 
 
 def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
     """Host names as the guard compares them."""
-    hosts = read_texts(file, node, where)
-    if any(re.search(r"[/*\s]", host) for host in hosts):
+    given = read_texts(file, node, where)
+    hosts = tuple(host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}") for host in given)
+    if not all(hosts) or any(re.search(r"[/*\s]", host) for host in given):
         raise ValueError("must be host names without scheme and *, such as box.lan.")
-    return tuple(host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}") for host in hosts)
+    return hosts
 
 
 def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
@@ -770,8 +779,8 @@ def read_store(file: ConfigFile, node: Any, where: str) -> str:
 
 def read_map(kind: Kind) -> Kind:
     def read(file: ConfigFile, node: Any, where: str) -> dict[str, Any]:
-        pairs = file.pairs(node, where, ["NAME"])
-        return {str(key.value): kind(file, value, f"{where}.{key.value}") for key, value in pairs}
+        names = [key.value for key, _ in node.value if isinstance(key.value, str)] if node.tag == YAML_MAP else ["NAME"]
+        return file.section(node, where, dict.fromkeys(names, kind))
 
     return read
 
@@ -886,14 +895,14 @@ class Config:
 
     @property
     def bind(self) -> str:
-        """The address to listen on."""
-        return self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")
+        """The address to listen on; one of IPv6 may be given in brackets, as URLs have it."""
+        return (self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")).strip("[]").lower()
 
     @property
     def base_url(self) -> str:
         """What a client on this machine is set to."""
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.bind, self.bind)
-        return f"http://{f'[{host}]' if ':' in host and host[0] != '[' else host}:{self.port}/v1"
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
 
 def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
@@ -950,7 +959,7 @@ def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
 def read_credentials(text: str, given: dict[str, Any]) -> None:
     """Takes over what stands in a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
     found: Any = None
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         found = json.loads(text)
     texts = {key: value for key, value in found.items() if isinstance(value, str)} if isinstance(found, dict) else {}
     if texts.get("type") == "service_account" and texts.keys() >= {"client_email", "private_key"}:
@@ -966,8 +975,8 @@ def read_credentials(text: str, given: dict[str, Any]) -> None:
 TRAIT_KEYS: Mapping[str, Kind] = {
     **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
     "thinking": read_word("none", "budget", "level"),
-    "levels": read_texts,
-    "answers": read_texts,
+    "levels": read_words(*(effort.upper() for effort in EFFORTS)),
+    "answers": read_words("TEXT", "IMAGE", "AUDIO"),
     "budget": read_range,
     "output_tokens_max": read_number(1, 1 << 30, int),
 }
@@ -1001,6 +1010,8 @@ def load_config(
         line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
         problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
         raise ConfigError(f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line.") from None
+    except (ValueError, OverflowError, RecursionError) as error:  # a character beyond Unicode; no end of brackets
+        raise ConfigError(f"{source}: not valid YAML ({error}). Write it anew.") from None
     given = file.section(node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()})
     proxy, models = given.get("proxy", {}), given.get("models", {})
     renamed = {"default": "default_model", "map": "aliases"}
@@ -1046,7 +1057,8 @@ def is_public(host: str) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    return address.is_global and not address.is_multicast
+    given_out = isinstance(address, IPv4Address) or address in ip_network("2000::/3")  # of IPv6 nothing else is
+    return given_out and address.is_global and not address.is_multicast
 
 
 def is_address(host: str) -> bool:
@@ -1151,7 +1163,7 @@ class Tool:
 @value
 class ToolChoice:
     mode: Literal["auto", "none", "required"] = "auto"
-    names: tuple[str, ...] = ()
+    names: frozenset[str] = frozenset()
 
 
 @value
@@ -1667,7 +1679,7 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> Request:
     fields = Fields(body)
     refuse_state(fields, kept=past is not None)
     messages, system, more_tools = parse_input(fields, past or ())
-    tools = (*parse_tools(fields), *more_tools)
+    tools = each_once(fields, (*parse_tools(fields), *more_tools))
     text, reasoning = fields.object("text"), fields.object("reasoning")
     instructions = fields.text("instructions")
     effort = reasoning.text("effort") if reasoning else None
@@ -1714,20 +1726,20 @@ def parse_input(fields: Fields, past: Sequence[Any]) -> tuple[tuple[Message, ...
     if value is None:
         fields.missing("input")
     given = [Fields({"role": "user", "content": value}, "input")] if isinstance(value, str) else fields.objects("input")
-    messages: list[Message] = []
+    turns: list[tuple[Any, list[Part]]] = []
     system: list[str] = []
     tools: list[Tool] = []
     known = [Fields(item, f"past[{i}]") for i, item in enumerate(past)]  # whose changes are not told again
     for item in (*known, *given):
         if item.value.get("type") == "additional_tools":
-            tools += parse_tools(item)
+            tools[:0] = parse_tools(item)  # so that of two with one name the newer holds
         elif item.value.get("role") in SYSTEM_ROLES:
             system += texts_of(item)
         elif message := parse_item(item):
-            joined = messages and messages[-1].role == message.role != "user"
-            parts = messages.pop().parts if joined else ()
-            messages.append(replace(message, parts=parts + message.parts))
-    return tuple(messages), tuple(system), tuple(tools)
+            if not turns or not turns[-1][0] == message.role != "user":
+                turns.append((message.role, []))
+            turns[-1][1].extend(message.parts)
+    return tuple(Message(role, tuple(parts)) for role, parts in turns), tuple(system), tuple(tools)
 
 
 def parse_item(item: Fields) -> Message | None:
@@ -1785,13 +1797,18 @@ def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
     """
     if fields.value.get("tools") is None and fields.value.get("functions") is None:
         return ()
-    tools: dict[tuple[str | None, str], Tool] = {}
     declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
-    for tool in (*declared, *(parse_function(entry) for entry in fields.objects("functions"))):
-        if tools.setdefault((tool.namespace, tool.name), tool) is not tool:
+    return each_once(fields, [*declared, *(parse_function(entry) for entry in fields.objects("functions"))])
+
+
+def each_once(fields: Fields, tools: Iterable[Tool]) -> tuple[Tool, ...]:
+    """The first tool of each name; Gemini refuses a second one."""
+    known: dict[tuple[str | None, str], Tool] = {}
+    for tool in tools:
+        if known.setdefault((tool.namespace, tool.name), tool) is not tool and not tool.source.startswith("past["):
             pointer = pointer_of(tool.source)
             fields.changes.append(Change(pointer, "dropped", f"the tool '{tool.name}' is declared twice"))
-    return tuple(tools.values())
+    return tuple(known.values())
 
 
 def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
@@ -1852,11 +1869,16 @@ def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
     if kind not in ("function", "custom", "allowed_tools"):
         raise choice.wrong("type", f"is '{kind}', which is not served", "Send function, custom or allowed_tools")
     spec = choice.object(kind) or choice
-    named = spec.objects("tools") if kind == "allowed_tools" else [spec]
+    listed = spec.objects("tools") if kind == "allowed_tools" else [spec]
+    named = [one for one in listed if not HOSTED_TOOLS.fullmatch(str(one.value.get("type")))]
+    if len(named) < len(listed):
+        spec.change("tools", "dropped", "a hosted tool cannot be chosen")
+        if not named:
+            return ToolChoice("none")
     names = [(one.object("function") or one.object("custom") or one).text("name") for one in named]
     if not names or not set(names) <= {tool.name for tool in tools}:
         raise fields.wrong(key, "names no declared function", "Name one of 'tools'")
-    return ToolChoice(parse_choice_mode(spec) if kind == "allowed_tools" else "required", tuple(map(str, names)))
+    return ToolChoice(parse_choice_mode(spec) if kind == "allowed_tools" else "required", frozenset(map(str, names)))
 
 
 def parse_choice_mode(spec: Fields) -> Literal["auto", "required"]:
@@ -6767,6 +6789,7 @@ class Gateway(App):
         """What happened, for the log, the bill and `agproxy why`."""
         self.tally.add(trace, status)
         if trace.steps:
+            trace.changes = ()  # of which a large body has many, and nobody asks for them any more
             self._journal.append((trace, status, time.monotonic()))
         if log.isEnabledFor(logging.INFO):
             fields = log_fields(trace, status, time.monotonic())
@@ -7809,8 +7832,8 @@ def find_file(accounts: str | None, env: Mapping[str, str]) -> Path | None:
     """The accounts file by flag, $AGPROXY_ACCOUNTS, ./accounts.yaml or $XDG_CONFIG_HOME; None where there is none."""
     if named := accounts or env.get("AGPROXY_ACCOUNTS"):
         return Path(named)
-    home = Path(env.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "agproxy" / "accounts.yaml"
-    return next((path for path in (Path("accounts.yaml"), home) if path.exists()), None)
+    home = os.path.expanduser(env.get("XDG_CONFIG_HOME") or "~/.config")  # which may not be there, or not for us to see
+    return next(filter(os.path.exists, (Path("accounts.yaml"), Path(home, "agproxy", "accounts.yaml"))), None)
 
 
 def find_config(accounts: str | None, env: Mapping[str, str], with_pool: bool) -> Config:
@@ -7852,7 +7875,7 @@ def configured(
     try:
         config = find_config(accounts, os.environ, with_pool and not demo)
         if named := os.environ.get("AGPROXY_PORT"):
-            if not named.isdecimal() or int(named) > 65535:
+            if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
                 raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
             config = replace(config, port=int(named))
         config = replace(config, host=host or config.host, port=config.port if port is None else port, demo=demo)
@@ -7875,7 +7898,7 @@ def servable(config: Config, with_pool: bool = True) -> Config:
 
 
 def pretty(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
+    return encoded(json.dumps(value, indent=2, ensure_ascii=False)).decode()
 
 
 class JsonFormatter(logging.Formatter):
@@ -8033,7 +8056,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         direct = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1")))
         env = {**os.environ, **client_environment(replace(config, port=port)), "no_proxy": direct, "NO_PROXY": direct}
         child = await asyncio.create_subprocess_exec(*command, env=env)
-        by_terminal = sys.stdin is not None and sys.stdin.isatty()  # then Ctrl-C reaches the child by itself
+        by_terminal = any(map(os.isatty, range(3)))  # then Ctrl-C reaches the child by itself
         on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], child.send_signal)
         on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else child.send_signal)
         code = await child.wait()
@@ -8083,8 +8106,9 @@ def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: 
     log_handler = set_up_logging(log_level, log_format, config)
     try:
         run_loop(run_until_signal(config, path, lambda: log_handler.learn(servable(configured(**where))), drain_s))
-    except OSError as error:
-        text = f"Cannot listen on {config.bind}:{config.port} ({error.strerror}). Choose another with --port or --host."
+    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
+        why = getattr(error, "strerror", "no such name")
+        text = f"Cannot listen on {config.bind}:{config.port} ({why}). Choose another with --port or --host."
         raise Unusable(text, "cannot_listen") from None
     except KeyboardInterrupt:
         pass
@@ -8241,6 +8265,7 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
 
 def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
     """What the running gateway answers under /agproxy/. Raises Unusable."""
+    import http.client
     import urllib.error
     import urllib.request
 
@@ -8248,7 +8273,7 @@ def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
     url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
     request = urllib.request.Request(url, None if body is None else dump_bytes(body))
     if config.api_key:
-        request.add_header("Authorization", f"Bearer {config.api_key[0].key}")
+        request.add_header("Authorization", f"Bearer {config.api_key[0].key}".encode().decode("latin-1"))
     try:
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
             if isinstance(answer := parse_json(response.read()), dict):
@@ -8257,7 +8282,7 @@ def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
         told = error_of(parse_json(refused.read()))
         code = str(told.get("code") or "server_error")
         raise Unusable(str(told.get("message") or refused), code) from None
-    except OSError:
+    except (OSError, http.client.HTTPException):  # the latter where something else listens
         pass
     text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
     raise Unusable(text, "no_gateway")
@@ -8293,7 +8318,9 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
 @click.argument("name", metavar="NAME[/MODEL]")
 def steer_pool(action: str, name: str, **where: Any) -> None:
     """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
-    account, _, model = name.partition("/")
+    known = [one["account"] for one in ask_gateway(where, "status")["accounts"]]  # in whose names a / may be
+    account = max((one for one in known if f"{name}/".startswith(f"{one}/")), key=len, default=name.partition("/")[0])
+    model = name[len(account) + 1 :]
     told = ask_gateway(where, "pool", {"action": action, "account": account, "model": model})
     click.echo(status_table(told["accounts"]))
 
@@ -8303,7 +8330,7 @@ def steer_pool(action: str, name: str, **where: Any) -> None:
 @click.argument("id")
 def print_why(id: str, **where: Any) -> None:
     """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
-    told = ask_gateway(where, f"why/{id}")
+    told = ask_gateway(where, f"why/{quote(id, safe='')}")
     decisions = told.pop("decisions")
     click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
     for number, step in enumerate(decisions, 1):
@@ -8343,7 +8370,12 @@ def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
         raise Unusable(error.message, "login_failed") from None
     path = Path(account.credentials)
     about = {"type": "authorized_user", **{key: getattr(account, key) for key in USER_KEYS}, "refresh_token": token}
-    write_private(path, json.dumps(about, indent=2))
+    try:
+        write_private(path, json.dumps(about, indent=2))
+    except OSError as error:
+        raise Unusable(
+            f"{path}: cannot be written ({error.strerror}). Mend that, and log in again.", "login_failed"
+        ) from None
     click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
 
 
@@ -8380,9 +8412,11 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
         redirect = f"http://127.0.0.1:{port}/"
         url = login_url(account, redirect, state, verifier)
         click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
-        ask = functools.partial(click.prompt, "The address that the browser ends at (it shows no page)")
-        answer = await (asyncio.to_thread(ask) if paste else come)
-    code = login_code(answer, state)
+        if paste:  # nothing else waits for the loop, which would keep Ctrl-C from the prompt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            come.set_result(click.prompt("The address that the browser ends at (it shows no page)"))
+        answer = await come
+    code = login_code(f"?{answer.partition('?')[2]}", state)
     alone = replace(config, accounts=())
     return await with_upstream(alone, lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier))
 

@@ -1,11 +1,19 @@
 """What a person types, and what is answered."""
 
+import contextlib
+import os
+import pty
+import socket
 import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from conftest import command_of
 
 import antigravity_proxy as agproxy
 
@@ -56,6 +64,9 @@ def test_the_version_tells_copies_apart() -> None:
     [
         (["check", "--accounts", "gone.yaml"], {}, "gone.yaml: cannot be read (No such file or directory)"),
         (["env"], {"AGPROXY_PORT": "http"}, "AGPROXY_PORT is 'http'"),
+        (["env"], {"AGPROXY_PORT": "9" * 5000}, "Set it to a number from 0 to 65535"),
+        (["why", "--port", "1", "a b"], {}, "[no_gateway]"),
+        (["why", "--port", "1", "ü"], {}, "[no_gateway]"),
         (["serve", "--port", "70000"], {}, "70000 is not in the range"),
     ],
 )
@@ -99,3 +110,109 @@ def test_explain_takes_what_only_a_gateway_can_look_up(tmp_path: Path, monkeypat
     run = CliRunner().invoke(agproxy.main, ["explain", "-"], input=body)
     assert run.exit_code == 0, run.output
     assert '"/previous_response_id": "mapped: the conversation that is kept, before the input"' in run.output
+
+
+def test_explain_shows_half_a_surrogate_pair_as_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    body = '{"model": "gpt-4o", "messages": [{"role": "user", "content": "a\\ud83d"}]}'
+    run = CliRunner().invoke(agproxy.main, ["explain", "-"], input=body)
+    assert (run.exit_code, '"text": "a?"' in run.output) == (0, True), run.output
+
+
+def test_something_else_at_the_port_is_no_gateway(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("proxy: {api_key: schlüssel€}\n")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def greet() -> None:
+            client, _ = server.accept()
+            client.sendall(b"SSH-2.0-x\r\n")
+            client.close()
+
+        threading.Thread(target=greet, daemon=True).start()
+        arguments = ["status", "--accounts", str(path), "--port", str(server.getsockname()[1])]
+        run = CliRunner().invoke(agproxy.main, arguments)
+    assert (run.exit_code, "[no_gateway]" in run.output) == (2, True), run.output
+
+
+def test_a_host_that_can_be_none_is_said(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("proxy: {allow_lan_access: true, auth_mode: off}\naccounts: [{name: a, api_key: k}]\n")
+    arguments = ["serve", "--accounts", str(path), "--host", "a..b", "--port", "0"]
+    run = CliRunner().invoke(agproxy.main, arguments, env={"XDG_STATE_HOME": str(tmp_path)})
+    assert (run.exit_code, "Cannot listen on a..b:0 (no such name)" in run.output) == (2, True), run.output
+
+
+def test_whoever_has_no_home_needs_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container with a user of a number alone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    none = dict.fromkeys(("HOME", "XDG_CONFIG_HOME", "AGPROXY_ACCOUNTS"))
+    run = CliRunner().invoke(agproxy.main, ["env"], env=none)
+    assert run.exit_code == 0, run.output
+
+
+def in_terminal(folder: Path, *arguments: str, wait_for: bytes, stdin: str = "&3") -> tuple[int, bytes]:
+    """What a command in a terminal of its own ended with and said, after Ctrl-C was pressed there."""
+    command, env = command_of(folder, *arguments)
+    mine, its = pty.openpty()
+    script = f'exec 3<"$0" && exec "$@" <{stdin}'  # whoever leads a session owns the terminal that it opens
+    program = ["sh", "-c", script, os.ttyname(its), *command]
+    process = subprocess.Popen(program, env=env, stdout=its, stderr=its, start_new_session=True)
+    os.close(its)
+    late = threading.Timer(15, process.kill)
+    late.start()
+    said = b""
+    pressed = False
+    with contextlib.suppress(OSError), process:  # Linux's way to say that nobody has the terminal open any more
+        while piece := os.read(mine, 4096):
+            said += piece
+            if not pressed and wait_for in said:
+                time.sleep(0.2)
+                pressed = bool(os.write(mine, b"\x03"))
+    late.cancel()
+    os.close(mine)
+    return process.wait(), said
+
+
+def test_ctrl_c_ends_a_login_that_waits_for_a_paste(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("accounts: [{name: me, kind: cloudcode, client_id: i, client_secret: s}]\n")
+    code, said = in_terminal(tmp_path, "login", "--paste", "--accounts", str(path), "me", wait_for=b"shows no page")
+    assert (code, b"Aborted!" in said) == (1, True), said
+
+
+COUNT = """
+import os, signal, sys, time
+came, goes = os.pipe()
+os.set_blocking(goes, False)
+signal.set_wakeup_fd(goes)
+signal.signal(signal.SIGINT, lambda *_: None)
+print("counts", flush=True)
+os.read(came, 1)
+time.sleep(0.5)
+os.set_blocking(came, False)
+try:
+    sys.exit(1 + len(os.read(came, 9)))
+except BlockingIOError:
+    sys.exit(1)
+"""
+
+
+def test_ctrl_c_reaches_a_command_once_though_its_input_comes_from_elsewhere(tmp_path: Path) -> None:
+    command = (sys.executable, "-c", COUNT)
+    run = in_terminal(tmp_path, "run", "--demo", "--", *command, wait_for=b"counts", stdin="/dev/null")
+    assert run[0] == 1, run
+
+
+def test_a_login_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("accounts: [{name: me, kind: cloudcode, client_id: i, client_secret: s}]\n")
+    (tmp_path / "me.token.json").mkdir()
+
+    async def granted(*_: Any) -> str:
+        return "t0ken"
+
+    monkeypatch.setattr(agproxy, "log_in", granted)
+    run = CliRunner().invoke(agproxy.main, ["login", "--accounts", str(path), "me"])
+    assert (run.exit_code, "me.token.json: cannot be written" in run.output) == (2, True), run.output

@@ -40,6 +40,8 @@ def test_an_account_without_a_name_is_called_by_its_e_mail_and_a_disabled_one_ne
         ("api_key: k", {"api_key": (agproxy.ClientKey("client", "k"),)}),
         ("api_key: [{name: ci, key: a}, {name: me, key: b}]", {"api_key": (agproxy.ClientKey("ci", "a"),) * 1}),
         ("timeouts: {idle_s: 2.5}", {"timeouts": agproxy.Timeouts(idle_s=2.5)}),
+        ("host: '[::1]'", {"bind": "::1", "base_url": "http://[::1]:8045/v1"}),
+        ("host: LOCALHOST", {"bind": "localhost"}),
         ("cors_origins: https://a.example", {"cors_origins": ("https://a.example",)}),
         ("port: null", {"port": 8045}),
         ("store: off", {"store": "off"}),
@@ -72,11 +74,25 @@ def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
         ("proxy:\n  port: 1\n  port: 2\n", ["f.yaml:3: 'proxy.port' stands here twice"]),
         ("proxy:\n  timeouts: {idle: 3}\n", ["f.yaml:2: unknown key 'idle' (idle_s?)"]),
         ("proxy:\n  api_key: [{name: ci}]\n", ["a `name` and a `key` each"]),
-        ("models:\n  map: {a: [b]}\n", ["f.yaml:2: 'models.map' must be a text"]),
+        ("models:\n  map: {a: [b]}\n", ["f.yaml:2: 'models.map.a' must be a text"]),
+        ("models:\n  map:\n    a: x\n    a: y\n", ["f.yaml:4: 'models.map.a' stands here twice"]),
+        ("models:\n  map: {[a]: b}\n", ["f.yaml:2: a key must be a word."]),
+        (
+            "models:\n  traits: {x: {levels: []}}\n",
+            ["f.yaml:2: 'models.traits.x.levels' must be some of NONE, MINIMAL"],
+        ),
+        ("models:\n  traits: {x: {levels: [deep]}}\n", ["'models.traits.x.levels' must be some of"]),
+        ("models:\n  traits: {x: {budget: [5, 1]}}\n", ["must be two whole numbers, [least, most]"]),
+        ("proxy:\n  allowed_hosts: box:port\n", ["f.yaml:2: 'proxy.allowed_hosts' must be host names"]),
+        ("proxy:\n  upstream_proxy: http://a..b\n", ["f.yaml:2: 'proxy.upstream_proxy' must be a URL"]),
+        ("proxy:\n  upstream_proxy: http://a/b c\n", ["f.yaml:2: 'proxy.upstream_proxy' must be a URL"]),
         ("models: []\n", ["f.yaml:1: models must hold 'key: value' lines"]),
         ("models:\n  traits: {x: {speed: 1}}\n", ["unknown key 'speed'"]),
         ("- a\n", ["f.yaml:1: the file must hold"]),
         ("proxy: {\n", ["f.yaml:2: not valid YAML"]),
+        ("accounts: " + "[" * 3000, ["f.yaml: not valid YAML (maximum recursion"]),
+        ('accounts: "\\U00110000"\n', ["f.yaml: not valid YAML (chr() arg"]),
+        ('accounts: "\\UFFFFFFFF"\n', ["f.yaml: not valid YAML"]),
         ("proxy:\n  port: 1\x00\n", ["f.yaml:2: not valid YAML (special characters are not allowed)"]),
     ],
 )
@@ -84,6 +100,11 @@ def test_a_bad_file_says_where_and_what(text: str, said: list[str]) -> None:
     with pytest.raises(agproxy.ConfigError) as caught:
         loaded(text)
     assert all(part in str(caught.value) for part in said), str(caught.value)
+
+
+def test_in_a_map_too_null_is_as_if_the_key_were_not_there() -> None:
+    config = loaded("models:\n  map: {a: x, b: null, c: ~}\n  traits: {y: {levels: [low, HIGH]}, z: ~}\n")
+    assert (config.aliases, config.traits) == ({"a": "x"}, {"y": {"levels": ("LOW", "HIGH")}})
 
 
 def test_keys_are_never_shown() -> None:
@@ -138,6 +159,7 @@ def test_what_the_keys_of_an_account_mean(text: str, expected: dict[str, Any]) -
         ("kind: cloudcode, client_id: i", "needs `credentials: FILE`"),
         ("kind: cloudcode, credentials: gone.json", "names /etc/gone.json, which cannot be read"),
         ("kind: cloudcode, credentials: bad.json", "has /etc/bad.json, which is no authorized_user"),
+        ("kind: cloudcode, credentials: deep.json", "has /etc/deep.json, which is no authorized_user"),
         ("kind: vertex, project: p, location: a.b/c, credentials: user.json", "has the location 'a.b/c'"),
         ("api_key: k, weight: 0", "must be a number from 0.01"),
         ("api_key: k, limits: {'*': {requests_a_day: 5}}", "unknown key 'requests_a_day' (requests_per_day?)"),
@@ -145,7 +167,7 @@ def test_what_the_keys_of_an_account_mean(text: str, expected: dict[str, Any]) -
 )
 def test_an_account_that_cannot_be_says_why(text: str, said: str) -> None:
     with pytest.raises(agproxy.ConfigError) as caught:
-        account(text, user=USER, service=SERVICE, bad='["x"]')
+        account(text, user=USER, service=SERVICE, bad='["x"]', deep="[" * 10_000)
     assert said in str(caught.value)
     assert "/etc/f.yaml:1:" in str(caught.value)
 

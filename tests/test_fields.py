@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -492,3 +493,17 @@ def test_explain_knows_the_body_by_what_it_says(
     said = "prompt" if body.get("prompt") else "input" if body.get("input") else "messages"
     assert fields_of(told) == sorted(["/model", f"/{said}", *pointers])
     assert told["requests"][0]["contents"] == [{"role": "user", "parts": [{"text": "hi"}]}]
+
+
+def test_the_longest_lists_are_read_in_time() -> None:
+    """Nobody else is served meanwhile: twice as many take twice as long, not four times."""
+    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    tools = [{"type": "function", "name": f"f{i}"} for i in range(30_000)]
+    choice = {"type": "allowed_tools", "mode": "required", "tools": tools}
+    began = time.process_time()
+    request = agproxy.parse_response(
+        {"model": "gpt-4o", "input": [item] * 100_000, "tools": tools, "tool_choice": choice}
+    )
+    assert [len(message.parts) for message in request.messages] == [100_000]
+    assert len(built(dataclasses.replace(request, messages=())).body["tools"][0]["functionDeclarations"]) == 30_000
+    assert time.process_time() - began < 4

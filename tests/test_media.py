@@ -160,6 +160,9 @@ async def test_an_image_in_a_tool_result_is_fetched_too(gemini: FakeGemini, medi
         ("::ffff:127.0.0.1", False),
         ("2002:7f00:1::", False),
         ("64:ff9b::7f00:1", False),
+        ("64:ff9b:1::a00:1", False),
+        ("fec0::1", False),
+        ("::10.0.0.1", False),
     ],
 )
 def test_which_addresses_belong_to_the_internet(address: str, public: bool) -> None:

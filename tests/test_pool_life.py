@@ -189,6 +189,15 @@ async def test_what_a_person_sees_and_steers(serve: Serve, write: Write, gemini:
     assert "no account's name" in (await command(base_url, "pool", "reset", "x")).output
 
 
+async def test_an_account_with_a_slash_in_its_name_is_steered(serve: Serve, write: Write) -> None:
+    write("team", "team/b")
+    base_url = await (await serve()).wait_for(r"base URL +(\S+)")
+    assert re.search(r"\nteam/b .*A person paused it", (await command(base_url, "pool", "pause", "team/b")).output)
+    assert "paused" not in (await command(base_url, "pool", "resume", "team/b")).output
+    told = (await command(base_url, "pool", "pause", "team/b/m")).output
+    assert re.search(r"\nteam/b .*is ready\n +m .*A person paused it", told)
+
+
 async def test_the_commands_need_the_key_where_one_is_needed(
     serve: Serve, write: Write, gemini: FakeGemini, tmp_path: Path
 ) -> None:

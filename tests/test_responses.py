@@ -127,6 +127,17 @@ async def test_a_tools_result_needs_nothing_but_the_id(ai: openai.AsyncOpenAI, g
     assert turns[2]["parts"][0]["functionResponse"]["response"] == {"output": "a b"}
 
 
+async def test_a_tool_that_is_declared_again_is_sent_once(client: TestClient, gemini: FakeGemini) -> None:
+    def declared(about: str) -> dict[str, Any]:
+        tools = [{"type": "function", "name": "f", "description": about}]
+        return {"type": "additional_tools", "role": "developer", "tools": tools}
+
+    gemini.script = [said("one"), said("two")]
+    first = await ask(client, input=[declared("old"), {"role": "user", "content": "hi"}])
+    await ask(client, previous_response_id=first["id"], input=[declared("new"), {"role": "user", "content": "hi"}])
+    assert gemini.bodies[1]["tools"][0]["functionDeclarations"] == [{"name": "f", "description": "new"}]
+
+
 async def test_media_are_kept_whole(client: TestClient, gemini: FakeGemini) -> None:
     url = f"data:image/png;base64,{'iVBO' * 9000}"
     gemini.script = [said("a cat"), said("black")]
