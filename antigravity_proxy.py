@@ -240,6 +240,7 @@ SCHEMA_HANDLED = {
     *("type", "enum", "const", "items", "properties", "required", "exclusiveMinimum", "exclusiveMaximum"),
     *("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id"),
 }
+SCHEMA_DATA = {"const", "default", "enum", "examples"}  # whose values are no schemas
 # Without any of these a function takes no arguments.
 SCHEMA_CONTENT = ("properties", "$ref", "anyOf", "oneOf", "allOf", "patternProperties", "additionalProperties")
 SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
@@ -583,7 +584,7 @@ REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] =
     ((403,), r"VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED", AccountBarred, None),
     ((429,), "", RateLimited, None),
     ((401, 403), "", CredentialRefused, None),
-    ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing", CredentialRefused, None),
+    ((400,), r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing | billing", CredentialRefused, None),
     ((400,), r"token count.* exceeds|maximum number of tokens", UpstreamRefused, "context_length_exceeded"),
     ((400,), r"[Cc]ontext (length|window)", UpstreamRefused, "context_length_exceeded"),
     ((400, 413), r"payload size exceeds", TooLarge, None),
@@ -2257,6 +2258,9 @@ class AccountPool:
             self._seats.append(seat)
         for name in known:
             self._forget(name, "")
+        for (owner, model), use in self._uses.items():
+            use.given = self._given(owner, model)
+        self._limited = any(use.limits for use in self._uses.values())
 
     # ---- the choice
 
@@ -2269,7 +2273,7 @@ class AccountPool:
         goes into `seen`. The lease must be released.
         Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
         """
-        self._day = self._day if now < self._day <= now + DAY_S_MAX else next_midnight(now)
+        self._begin_day(now)
         best, best_avoided, best_rank = None, True, math.inf
         strategy, limited, floor, log = self._strategy, self._limited, self._floor, math.log
         for seat in self._seats:
@@ -2287,6 +2291,9 @@ class AccountPool:
                     best, best_avoided, best_rank = seat, avoided, rank
             seen.append((account.name, state))
         return self._lease(best, model, now) if best else None
+
+    def _begin_day(self, now: float) -> None:
+        self._day = self._day if now < self._day <= now + DAY_S_MAX else next_midnight(now)
 
     def again(self, seat: Seat, model: str, now: float) -> Lease | None:
         """The same account once more, unless it rests or is busy by now."""
@@ -2383,9 +2390,10 @@ class AccountPool:
             self._count(lease, 0, -1, now)
         if error.quota in QUOTAS:
             self._learn(lease, error, now)
-        if len(self._rests) > STATES_MAX:
-            held = {key for key, rests in self._rests.items() if any(rest.holds(now) for rest in rests.values())}
-            self._rests = {key: rests for key, rests in self._rests.items() if key in held}
+        if len(self._rests) > STATES_MAX:  # those that end last stay
+            held = [one for one in self._rests.items() if any(rest.holds(now) for rest in one[1].values())]
+            held.sort(key=lambda one: max(rest.until for rest in one[1].values()))
+            self._rests = dict(held[-STATES_MAX:])
 
     def _learn(self, lease: Lease, error: UpstreamError, now: float) -> None:
         """From a quota's refusal: how large it is and, where its own requests do not explain it, who seems to share it."""
@@ -2419,18 +2427,22 @@ class AccountPool:
     def _count(self, lease: Lease, quota: int, count: int, now: float) -> None:
         """Counts requests (0) or tokens (1)."""
         for owner in lease.seat.owners:
-            use = self._uses.get((owner, lease.model)) or self._new_use(lease.seat, owner, lease.model)
+            use = self._uses.get((owner, lease.model)) or self._new_use(owner, lease.model)
             counts = use.at(now, self._day)
             counts[quota] += count
             counts[quota + 2] += count
 
-    def _new_use(self, seat: Seat, owner: str, model: str) -> Use:
-        limits = seat.account.limits
-        use = self._uses[owner, model] = Use(limits[pattern] if (pattern := look_up(model, limits)) else {})
+    def _new_use(self, owner: str, model: str) -> Use:
+        use = self._uses[owner, model] = Use(self._given(owner, model))
         self._limited |= bool(use.given)
         if len(self._uses) > STATES_MAX:
             del self._uses[next(iter(self._uses))]
         return use
+
+    def _given(self, owner: str, model: str) -> dict[str, int]:
+        """The limits that the file gives an account; a project has those of all its accounts."""
+        limits = [seat.account.limits for seat in self._seats if owner in seat.owners]
+        return {quota: size for each in limits if (key := look_up(model, each)) for quota, size in each[key].items()}
 
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
         """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
@@ -2480,6 +2492,7 @@ class AccountPool:
     def status(self, now: float) -> list[dict[str, Any]]:
         """Of each account what it is, does and may do, and the same for each model that it was asked for."""
         told = []
+        self._begin_day(now)
         for seat in self._seats:
             account = seat.account
             models = [model for owner, model in (*self._uses, *self._rests) if owner in seat.owners and model]
@@ -2512,7 +2525,7 @@ class AccountPool:
 
     def restore(self, rows: Mapping[str, str], now: float) -> None:
         """Takes back what `rows` gave, unless its time is over."""
-        self._day = next_midnight(now)
+        self._begin_day(now)
         for name, text in rows.items():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
                 self._restore_row(json.loads(name), json.loads(text), now)
@@ -2524,8 +2537,8 @@ class AccountPool:
             error = RESTING[kind](message, code=code)
             error.quota = more[0]
             self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
-        elif value[0] == self._day and (seats := [seat for seat in self._seats if owner in seat.owners]):
-            use = self._new_use(seats[0], owner, model)
+        elif value[0] == self._day and any(owner in seat.owners for seat in self._seats):
+            use = self._new_use(owner, model)
             use.at(now, self._day)
             use.counts[2:], use.learned = value[1:]
             self._limited |= bool(use.learned)
@@ -2685,7 +2698,8 @@ class Builder:
         if not TOOL_NAME.fullmatch(whole):
             made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
         if len(made) > TOOL_NAME_MAX or made in self.taken:
-            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(encoded(whole)).hexdigest()[:8]}"
+            exact = encoded(name if namespace is None else f"{namespace}\0{name}")
+            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(exact).hexdigest()[:8]}"
         if made != name and source:
             self.change(f"{pointer_of(source)}/name", "renamed", f"Gemini knows '{whole}' as '{made}'")
         self.names[namespace, name] = made
@@ -2715,7 +2729,7 @@ class Builder:
         if not schema or not any(schema.get(key) for key in SCHEMA_CONTENT):
             return declaration
         if self.takes_json_schema:
-            return declaration | {"parametersJsonSchema": schema}
+            return declaration | {"parametersJsonSchema": lone_refs(schema)}
         source = tool.source if tool.answers else f"{pointer_of(tool.source)}/parameters"
         reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
         return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
@@ -2808,7 +2822,7 @@ class Builder:
     def json_output(self, form: JsonFormat) -> dict[str, Any]:
         config: dict[str, Any] = {"responseMimeType": "application/json"}
         if form.schema and self.takes_json_schema:
-            config["responseJsonSchema"] = form.schema
+            config["responseJsonSchema"] = lone_refs(form.schema)
         elif form.schema:
             source = self.request.sources.get("json_format", "/response_format")
             reduced = SchemaReducer(form.schema, source, self.changes).reduce(form.schema) or {}
@@ -2878,7 +2892,8 @@ class Builder:
                     self.change(self.messages, "emulated", "a result without a call is passed on as text")
                 add_turn(contents, "user", self.parts([part for result in results for part in result.parts]))
                 continue
-            add_turn(contents, "model" if message.role == "assistant" else "user", self.parts(message.parts))
+            role, said = ("model" if message.role == "assistant" else "user"), self.parts(message.parts)
+            add_turn(contents, role, self.signed(said) if role == "model" and self.traits.signatures else said)
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
                 contents += self.results(calls, [answers.get(id(call)) for call in calls])
         self.end(contents)
@@ -2899,10 +2914,17 @@ class Builder:
                 built.append({"text": part.text})
             else:
                 built += self.part(part)
-        first_call = next((part for part in built if "functionCall" in part), None) if self.traits.signatures else None
-        if first_call is not None:
-            first_call.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
         return built
+
+    def signed(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What a model said, with a signature where it misses one: on the first call, or, makes it images, on all.
+
+        Source: https://ai.google.dev/gemini-api/docs/gemini-3#thought_signatures
+        """
+        calls = (part for part in parts if "functionCall" in part)
+        for part in parts if "IMAGE" in self.traits.answers else itertools.islice(calls, 1):
+            part.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
+        return parts
 
     def part(self, part: Part) -> list[dict[str, Any]]:
         match part:
@@ -3013,10 +3035,34 @@ def effort_of(word: str) -> str:
     return near[0] if word else "medium"
 
 
+def choices_of(request: Request) -> list[Request]:
+    """A request for each of `n` choices; a seed counts up, for with the same one they would be the same."""
+    if request.seed is None:
+        return [request] * request.n
+    return [replace(request, seed=(request.seed + choice) & 0x7FFFFFFF) for choice in range(request.n)]
+
+
 def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
     """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
     about: dict[str, Any] = {"model": f"models/{model}"} | ({"outputDimensionality": dimensions} if dimensions else {})
     return {"requests": [about | {"content": {"parts": [{"text": text}]}} for text in texts]}
+
+
+def lone_refs(schema: Any, depth: int = 0) -> Any:
+    """A JSON Schema with each `$ref` that has company in an anyOf of its own: Google takes only `$` keys beside one.
+
+    Source: https://ai.google.dev/api/generate-content#GenerationConfig, https://github.com/google-gemini/gemini-cli/issues/4758
+    """
+    if isinstance(schema, list):
+        return [lone_refs(one, depth + 1) for one in schema]
+    if not isinstance(schema, dict) or depth > 4 * SCHEMA_DEPTH_MAX:
+        return schema
+    if not depth and not schema.keys() & {"$defs", "definitions"}:
+        return schema  # there is nothing to refer to
+    made = {key: value if key in SCHEMA_DATA else lone_refs(value, depth + 1) for key, value in schema.items()}
+    if isinstance(made.get("$ref"), str) and "anyOf" not in made and any(key[:1] != "$" for key in made):
+        made["anyOf"] = [{"$ref": made.pop("$ref")}]
+    return made
 
 
 class SchemaReducer:
@@ -3062,8 +3108,11 @@ class SchemaReducer:
 
     # ---- references and allOf
 
-    def resolved(self, schema: Mapping[str, Any], seen: Refs) -> tuple[dict[str, Any], Refs] | None:
+    def resolved(self, schema: Mapping[str, Any], seen: Refs, depth: int = 0) -> tuple[dict[str, Any], Refs] | None:
         """The schema with what it refers to and its allOf laid into it; None where that has no end or is not there."""
+        if depth > SCHEMA_DEPTH_MAX:
+            self.report("depth")
+            return None
         whole = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
         if "$ref" in schema:
             ref = str(schema["$ref"])
@@ -3071,13 +3120,13 @@ class SchemaReducer:
             if target is None or ref in seen:
                 self.report("$ref")
                 return None if ref in seen else (whole, seen)
-            inner = self.resolved(target, (*seen, ref))
+            inner = self.resolved(target, (*seen, ref), depth + 1)
             if inner is None:
                 return None
             lay_under(whole, inner[0])
             seen = inner[1]
         for part in objects_in(schema.get("allOf")):
-            if (inner := self.resolved(part, seen)) is not None:
+            if (inner := self.resolved(part, seen, depth + 1)) is not None:
                 lay_under(whole, inner[0])
                 seen = inner[1]
         return whole, seen
@@ -3187,12 +3236,16 @@ def lay_under(whole: dict[str, Any], inner: Mapping[str, Any]) -> None:
 
 
 def one_of(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any]:
-    """A schema that is one of several; null among them is said by `nullable`."""
+    """A schema that is one of several; null among them is said by `nullable`.
+
+    Vertex refuses a declaration that says anything beside anyOf: https://github.com/akitaonrails/ai-memory/issues/735
+    """
+    options = [one for option in options for one in option.get("anyOf", [option])]
     plain = [option for option in options if option.get("type") != "NULL"]
     if plain and len(plain) < len(options):
         made["nullable"] = True
     if len(plain) > 1:
-        return made | {"anyOf": plain}
+        return {"anyOf": [made | option for option in plain]}
     return (plain or options or [{"type": "STRING"}])[0] | made
 
 
@@ -3430,14 +3483,14 @@ class GeminiReader:
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
         for key in ("groundingMetadata", "citationMetadata"):
-            if key in raw:
-                candidate.grounding += (raw[key],)
+            if about := raw.get(key):
+                candidate.grounding += (about,)
         if result := raw.get("logprobsResult"):
             candidate.logprobs += tuple(logprobs_of(result))
 
     def _part(self, candidate: Candidate, part: dict[str, Any]) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
-        if text or (signature and text is not None):
+        if text or (signature and text is not None and candidate.kind is Text):
             self._text(candidate, Thinking if part.get("thought") else Text, checked_text(text), signature)
         elif call := part.get("functionCall"):
             self._call(candidate, call, signature and checked_text(signature))
@@ -3475,7 +3528,8 @@ class GeminiReader:
         candidate.calls += 1
         if candidate.calls > self._calls_max:
             return
-        arguments = str(args.get("input", "")) if tool.custom else dumps(args)
+        given = (args.get("input") or "") if tool.custom else args
+        arguments = given if isinstance(given, str) else dumps(given)
         made = ToolCall(self._id(call.get("id")), tool.name, arguments, signature, tool.namespace, tool.custom)
         self._end_part(candidate)
         self._emit(PartStart(candidate.number, replace(made, arguments="")))
@@ -3705,7 +3759,10 @@ def with_wait(made: UpstreamError, error: Mapping[str, Any], retry_after: str) -
         made.message = f"{made.message.rstrip('.')}. Visit {page}"
     waits = [duration_s(about.get("quotaResetDelay"))]
     if not waits[0] and isinstance(reset := about.get("quotaResetTimeStamp"), str):
-        made.reset_at = timestamp_of(reset)
+        from datetime import datetime
+
+        with contextlib.suppress(ValueError, OverflowError):
+            made.reset_at = datetime.fromisoformat(reset).timestamp()
     if not made.quota.endswith("_day") and made.quota != "tier":  # these are known better than RetryInfo tells
         text = WAIT_TEXT.search(made.message)
         waits += [duration_s(about.get("retryDelay")), duration_s(f"{retry_after}s"), duration_s(text and text[1])]
@@ -3729,15 +3786,6 @@ def duration_s(text: Any) -> float | None:
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
     total = sum(float(count) * units[unit] for count, unit in re.findall(r"([\d.]+)(ms|[hms])", text))
     return min(total, RETRY_AFTER_S_MAX)
-
-
-def timestamp_of(text: str) -> float | None:
-    """Seconds since 1970 of a time such as 2025-11-30T14:57:24Z; None for anything else."""
-    from datetime import datetime
-
-    with contextlib.suppress(ValueError):
-        return datetime.fromisoformat(text).timestamp()
-    return None
 
 
 # ==============================================================================
@@ -4341,9 +4389,9 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
         case {"type": "text" | "input_text" | "output_text"}:
             return {**({"annotations": [], "logprobs": []} if name == "output_text" else {}), **part, "type": name}
         case {"type": "image_url", "image_url": {"url": _} as image}:
-            return {"type": "input_image", "detail": "auto", **image, "image_url": image["url"]}
+            return {"type": "input_image", "detail": image.get("detail") or "auto", "image_url": image["url"]}
         case {"type": "input_image" | "image_url"}:
-            return {"detail": "auto", **part, "type": "input_image"}
+            return {**part, "type": "input_image", "detail": part.get("detail") or "auto"}
         case {"type": "file", "file": inner}:
             return {"type": "input_file", **inner}
         case _:
@@ -6999,7 +7047,7 @@ class Gateway(App):
         if len(requests) == 1 and first.n == 1:
             answer: Answer | Merged = await self._upstream.ask(requests[0], trace, sse=first.stream)
         else:
-            answer = await self._upstream.ask_all([one for one in requests for _ in range(first.n)], trace)
+            answer = await self._upstream.ask_all([choice for one in requests for choice in choices_of(one)], trace)
         return Begun(answer, renderer, payloads, kept)
 
     async def _parse(self, http: HttpRequest, trace: Trace) -> tuple[list[Request], Renderer, Any, dict[str, bytes]]:

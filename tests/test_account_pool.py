@@ -327,6 +327,29 @@ def test_limits_may_be_given_and_a_share_of_them_reserved() -> None:
     assert pool.name(now=NOON + 43200) == "a"  # a new day
 
 
+def test_limits_that_a_reload_brings_hold_at_once_also_for_models_that_were_asked() -> None:
+    pool = Pool([A, B], "fill_first")
+    assert pool.name() == "a"
+    limited = replace(A, limits={"*": {"requests_per_day": 2}})
+    pool.update([limited, B], "fill_first", 0)
+    assert [pool.name() for _ in range(2)] == ["a", "b"]
+    pool.update([A, B], "fill_first", 0)
+    assert pool.name() == "a"
+
+
+def test_a_project_has_the_limits_of_each_of_its_accounts_whoever_is_asked_first() -> None:
+    one, other = replace(A, quota_group="p"), replace(B, quota_group="p", limits={"*": {"requests_per_day": 1}})
+    pool = Pool([one, other, C], "fill_first")
+    assert [pool.name() for _ in range(2)] == ["a", "c"]
+
+
+def test_a_new_day_begins_also_where_nobody_is_asked() -> None:
+    pool = Pool([A])
+    pool.name()
+    assert pool.status(NOON)[0]["models"][0]["requests_per_day"] == 1
+    assert pool.status(NOON + 86400)[0]["models"][0]["requests_per_day"] == 0
+
+
 def test_a_quotas_refusal_is_not_counted_as_a_request() -> None:
     pool = Pool([A], "fill_first")
     pool.refuse("a", TWO_A_MINUTE)
@@ -360,6 +383,15 @@ def test_what_is_kept_has_a_bound() -> None:
         pool.refuse("a", agproxy.ModelGone("No."), model=f"m{number}", now=NOON + 1000 * number)
     assert len(pool.rows()) <= 2 * agproxy.STATES_MAX
     assert len(pool._rests) <= agproxy.STATES_MAX + 1
+
+
+def test_of_too_many_rests_those_that_end_first_give_way() -> None:
+    pool = turns(A)
+    pool.steer("pause", "a", "m0")
+    for number in range(1, agproxy.STATES_MAX + 50):
+        pool.refuse("a", agproxy.ModelGone("No."), model=f"m{number}")
+    assert len(pool._rests) == agproxy.STATES_MAX
+    assert pool.name(model="m0") is None
 
 
 def test_choosing_of_ten_takes_some_microseconds() -> None:

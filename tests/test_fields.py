@@ -46,7 +46,7 @@ SENT = {
     "x",
 }
 SHOWN = {"body", "contents", "absent", "vertex", "request", "requests", "mapped_model", "answer", "becomes", "lost"}
-WORDS = SENT | SHOWN | {"at", "changes", "param", "code"}
+WORDS = SENT | SHOWN | {"json", "at", "changes", "param", "code"}
 HI = [{"role": "user", "content": "hi"}]
 PLAIN: dict[str, dict[str, Any]] = {
     "chat": {"model": "gemini-2.5-flash", "messages": HI},
@@ -347,6 +347,14 @@ def in_a_schema(case: dict[str, Any]) -> Any:
     return case.get("root", {"type": "object", "properties": {"p": case.get("x")}})
 
 
+def objects(value: Any) -> Iterable[dict[str, Any]]:
+    """A JSON value's objects, from the outside in."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from objects(inner)
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -359,9 +367,10 @@ def test_a_schema(case: dict[str, Any]) -> None:
     root = in_a_schema(case)
     request = agproxy.parse_chat(sent("schemas", {}, {"schema": root}))
     whole = built(request)
-    assert (declared(whole).get("parametersJsonSchema"), whole.changes) == (root, ())
+    assert (declared(whole).get("parametersJsonSchema"), whole.changes) == (case.get("json", root), ())
     made = built(request, dialect="vertex")
     reduced = declared(made).get("parameters", {})
+    assert [node for node in objects(reduced) if "anyOf" in node and len(node) > 1] == []
     becomes = case.get("becomes", {})
     assert missing(becomes if "root" in case else {"properties": {"p": becomes}}, reduced) == []
     assert {change.pointer.startswith("/tools/0/function/parameters") for change in made.changes} <= {True}
@@ -399,14 +408,22 @@ def referring(count: int, *, to: Any) -> dict[str, Any]:
     return {"type": "object", "properties": {"p": {"$ref": "#/$defs/d0"}}, "$defs": definitions}
 
 
+def chain(count: int) -> dict[str, Any]:
+    """A schema of definitions, each of which is but the next one."""
+    links: dict[str, Any] = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(count)}
+    return {"type": "object", "properties": {"p": {"$ref": "#/$defs/d0"}}, "$defs": links}
+
+
 @pytest.mark.parametrize(
     "root",
     [
         nested(400),
+        nested(400) | {"$defs": {}},
+        chain(3000),
         referring(8, to=lambda i, count: range(count)),
         referring(22, to=lambda i, count: range(i + 1, min(i + 3, count))),
     ],
-    ids=["deep", "cyclic", "wide"],
+    ids=["deep", "deep with definitions", "chain", "cyclic", "wide"],
 )
 def test_a_huge_schema_stays_within_bounds(root: Any) -> None:
     for dialect in DIALECTS:

@@ -38,6 +38,7 @@ CALL = {"functionCall": {"name": "f", "args": {"a": "\u2028ö"}}, "thoughtSignat
         (said("x", reason="MAX_TOKENS"), "length"),
         (said("x", reason="SAFETY"), "content_filter"),
         ([parts(CALL, reason="STOP")], "tool_calls"),
+        ([{"candidates": [parts(CALL, reason="STOP")["candidates"][0] | {"groundingMetadata": None}]}], "tool_calls"),
         ([parts(CALL, reason="MAX_TOKENS")], "length"),
         ([{"promptFeedback": {"blockReason": "SAFETY"}}], "content_filter"),
         ([parts(reason="MALFORMED_FUNCTION_CALL")], agproxy.UpstreamBroken),
@@ -56,6 +57,23 @@ def test_how_an_answer_ends(chunks: list[dict[str, Any]], last: Any) -> None:
     else:
         assert isinstance(events[-1], agproxy.Failed)
         assert isinstance(events[-1].error, last)
+
+
+@pytest.mark.parametrize(
+    ("given", "text"), [("a b", "a b"), ({"a": True}, '{"a":true}'), ([1], "[1]"), (None, ""), ("", "")]
+)
+def test_a_custom_tool_gets_its_text_and_what_is_none_as_json(given: Any, text: str) -> None:
+    tool = agproxy.Tool("patch", "", None, custom=True)
+    call = {"functionCall": {"name": "patch", "args": {"input": given}}}
+    events = agproxy.GeminiReader(lambda: "call_1", {"patch": tool}).whole(json.dumps(parts(call)).encode())
+    assert [e.text for e in events if isinstance(e, agproxy.ArgumentsDelta)] == [text]
+
+
+def test_an_empty_text_that_only_brings_a_signature_opens_no_part() -> None:
+    image, empty = {"inlineData": {"mimeType": "image/png", "data": "iVBO"}}, {"text": "", "thoughtSignature": "c2ln"}
+    r = reader()
+    events = r.feed(sse(parts(empty), parts(image), parts(empty, reason="STOP"))) + r.close()
+    assert [type(e.part) for e in events if isinstance(e, agproxy.PartEnd)] == [agproxy.Media]
 
 
 def test_a_bare_error_over_several_lines() -> None:
@@ -90,6 +108,21 @@ QUOTA = {
             "",
         ),
         (400, {"error": "invalid_request"}, agproxy.UpstreamRefused, None, "invalid_request"),
+        # a word of the client's own, in the path of what is wrong
+        (
+            400,
+            error(400, "INVALID_ARGUMENT", "* properties[billing].items: missing field.\n")[1],
+            agproxy.UpstreamRefused,
+            None,
+            "",
+        ),
+        (
+            400,
+            error(400, "FAILED_PRECONDITION", "Please enable billing.")[1],
+            agproxy.CredentialRefused,
+            "upstream_error",
+            "",
+        ),
         (500, {"error": {"code": 503, "message": "Busy."}}, agproxy.Overloaded, "server_is_overloaded", "Busy."),
         (504, {"error": []}, agproxy.UpstreamTimeout, "timeout", "HTTP 504"),
     ],

@@ -148,6 +148,15 @@ async def test_media_are_kept_whole(client: TestClient, gemini: FakeGemini) -> N
     assert items["data"][0]["content"] == [{"type": "input_image", "image_url": url, "detail": "auto"}]
 
 
+@pytest.mark.parametrize("kind", ["input_image", "image_url"])
+@pytest.mark.parametrize("about", [{}, {"detail": None}, {"detail": "high"}])
+def test_an_image_is_listed_as_responses_has_it(kind: str, about: dict[str, Any]) -> None:
+    url = "data:image/png;base64,aGk="
+    image = {"image_url": url, **about} if kind == "input_image" else {"image_url": {"url": url, **about}}
+    (item,) = agproxy.render_input([{"role": "user", "content": [{"type": kind, **image}]}], "0")
+    assert item["content"] == [{"type": "input_image", "image_url": url, "detail": about.get("detail") or "auto"}]
+
+
 async def test_an_item_is_named_instead_of_sent(client: TestClient, gemini: FakeGemini) -> None:
     gemini.script = [said("one"), said("two")]
     first = await ask(client)

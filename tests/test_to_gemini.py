@@ -23,6 +23,14 @@ def contents(*messages: dict[str, Any], model: str = "gemini-3-pro-preview") -> 
     return body["contents"]
 
 
+def test_no_two_tools_have_one_name_however_their_namespaces_join() -> None:
+    spaced = [("a", "b__c"), ("a__b", "c"), (None, "a__b__c"), (None, "a b__c"), ("a b", "c")]
+    tools = tuple(agproxy.Tool(name, "", None, namespace=space) for space, name in spaced)
+    built = agproxy.build_generate_content(agproxy.Request("m", (), tools=tools), agproxy.Traits())
+    names = [declared["name"] for declared in built.body["tools"][0]["functionDeclarations"]]
+    assert len(set(names)) == len(spaced)
+
+
 def test_results_stand_after_their_calls_in_call_order() -> None:
     made = contents(
         {"role": "user", "content": "go"},
@@ -49,6 +57,17 @@ def test_a_missing_result_is_said_and_an_orphan_becomes_text() -> None:
 def test_the_sentinel_goes_only_where_a_signature_is_needed(model: str, signed: bool) -> None:
     made = contents({"role": "user", "content": "go"}, CALLS, {"role": "user", "content": "on"}, model=model)
     assert ["thoughtSignature" in part for part in made[1]["parts"]] == [signed, False]
+
+
+@pytest.mark.parametrize(("model", "signed"), [("gemini-2.5-flash-image", False), ("gemini-3-pro-image-preview", True)])
+def test_what_an_image_model_said_is_signed_where_that_is_checked(model: str, signed: bool) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}
+    asked = {"role": "user", "content": [{"type": "text", "text": "Draw."}, image]}
+    answered = {"role": "assistant", "content": [{"type": "text", "text": "Here."}, image]}
+    signatures = [
+        ["thoughtSignature" in part for part in turn["parts"]] for turn in contents(asked, answered, asked, model=model)
+    ]
+    assert signatures == [[False, False], [signed, signed], [False, False]]
 
 
 def test_neighbours_of_one_role_are_one_turn_and_system_stands_apart() -> None:

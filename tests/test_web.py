@@ -418,6 +418,15 @@ async def test_the_first_failure_of_several_choices_is_the_answer(start: Start, 
     assert (response.status, (await response.json())["error"]["message"]) == (400, "bad")
 
 
+async def test_choices_of_one_seed_are_not_all_the_same(start: Start, gemini: Any) -> None:
+    client = await start()
+    gemini[0].script = [said("x") for _ in range(4)]
+    for body in ({"n": 3, "seed": 2**31 - 1}, {"seed": 7}):
+        assert (await client.post("/v1/chat/completions", json=HELLO | body)).status == 200
+    seeds = [sent["generationConfig"]["seed"] for sent in gemini[0].bodies]
+    assert (sorted(seeds[:3]), seeds[3]) == ([0, 1, 2**31 - 1], 7)
+
+
 async def test_cursor_sends_a_responses_body_to_chat(start: Start, gemini: Any) -> None:
     client = await start()
     gemini[0].script = [said("x")]
