@@ -6394,7 +6394,7 @@ class HttpRequest:
         if self._left > BODY_BYTES_MAX:
             raise too_large()
         if not self.whole:
-            if self.headers.get("expect", "").lower() == "100-continue" and not self._size:
+            if self._new and self.headers.get("expect", "").lower() == "100-continue" and not self._size:
                 self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             if max(self._left, self._size) > LARGE_BYTES:
                 keep_buffers()
@@ -6614,7 +6614,8 @@ class ClientConnection:
 
     def _next(self) -> None:
         """Begins the next request once its head is there."""
-        head, found, rest = self._rest.lstrip(b"\r\n").partition(b"\r\n\r\n")
+        self._rest = self._rest.lstrip(b"\r\n")
+        head, found, rest = self._rest.partition(b"\r\n\r\n")
         if len(head) > HEAD_BYTES_MAX:
             return self._refuse(BadRequest(f"The head is larger than {HEAD_BYTES_MAX >> 10} KiB. Send less of it."))
         if not found and head[:1].isalpha() | (not head):
@@ -6670,7 +6671,7 @@ class ClientConnection:
 
     def pause_writing(self) -> None:
         self.room = self._server.loop.create_future()
-        self._watch(-1)
+        self._watch(math.inf)
         if self._request and self._request.source:
             self._request.source.pause()
 
@@ -6683,10 +6684,10 @@ class ClientConnection:
         if self._request and self._request.source:
             self._request.source.resume()
 
-    def _watch(self, unsent: int) -> None:
-        """Cuts off who has taken nothing for `stall_s`."""
+    def _watch(self, unsent: float) -> None:
+        """Cuts off who has taken nothing for `stall_s`; a heartbeat may have come on top of what is unsent."""
         left = self.transport.get_write_buffer_size()
-        if left == unsent:
+        if left >= unsent:
             return self.transport.abort()
         self._stall = self._server.loop.call_later(self._server.stall_s, self._watch, left)
 
@@ -6731,7 +6732,7 @@ ENDPOINTS = f"models|embeddings|{'|'.join(DOORS)}"
 # Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
     rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<route>healthz|responses/input_tokens|{ENDPOINTS})"
-    r"(?:(?<=models)/(?P<id>.+?)|(?<=responses)/(?P<stored>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
+    r"(?:(?<=models)/(?P<id>(?s:.+?))|(?<=responses)/(?P<stored>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
 )
 
 
@@ -7096,7 +7097,7 @@ class Gateway(App):
         """Begins to make a response beside the connection that asked for it; it has a log line of its own."""
         if len(self._jobs) >= JOBS_MAX:
             raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
-        made = replace(trace)
+        made = replace(trace, steps=[])
         trace.model = trace.mapped_model = ""
         job = self._jobs[kept.id] = Job(kept, self._upstream, request, made)
         job.task.add_done_callback(lambda _: self._tell(made, 200))
@@ -7269,17 +7270,19 @@ class Kept:
         """The response as far as it is made."""
         return with_payloads(dump_bytes(self.renderer.response), self.payloads)
 
-    async def save(self, state: StoredState | None = None, events: bytes = b"") -> None:
-        """Writes what the response has become; a disk that refuses costs nobody an answer."""
+    async def save(self, state: StoredState | None = None, events: bytes = b"") -> bool:
+        """Writes what the response has become, and whether it could; a disk that refuses costs nobody an answer."""
         running = self.renderer.response["status"] in ("queued", "in_progress")
         self._state = state or ("running" if running else "over")
         signatures = [signature_entry(part, self._model()) for part in self.renderer.signed]
         given, self._given = self._given, ()
         try:
             await self._store.save(self.id, self._state, (self.object(), dump_bytes(signatures), events), given)
+            return True
         except StoreTrouble as error:
             self._given = given  # the next save begins anew
             log.warning("%s cannot be kept: %s", self.id, error.message)
+            return False
 
     async def leave(self) -> None:
         """Tells the store that nobody goes on with a response that has begun."""
@@ -7295,7 +7298,7 @@ class Job:
         self._frames = split_frames(with_payloads(encoded(kept.renderer.begin("queued")), kept.payloads))
         self._answer: Answer | None = None
         self._stopped: UpstreamError | None = None
-        self._asked = False
+        self._asked = self._whole = False
         self._grown = asyncio.Event()
         self.task = asyncio.create_task(self._make(request))
         self.task.add_done_callback(lambda _: self._add([]))
@@ -7312,8 +7315,12 @@ class Job:
             elif last and isinstance(last[-1], Failed):
                 self.trace.error = last[-1].error.code or last[-1].error.type
             frames = self._render(last)
-            await self.kept.save(events=b"".join([*self._frames, *frames]))
+            events = b"".join([*self._frames, *frames])
+            saved, self._whole = await self.kept.save(events=events), True
             self._add(frames)
+            while not saved:  # else it would read as running for ever
+                await asyncio.sleep(DATABASE_BUSY_S)
+                saved = await self.kept.save(events=events)
         finally:
             await self.kept.leave()
 
@@ -7352,7 +7359,7 @@ class Job:
             if new := self._frames[at:]:
                 at += len(new)
                 yield b"".join(new)
-            elif self.task.done():
+            elif self._whole or self.task.done():
                 return
             else:
                 await grown.wait()
@@ -7638,7 +7645,7 @@ class Demo(App):
             return demo_error(*DEMO_FAULTS[self.fault])
         try:
             answers = demo_answers(method, model, json.loads(await http.read()))
-        except (ValueError, LookupError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             return demo_error(400, "INVALID_ARGUMENT", f"The demo cannot read this request: {error!r}")
         if streams and http.query.get("alt") == "sse":
             return await self._stream(http, answers)

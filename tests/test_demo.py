@@ -80,6 +80,14 @@ async def test_a_schema_is_answered_with_json(ai: openai.AsyncOpenAI) -> None:
     assert answer.choices[0].message.parsed == Person(name="hi", age=1, tags=["hi"])
 
 
+@pytest.mark.parametrize("odd", [{"type": 5}, {"type": "integer", "minimum": None}, {"$ref": 5}, {"enum": None}])
+async def test_a_schema_that_is_none_is_refused_and_not_cut_off(ai: openai.AsyncOpenAI, odd: Any) -> None:
+    function: Any = {"name": "f", "parameters": {"type": "object", "properties": {"x": odd}, "required": ["x"]}}
+    tools: Any = [{"type": "function", "function": function}]
+    with pytest.raises(openai.BadRequestError, match="The demo cannot read this request"):
+        await ai.chat.completions.create(**HELLO, tools=tools, tool_choice="required")
+
+
 async def test_models_and_completions(ai: openai.AsyncOpenAI) -> None:
     assert "gemini-2.5-flash" in [model.id async for model in ai.models.list()]
     answer = await ai.completions.create(model="gpt-3.5-turbo-instruct", prompt="hi", max_tokens=3)

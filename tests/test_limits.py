@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import gzip
 import json
 import logging
@@ -249,10 +250,15 @@ async def raw(url: str, body: Any, head: str = "") -> AsyncIterator[tuple[asynci
         writer.transport.abort()
 
 
-async def test_a_client_that_takes_nothing_is_cut_off(start: Start) -> None:
+@pytest.mark.parametrize("platform", [sys.platform, "any other, whose kernel does not help"])
+async def test_a_client_that_takes_nothing_is_cut_off(
+    platform: str, start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large = b"data: " + json.dumps(said("x" * 8000)[0]).encode() + b"\r\n\r\n"
     async with holding(HEAD + large * 2000) as (upstream, url):
+        monkeypatch.setattr(sys, "platform", platform)
         gateway = await start(url, timeouts=agproxy.Timeouts(stall_s=0.3), heartbeat_s=0.1)
+        monkeypatch.undo()
         async with raw(gateway, STREAM):
             await asyncio.wait_for(upstream.asked.wait(), 5)
             began = time.monotonic()
@@ -399,6 +405,16 @@ async def test_a_broken_body_that_nobody_reads_is_no_mistake_of_the_gateways(
     sent = post(b"no gzip at all, and not read", "Content-Encoding: gzip").replace(CHAT.encode(), b"/healthz")
     assert b" 405 " in await wire(url, sent[:-20], sent[-20:])
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+async def test_what_a_request_had_too_much_is_not_kept(start: Start, session: Any, gemini: FakeGemini) -> None:
+    gemini.script = [said("x")]
+    body = HELLO | {f"odd{i}": 1 for i in range(50)}
+    async with session.post(await start(gemini.url) + CHAT, json=body) as answer:
+        assert answer.headers["X-Agproxy-Changes"] == "50"
+        await answer.read()
+    gc.collect()
+    assert not [one for one in gc.get_objects() if isinstance(one, agproxy.Change) and one.pointer.startswith("/odd")]
 
 
 async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> None:

@@ -14,7 +14,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import sdk
+from conftest import sdk, until
 from fake_gemini import FakeGemini, error, said
 from gateway_server import GatewayServer
 from openai_schema import findings
@@ -518,6 +518,41 @@ async def test_nobody_waits_for_a_file_that_another_program_holds(
     assert made["status"] == "completed"
     assert f"{made['id']} cannot be kept: The store cannot be used (database is locked)" in caplog.text
     assert (await ask(client))["status"] == "completed"
+
+
+async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_polls(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.script, gemini.silence_s = [said("one"), said("two")], 20
+    made = await ask(client, background=True)
+    stream = asyncio.create_task(client.get(f"/v1/responses/{made['id']}?stream=true"))
+    await until(lambda: gemini.bodies)
+    await asyncio.sleep(0.05)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
+        held.execute("BEGIN IMMEDIATE")
+        gemini.go_on.set()
+        assert "response.completed" in await (await stream).text()
+    async with asyncio.timeout(5):
+        while (status := (await fetch(client, made["id"]))[1].get("status")) != "completed":
+            assert status is None  # while the store is busy
+            await asyncio.sleep(0.05)
+    assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
+
+
+async def test_why_tells_of_a_background_response_what_it_tells_of_others(
+    client: TestClient, gemini: FakeGemini
+) -> None:
+    gemini.script = [said("one")]
+    made = await ask(client, background=True)
+    why = f"/agproxy/why/req_{made['id'][5:]}"
+    async with asyncio.timeout(5):
+        while (told := await client.get(why)).status != 200:
+            await asyncio.sleep(0.01)
+    one = await told.json()
+    assert (one["model"], one["account"], one["attempts"]) == ("gpt-4o", "a", 1)
+    assert [step["chosen"] for step in one["decisions"]] == ["a"]
 
 
 async def test_what_a_client_did_not_wait_for_is_kept(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import json
 import zlib
 from collections.abc import AsyncIterator
@@ -233,6 +234,24 @@ async def test_answers_that_nobody_reads_do_not_fill_the_memory(echo: tuple[Echo
     await asyncio.sleep(0.3)
     assert 0 < app.asked < 50  # what fits into the sockets' buffers
     writer.transport.abort()
+
+
+async def test_empty_lines_before_a_request_are_not_kept(echo: tuple[Echo, int]) -> None:
+    _, writer = await asyncio.open_connection("127.0.0.1", echo[1])
+    writer.write(b"\r\n" * (1 << 20))
+    await writer.drain()
+    await asyncio.sleep(0.1)
+    connections = [one for one in gc.get_objects() if isinstance(one, agproxy.ClientConnection)]
+    kept = [len(one) for one in gc.get_referents(*connections) if isinstance(one, bytes)]
+    assert kept
+    assert max(kept) < 10
+    writer.transport.abort()
+
+
+async def test_an_old_client_is_not_told_to_continue(echo: tuple[Echo, int]) -> None:
+    head = "POST /a HTTP/1.{}\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
+    assert (await wire(echo[1], head.format(1).encode(), b"b")).startswith(b"HTTP/1.1 100 Continue\r\n")
+    assert (await wire(echo[1], head.format(0).encode(), b"b")).startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 async def test_an_unknown_packing_is_named(echo: tuple[Echo, int]) -> None:

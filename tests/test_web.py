@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
+from urllib.parse import unquote
 
 import aiohttp
 import conftest
@@ -208,6 +210,13 @@ async def test_the_key(start: Start, path: str, headers: dict[str, str], status:
 async def test_paths_as_clients_stack_them(start: Start, path: str, status: int) -> None:
     response = await (await start()).get(path)
     assert response.status == status
+
+
+@pytest.mark.parametrize("end", ["%0A", "%0Ax/input_items"])
+def test_no_path_takes_long_to_read(end: str) -> None:
+    began = time.process_time()
+    agproxy.match_route(unquote("/models" * 9000 + "/" + end))
+    assert time.process_time() - began < 0.5
 
 
 @pytest.mark.parametrize(
