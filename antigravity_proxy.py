@@ -754,7 +754,7 @@ def read_url(file: ConfigFile, node: Any, where: str) -> str:
 
 
 def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    """Host names as the guard compares them."""
+    """Host names as they are compared with those of URLs: without port, brackets and capitals."""
     given = read_texts(file, node, where)
     hosts = tuple(host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}") for host in given)
     if not all(hosts) or any(re.search(r"[/*\s]", host) for host in given):
@@ -878,7 +878,7 @@ class Config:
     reserve: float = setting(read_number(0, 0.9), default=0.0)  # share of each limit left alone while others can answer
     store: str | None = setting(read_store, default=None)
     fetch_media: bool = setting(read_flag, default=True)
-    media_hosts: tuple[str, ...] = setting(read_texts, default=())
+    media_hosts: tuple[str, ...] = setting(read_hosts, default=())
     images_in_text: bool = setting(read_flag, default=False)
     timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), default=Timeouts())
     heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
@@ -1879,14 +1879,10 @@ def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
     names = [(one.object("function") or one.object("custom") or one).text("name") for one in named]
     if not names or not set(names) <= {tool.name for tool in tools}:
         raise fields.wrong(key, "names no declared function", "Name one of 'tools'")
-    return ToolChoice(parse_choice_mode(spec) if kind == "allowed_tools" else "required", frozenset(map(str, names)))
-
-
-def parse_choice_mode(spec: Fields) -> Literal["auto", "required"]:
-    mode = spec.text("mode") or "auto"
+    mode: Any = spec.text("mode") or "auto" if kind == "allowed_tools" else "required"
     if mode not in ("auto", "required"):
         raise spec.wrong("mode", f"is '{mode}'", "Send auto or required")
-    return "required" if mode == "required" else "auto"
+    return ToolChoice(mode, frozenset(map(str, names)))
 
 
 def parse_message(message: Fields) -> Message:
@@ -6178,10 +6174,11 @@ class MediaFetcher:
     async def _fetch(self, media: Media) -> Media:
         url = media.url
         for _ in range(REDIRECTS_MAX + 1):
-            host = urlsplit(url).hostname or ""
+            asked = importlib.import_module("aiohttp.client").URL(url)  # to which a digit of any script is one
+            host = asked.raw_host or ""
             if is_address(host) and not self._may_ask(host, host):
                 raise self._refused(media, "leads to a private address; name its host in proxy.media_hosts to allow it")
-            async with self._session.get(url, allow_redirects=False) as response:
+            async with self._session.get(asked, allow_redirects=False) as response:
                 if response.status in (301, 302, 303, 307, 308):
                     url = urljoin(url, response.headers.get("Location", ""))
                     continue
@@ -8112,8 +8109,13 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         env = {**os.environ, **client_environment(replace(config, port=port)), "no_proxy": direct, "NO_PROXY": direct}
         child = await asyncio.create_subprocess_exec(*command, env=env)
         by_terminal = any(map(os.isatty, range(3)))  # then Ctrl-C reaches the child by itself
-        on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], child.send_signal)
-        on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else child.send_signal)
+
+        def pass_on(number: int) -> None:
+            if child.returncode is None:  # else it has ended, and so does this
+                child.send_signal(number)
+
+        on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], pass_on)
+        on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else pass_on)
         code = await child.wait()
         click.echo(f"agproxy: {app.tally.bill()}", err=True)
     return 128 - code if code < 0 else code
@@ -8228,7 +8230,8 @@ def check(accounts: str | None, online: bool) -> None:
     config = servable(replace(configured(accounts), auth_mode="off"))
     warn_of_readers(find_file(accounts, os.environ))
     columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
-    offline: Sequence[tuple[str, ...]] = [(told_credentials(account), account.base_url) for account in config.accounts]
+    urls = [re.sub(r"//[^/@]*@", "//…@", account.base_url) for account in config.accounts]
+    offline: Sequence[tuple[str, ...]] = list(zip(map(told_credentials, config.accounts), urls, strict=True))
     found = asyncio.run(with_upstream(config, probe)) if online else offline
     rows = [("account", "kind", *columns)]
     rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]

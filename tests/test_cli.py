@@ -1,8 +1,10 @@
 """What a person types, and what is answered."""
 
+import asyncio
 import contextlib
 import os
 import pty
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +30,13 @@ def file(tmp_path: Path) -> str:
 def test_check_lists_accounts_without_their_keys(file: str) -> None:
     run = CliRunner().invoke(agproxy.main, ["check", "--accounts", file])
     assert (run.exit_code, "work" in run.output, "AIza…yz" in run.output, "xxx" in run.output) == (0, True, True, False)
+
+
+def test_check_shows_no_password_of_a_url(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("accounts: [{name: a, api_key: k, base_url: 'https://me:s3cret@box.example/gemini'}]\n")
+    run = CliRunner().invoke(agproxy.main, ["check", "--accounts", str(path)])
+    assert ("https://…@box.example/gemini" in run.output, "s3cret" in run.output) == (True, False), run.output
 
 
 def test_env_prints_the_port_by_flag_environment_and_file(file: str) -> None:
@@ -203,6 +212,19 @@ def test_ctrl_c_reaches_a_command_once_though_its_input_comes_from_elsewhere(tmp
     command = (sys.executable, "-c", COUNT)
     run = in_terminal(tmp_path, "run", "--demo", "--", *command, wait_for=b"counts", stdin="/dev/null")
     assert run[0] == 1, run
+
+
+async def test_a_signal_after_the_command_has_ended_is_no_mistake(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def bill(_: Any) -> str:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return "nothing"
+
+    monkeypatch.setattr(agproxy.Tally, "bill", bill)
+    assert await agproxy.run_command(agproxy.Config((), demo=True), ["true"]) == 0
+    await asyncio.sleep(0.05)
+    assert "ProcessLookupError" not in caplog.text
 
 
 def test_a_login_that_cannot_be_kept_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ def test_an_account_without_a_name_is_called_by_its_e_mail_and_a_disabled_one_ne
         ("api_key: [{name: ci, key: a}, {name: me, key: b}]", {"api_key": (agproxy.ClientKey("ci", "a"),) * 1}),
         ("timeouts: {idle_s: 2.5}", {"timeouts": agproxy.Timeouts(idle_s=2.5)}),
         ("host: '[::1]'", {"bind": "::1", "base_url": "http://[::1]:8045/v1"}),
+        ("media_hosts: [NAS.lan, 'box:9000', '[fd00::1]']", {"media_hosts": ("nas.lan", "box", "fd00::1")}),
         ("host: LOCALHOST", {"bind": "localhost"}),
         ("cors_origins: https://a.example", {"cors_origins": ("https://a.example",)}),
         ("port: null", {"port": 8045}),

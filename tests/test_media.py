@@ -92,6 +92,9 @@ async def test_a_link_is_followed(name: str, mime: str, ask: Ask, media: str, ge
         ("http://[64:ff9b::a00:1]/a.png", {}, "private address"),
         ("http://169.254.169.254/", {}, "private address"),
         ("http://0.0.0.0/", {}, "private address"),
+        ("http://\uff11\uff12\uff17.0.0.1/", {}, "private address"),  # full-width digits
+        ("http://\u2460\u2461\u2466.0.0.1/", {}, "private address"),  # digits in circles
+        ("http://127\u30020\u30020\u30021/", {}, "private address"),  # ideographic full stops
         ("http://none.invalid/a.png", {}, "could not be fetched"),
         ("file:///etc/passwd", {}, "neither a data: URL"),
         ("data:image/svg+xml;base64,AAAA", {}, "image/svg+xml, which Gemini does not read"),
