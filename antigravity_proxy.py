@@ -3297,10 +3297,10 @@ class SseSplitter:
         return texts
 
     def close(self) -> list[bytes]:
+        """What is left at the end; of what was cut nobody can tell more than that it was."""
         line, self._rest = b"".join(self._rest), []
-        text = self._line(line) if line else b""
-        rest = b"\n".join(self._bare)  # what never became JSON is told too
-        return [each for each in (text, rest) if each]
+        left = (self._line(line) if line else b"", b"\n".join(self._bare))
+        return [text for text in left if parse_json(text) is not None]
 
     def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:"):

@@ -69,6 +69,15 @@ def test_a_custom_tool_gets_its_text_and_what_is_none_as_json(given: Any, text: 
     assert [e.text for e in events if isinstance(e, agproxy.ArgumentsDelta)] == [text]
 
 
+@pytest.mark.parametrize("cut", [b"", b'data: {"candidates": [{"con', b'{"error": {"code": 503,\n'])
+def test_an_answer_that_is_cut_within_a_line_says_why_it_was(cut: bytes) -> None:
+    for why in (None, agproxy.UpstreamTimeout("Silence.")):
+        r = reader()
+        events = r.feed(sse(*said("x", reason=None)) + cut) + r.close(why)
+        assert isinstance(events[-1], agproxy.Failed)
+        assert ("broke off" if why is None else "Silence.") in events[-1].error.message
+
+
 def test_an_empty_text_that_only_brings_a_signature_opens_no_part() -> None:
     image, empty = {"inlineData": {"mimeType": "image/png", "data": "iVBO"}}, {"text": "", "thoughtSignature": "c2ln"}
     r = reader()
