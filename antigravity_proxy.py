@@ -4442,7 +4442,7 @@ class Trace:
     steps: list[Step] = field(default_factory=list)
     first_byte: float | None = None
     usage: Usage | None = None
-    changes: tuple[Change, ...] = ()
+    changes: int = 0  # how many there were; the journal keeps a thousand requests
     strict: bool = False
     error: str = ""  # the code of the error that broke off a stream
 
@@ -4454,7 +4454,7 @@ class Trace:
             shown = self.account.email or self.account.name
             headers["X-Account-Email"] = shown if self.config.show_account == "full" else masked(shown)
         if self.changes:
-            headers["X-Agproxy-Changes"] = str(len(self.changes))
+            headers["X-Agproxy-Changes"] = str(self.changes)
         return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
 
 
@@ -4499,22 +4499,12 @@ def masked(name: str) -> str:
 
 def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
     """What the log says of a finished request; never a prompt, never a key."""
-    first = trace.first_byte
-    fields = {
-        "id": trace.id,
-        "client_id": trace.client_id,
-        "client": trace.client,
-        "route": trace.route,
-        "model": trace.model,
-        "mapped_model": trace.mapped_model,
-        "account": trace.account.name if trace.account else "",
-        "attempts": trace.attempts,
-        "status": status,
-        "error": trace.error,
-        "first_ms": None if first is None else round(1000 * (first - trace.started)),
-        "ms": round(1000 * (now - trace.started)),
-        "tokens": trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}",
-    }
+    fields = {name: getattr(trace, name) for name in ("id", "client_id", "client", "route", "model", "mapped_model")}
+    fields |= {"account": trace.account and trace.account.name, "attempts": trace.attempts}
+    fields |= {"status": status, "error": trace.error}
+    for name, at in (("first_ms", trace.first_byte), ("ms", now)):
+        fields[name] = None if at is None else round(1000 * (at - trace.started))
+    fields["tokens"] = trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}"
     return {key: value for key, value in fields.items() if value not in (None, "")}
 
 
@@ -4830,9 +4820,9 @@ class Shared:
         return await asyncio.shield(self.start(key, work))
 
     def start(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        task = self._tasks.get(key)
-        if task is None or task.done():
+        if (task := self._tasks.get(key)) is None:
             task = self._tasks[key] = asyncio.create_task(work())
+            task.add_done_callback(lambda _: self._tasks.pop(key))
             task.add_done_callback(lambda done: done.cancelled() or done.exception())  # whether it is asked for or not
         return task
 
@@ -4913,7 +4903,7 @@ def login_url(account: Account, redirect: str, state: str, verifier: str) -> str
 
 def login_code(address: str, state: str) -> str:
     """The code in the address that a login ends at. Raises CredentialRefused."""
-    given = parse_qs(urlsplit(address.strip()).query)
+    given = parse_qs(address.strip().partition("#")[0].partition("?")[2])
     if given.get("state") != [state] or "code" not in given:
         why = "; ".join(given.get("error", ["it is not the address of this login"]))
         raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
@@ -5004,7 +4994,7 @@ class Incoming:
         self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._paused = False
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         self._idle_s = idle_s
         self._last = 0.0
         deadline.set(first_s, self._give_up)
@@ -5023,7 +5013,7 @@ class Incoming:
             self._pieces.append(data)
             self._wake()
 
-    def end(self, error: Exception | None = None) -> None:
+    def end(self, error: BaseException | None = None) -> None:
         """The body is over; with an error it was cut off."""
         if not self._ended:
             self._ended = True
@@ -5244,7 +5234,7 @@ class Connection:
         if incoming is None:
             return self.transport.abort()  # nothing was asked
         try:
-            if not incoming.status:
+            while data and not incoming.status:
                 data = self._read_head(incoming, data)
             if incoming.status:
                 if body := self._unframer.feed(data):
@@ -5266,8 +5256,8 @@ class Connection:
         first, *lines = head.decode("latin-1").split("\r\n")
         version, status = first.split(" ", 2)[:2]
         if status.startswith("1"):
-            return self._read_head(incoming, rest)  # 100 Continue, 103 Early Hints: the answer is still to come
-        headers = dict(map(known_field, lines))
+            return rest  # 100 Continue, 103 Early Hints: the answer is still to come
+        headers = dict(map(known_field, lines)) | ({"content-length": "0"} if status in ("204", "304") else {})
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         self._unframer = Unframer(headers)
         incoming.begin(int(status), headers)
@@ -5277,6 +5267,7 @@ class Connection:
         """The answer is whole; the connection may serve another one. Raises ValueError."""
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
+        incoming.resume()  # a client was slow; the next one waits for an answer here
         self._incoming = None
         if self._keep and not self.transport.is_closing():
             self._idle.append(self)
@@ -5349,6 +5340,8 @@ class DirectTransport:
                 await loop.create_connection(lambda: protocol, host, port, ssl=tls, **both)
         except TimeoutError:
             raise ConnectionError("the connection was not made in time") from None
+        except UnicodeError:  # of http://a..b
+            raise OSError("that is no host's name") from None
 
     async def close(self) -> None:
         for connection in list(self._idle):
@@ -5389,28 +5382,25 @@ class Pour:
     def __init__(self, response: aiohttp.ClientResponse, first_s: float, idle_s: float) -> None:
         self._response = response
         self._running = asyncio.Event()
-        self._running.set()
+        self.pause_reading, self.resume_reading = self._running.clear, self._running.set
+        self.resume_reading()
         deadline = Deadline(asyncio.get_running_loop())
         self.incoming = Incoming(self, deadline, first_s, idle_s)
         self.incoming.begin(response.status, {key.lower(): value for key, value in response.headers.items()})
         self._task = asyncio.create_task(self._pour())
+        self._task.add_done_callback(self._over)
         self._task.add_done_callback(lambda _: deadline.stop())
 
     async def _pour(self) -> None:
-        try:
-            async for data in self._response.content.iter_any():
-                self.incoming.push(data)
-                await self._running.wait()
-            self.incoming.end()
-        except (aiohttp.ClientError, OSError) as cut:
+        async for data in self._response.content.iter_any():
+            self.incoming.push(data)
+            await self._running.wait()
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        """Also what the sink raised ends the answer."""
+        if error := None if task.cancelled() else task.exception():
             self._response.close()
-            self.incoming.end(cut)
-
-    def pause_reading(self) -> None:
-        self._running.clear()
-
-    def resume_reading(self) -> None:
-        self._running.set()
+        self.incoming.end(error)
 
     def abort(self) -> None:
         self._task.cancel()
@@ -5466,6 +5456,7 @@ Barred = Mapping[str, UpstreamError]
 
 NUMBERS = (secrets.token_hex(8), itertools.count(1))
 quoted_model = functools.lru_cache(256)(quote)
+WISHED = "%s is not listed by the upstream; %s is asked instead"
 
 
 class Answer:
@@ -5505,6 +5496,8 @@ class Answer:
         def feed(data: bytes) -> None:
             if events := reader.feed(data):
                 sink(events)
+                if reader.error:
+                    self._incoming.abort()  # the client is told already: nobody waits for what is behind
 
         try:
             await self._incoming.flow(feed)
@@ -5584,6 +5577,12 @@ class Merged:
             answer.close()
 
 
+def close_answer(asked: asyncio.Task[Answer]) -> None:
+    """Nobody waits for it any more."""
+    if not asked.cancelled() and not asked.exception():
+        asked.result().close()
+
+
 def renumbered(event: Event, choice: int) -> Event:
     return event if isinstance(event, Started | Ended | Failed) else replace(event, choice=choice)
 
@@ -5595,13 +5594,13 @@ class Upstream:
         self.clock: Clock = time.time
         self.pool = AccountPool(())
         self.credentials = Credentials(self._post_form, lambda: self.clock())
+        self._opened: dict[tuple[str, str | None, Timeouts], DirectTransport | ProxiedTransport] = {}
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
-        self._retired: list[DirectTransport | ProxiedTransport | MediaFetcher] = []
         self._projects: dict[str, str] = {}
         self._shared = Shared()
         self._models: tuple[str, ...] | None = None
         self._listing: asyncio.Task[None] | None = None
-        self._told: set[str] = set()
+        self._tell_once = functools.lru_cache(1024)(functools.partial(log.warning, WISHED))
         self.rested = asyncio.Event()  # set when an account was sent to rest for long
         self.signatures = SignatureMemory()
         self.skew_s = 0.0
@@ -5617,9 +5616,8 @@ class Upstream:
     def adopt(self, config: Config) -> None:
         """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
         self.pool.update(config.accounts, config.strategy, config.reserve)
-        self._retired += [*self._transports.values(), self.media]
-        self._transports, self.media = {}, MediaFetcher(config)
-        self._config = config
+        self._transports.clear()
+        self._config = self.media.config = config
         self._projects.clear()
         self._models_until = 0.0
         self._map_model = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
@@ -5631,15 +5629,16 @@ class Upstream:
         if transport is None:
             url, wait = account.base_url, self._config.timeouts
             proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
-            direct = proxy is None and DIRECT
-            transport = DirectTransport(url, wait) if direct else ProxiedTransport(url, proxy, wait)
-            self._transports[url, account.proxy] = transport
+            if (transport := self._opened.get((url, proxy, wait))) is None:
+                direct = proxy is None and DIRECT
+                transport = DirectTransport(url, wait) if direct else ProxiedTransport(url, proxy, wait)
+            self._transports[url, account.proxy] = self._opened[url, proxy, wait] = transport
         return transport
 
     async def close(self) -> None:
         self._shared.close()
         self.credentials.close()
-        for opened in (*self._retired, *self._transports.values(), self.media):
+        for opened in (*self._opened.values(), self.media):
             await opened.close()
         if "_session" in self.__dict__:
             await self._session.close()
@@ -5650,9 +5649,8 @@ class Upstream:
         """The upstream's name for a model. Raises ModelNotFound."""
         known = self._models is not None and time.monotonic() < self._models_until
         mapped = self._map_model(name, self._models if known else await self.models())
-        if mapped.wished and mapped.wished not in self._told:
-            self._told.add(mapped.wished)
-            log.warning("%s is not listed by the upstream; %s is asked instead", mapped.wished, mapped.model)
+        if mapped.wished:
+            self._tell_once(mapped.wished, mapped.model)
         return mapped.model
 
     async def models(self) -> tuple[str, ...] | None:
@@ -5666,7 +5664,8 @@ class Upstream:
 
     async def _list_models(self) -> None:
         """What any account lists: they may differ in the models that they have."""
-        asked = [account for account in self.pool.accounts if account.kind == "gemini"]
+        config = self._config
+        asked = [account for account in config.accounts if account.kind == "gemini"]
         listed: dict[str, None] = {}
         answers = await asyncio.gather(*map(self.models_of, asked), return_exceptions=True)
         for account, found in zip(asked, answers, strict=True):
@@ -5674,7 +5673,7 @@ class Upstream:
                 listed |= dict.fromkeys(found)
             else:
                 log.debug("the models of %s cannot be listed: %s", account.name, found)
-        if listed:
+        if listed and self._config is config:  # else other accounts may have other ones
             self._models = tuple(listed)
             self._models_until = time.monotonic() + MODELS_FRESH_S
 
@@ -5684,7 +5683,7 @@ class Upstream:
             with UpstreamErrors(self._to(account).proxy):
                 async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
                     return await (self._pages_of(account) if account.kind == "gemini" else self._known_of(account))
-        except (ValueError, KeyError, TypeError):
+        except MISSHAPEN:
             raise UpstreamBroken("What answers at base_url is not Gemini. Check base_url.") from None
 
     async def _known_of(self, account: Account) -> tuple[str, ...]:
@@ -5722,18 +5721,14 @@ class Upstream:
         except BaseException:
             for task in tasks:
                 task.cancel()
-            for done in await asyncio.gather(*tasks, return_exceptions=True):
-                if isinstance(done, Answer):
-                    done.close()
+                task.add_done_callback(close_answer)
             raise
 
     async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
         """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
         generation = Generation(request, sse, self.signatures.recall, self._traits_of)
         if self.pool.accounts:  # so that what is said of it is told even where nobody can be asked
-            trace.changes = generation.form(trace.mapped_model, self.pool.accounts[0]).changes
-        if trace.strict:
-            refuse_dropped(trace.changes)
+            self._tell_changes(generation.form(trace.mapped_model, self.pool.accounts[0]), trace)
         total_s = self._config.timeouts.total_s
         asked = self._retry(trace, functools.partial(self._generate, generation, trace), generation.mends, {})
         if not total_s:
@@ -5749,12 +5744,16 @@ class Upstream:
     async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
         """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
         vectors: list[list[float]] = []
-        tokens = 0
+        tokens, model = 0, trace.mapped_model
         others = [account.name for account in self.pool.accounts if account.kind != "gemini"]
         barred = dict.fromkeys(others, ModelGone("makes no embeddings, only accounts of kind gemini do"))
-        for start in range(0, len(request.texts), EMBEDDINGS_A_CALL):
-            texts = request.texts[start : start + EMBEDDINGS_A_CALL]
+        while len(vectors) < len(request.texts):
+            texts = request.texts[len(vectors) : len(vectors) + EMBEDDINGS_A_CALL]
             answer = await self._retry(trace, functools.partial(self._batch_embed, request, texts), None, barred)
+            if trace.mapped_model != model and vectors:  # those of two models cannot be compared: all are made anew
+                vectors, tokens, model = [], 0, trace.mapped_model
+                continue
+            model = trace.mapped_model
             vectors += read_embeddings(answer, len(texts))
             usage = answer.get("usageMetadata")
             tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
@@ -5778,8 +5777,7 @@ class Upstream:
                     raise
             else:
                 if model != asked:
-                    reason = f"no account could answer for {asked}; {trace.mapped_model} answered"
-                    trace.changes += (Change("/model", "renamed", reason),)
+                    trace.changes += 1  # no account could answer for the model that was asked for
                 return answer
         raise AssertionError("a chain has a last model")
 
@@ -5793,7 +5791,7 @@ class Upstream:
                 mended = mends is not None and number < ATTEMPTS_MAX and mends(error)
                 if error.remedy == "give_up" and not mended:
                     raise
-                turn.refused(lease, error, mended)
+                turn.refused(lease, error.with_traceback(None), mended)  # the pool keeps it, but not its frames' body
         raise turn.exhausted()
 
     async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T], step: Step) -> T:
@@ -5828,12 +5826,16 @@ class Upstream:
         if isinstance(error, QuotaGone):
             self.rested.set()
 
+    def _tell_changes(self, form: Form, trace: Trace) -> None:
+        """Raises BadRequest where something is lost that may not be."""
+        trace.changes = len(form.changes)
+        if trace.strict:
+            refuse_dropped(form.changes)
+
     async def _generate(self, generation: Generation, trace: Trace, lease: Lease) -> Answer:
         account = lease.account
         form = generation.form(lease.model, account)
-        trace.changes = form.changes
-        if trace.strict:
-            refuse_dropped(form.changes)
+        self._tell_changes(form, trace)
         sse = generation.sse or account.kind == "cloudcode"  # which refuses what is not streamed sooner
         method = "streamGenerateContent?alt=sse" if sse else "generateContent"
         with UpstreamErrors(self._to(account).proxy):
@@ -5863,7 +5865,9 @@ class Upstream:
     async def _unary(self, lease: Lease, method: str, body: bytes) -> dict[str, Any]:
         with UpstreamErrors(self._to(lease.account).proxy):
             answer = await json_of(await self._post(lease.account, lease.model, method, body))
-        return answer if isinstance(answer, dict) else {}
+        if not isinstance(answer, dict):
+            raise UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
+        return answer
 
     # ---- the wire
 
@@ -6136,7 +6140,7 @@ class MediaFetcher:
     """Fetches what requests only link to; no address but a public one is ever asked."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
 
     @functools.cached_property
     def _session(self) -> aiohttp.ClientSession:
@@ -6155,13 +6159,17 @@ class MediaFetcher:
         if len(links) > MEDIA_LINKS_MAX:
             text = f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}."
             raise BadRequest(text, code="invalid_value")
-        found = await asyncio.gather(*(self._fetch_in_time(media) for media in links.values()))
-        content = dict(zip(links, found, strict=True))
+        tasks = [asyncio.create_task(self._fetch_in_time(media)) for media in links.values()]
+        try:
+            content = dict(zip(links, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()  # after the first that fails nobody wants the others
         messages = [replace(message, parts=with_content(message.parts, content)) for message in request.messages]
         return replace(request, messages=tuple(messages))
 
     async def _fetch_in_time(self, media: Media) -> Media:
-        if not self._config.fetch_media:
+        if not self.config.fetch_media:
             raise self._refused(media, "is a link, and proxy.fetch_media is off")
         try:
             async with asyncio.timeout(MEDIA_S_MAX):
@@ -6174,7 +6182,7 @@ class MediaFetcher:
     async def _fetch(self, media: Media) -> Media:
         url = media.url
         for _ in range(REDIRECTS_MAX + 1):
-            asked = importlib.import_module("aiohttp.client").URL(url)  # to which a digit of any script is one
+            asked = aiohttp.client.URL(url)  # type: ignore[attr-defined]  # which reads digits of any script
             host = asked.raw_host or ""
             if is_address(host) and not self._may_ask(host, host):
                 raise self._refused(media, "leads to a private address; name its host in proxy.media_hosts to allow it")
@@ -6205,7 +6213,7 @@ class MediaFetcher:
         return BadRequest(text, code="invalid_image_url", param=media.path)
 
     def _may_ask(self, host: str, address: str) -> bool:
-        return host in self._config.media_hosts or is_public(address)
+        return host in self.config.media_hosts or is_public(address)
 
 
 class PublicResolver:
@@ -6453,6 +6461,11 @@ class HttpRequest:
     def gone(self) -> bool:
         return self._connection.transport.is_closing()
 
+    @property
+    def full(self) -> bool:
+        """Whether the client has yet to take what was written before anything else is."""
+        return self._connection.room is not None
+
     async def taken(self) -> None:
         """Returns once the client has taken most of what was written."""
         if self._connection.room:
@@ -6668,7 +6681,7 @@ class ClientConnection:
 
     def pause_writing(self) -> None:
         self.room = self._server.loop.create_future()
-        self._watch(math.inf)
+        self._watch(-1)
         if self._request and self._request.source:
             self._request.source.pause()
 
@@ -6681,10 +6694,10 @@ class ClientConnection:
         if self._request and self._request.source:
             self._request.source.resume()
 
-    def _watch(self, unsent: float) -> None:
-        """Cuts off who has taken nothing for `stall_s`; a heartbeat may have come on top of what is unsent."""
+    def _watch(self, unsent: int) -> None:
+        """Cuts off who has taken nothing for `stall_s`."""
         left = self.transport.get_write_buffer_size()
-        if left >= unsent:
+        if left == unsent:
             return self.transport.abort()
         self._stall = self._server.loop.call_later(self._server.stall_s, self._watch, left)
 
@@ -6835,7 +6848,6 @@ class Gateway(App):
         """What happened, for the log, the bill and `agproxy why`."""
         self.tally.add(trace, status)
         if trace.steps:
-            trace.changes = ()  # of which a large body has many, and nobody asks for them any more
             self._journal.append((trace, status, time.monotonic()))
         if log.isEnabledFor(logging.INFO):
             fields = log_fields(trace, status, time.monotonic())
@@ -6949,8 +6961,7 @@ class Gateway(App):
         given = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
         given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
         sent = [key.encode("utf-8", "surrogateescape") for key in given]
-        keys = self._config.api_key
-        right = [known.name for known in keys for key in sent if hmac.compare_digest(key, known.key.encode())]
+        right = [one.name for one in self._config.api_key for key in sent if hmac.compare_digest(key, one.key.encode())]
         if not right:
             what = "The API key is wrong." if any(given) else "An API key is missing."
             raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
@@ -6980,7 +6991,7 @@ class Gateway(App):
             return {}
         headers = {"Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin, "Vary": "Origin"}
         if http.method != "OPTIONS":
-            return headers | {"Access-Control-Expose-Headers": EXPOSED}
+            return headers | {"Access-Control-Expose-Headers": "*"}  # all, for no cookies are allowed
         asked = http.headers.get("access-control-request-headers", "authorization")
         headers |= {"Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS", "Access-Control-Max-Age": "600"}
         return headers | {"Access-Control-Allow-Headers": asked}
@@ -7398,10 +7409,7 @@ def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
 
 def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
     """The client's own name for a conversation, where it gives one."""
-    for name in SESSION_HEADERS:
-        if session := headers.get(name):
-            return session
-    given = body.get("prompt_cache_key")
+    given = next(filter(None, map(headers.get, SESSION_HEADERS)), None) or body.get("prompt_cache_key")
     return given if isinstance(given, str) else ""
 
 
@@ -7461,17 +7469,19 @@ class ClientStream:
             self._alarm.cancel()
 
     def _beat(self) -> None:
-        """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time."""
-        if self._http.quiet:
-            self.write(HEARTBEAT)
-        else:
+        """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time.
+
+        Who does not take what there is needs none, and is cut off where that does not shrink.
+        """
+        if not self._http.quiet:
             self._http.quiet = True
+        elif not self._http.full:
+            self.write(HEARTBEAT)
         self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
 
 
 STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
-EXPOSED = "X-Request-Id, X-Mapped-Model, X-Account-Email, X-Attempts, X-Agproxy-Changes, X-Agproxy-Demo, Retry-After"
 
 
 def finite(number: str) -> float:

@@ -303,3 +303,30 @@ def test_a_login_that_cannot_be(more: str, said: str, tmp_path: Path) -> None:
     arguments = ["login", "--paste", "--accounts", str(path), "a"]
     run = CliRunner().invoke(agproxy.main, arguments, input="http://127.0.0.1:1/?error=access_denied\n")
     assert (run.exit_code, said in run.output) == (2, True), run.output
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("http://127.0.0.1:1/?code=c&state=s#", "c"),
+        ("http://127.0.0.1:1/?code=c&state=other", "not the address of this login"),
+        ("http://[::1", "not the address of this login"),
+        ("", "not the address of this login"),
+    ],
+)
+def test_the_address_that_a_login_ends_at(address: str, said: str) -> None:
+    try:
+        assert agproxy.login_code(address, "s") == said
+    except agproxy.CredentialRefused as error:
+        assert said in error.message
+
+
+async def test_of_shared_work_nothing_is_kept() -> None:
+    async def work() -> int:
+        await asyncio.sleep(0)
+        raise KeyError
+
+    shared = agproxy.Shared()
+    results = await asyncio.gather(*(shared.do("a", work) for _ in range(2)), return_exceptions=True)
+    assert [type(result) for result in results] == [KeyError, KeyError]
+    assert not shared._tasks

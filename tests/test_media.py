@@ -89,6 +89,8 @@ async def test_a_link_is_followed(name: str, mime: str, ask: Ask, media: str, ge
         ("http://2130706433/a.png", {}, "could not be fetched"),
         ("http://127.1/a.png", {}, "could not be fetched"),
         ("http://[::ffff:10.0.0.1]/a.png", {}, "private address"),
+        ("http://１２７.0.0.1/a.png", {}, "private address"),
+        ("http://127。0。0。1/a.png", {}, "private address"),
         ("http://[64:ff9b::a00:1]/a.png", {}, "private address"),
         ("http://169.254.169.254/", {}, "private address"),
         ("http://0.0.0.0/", {}, "private address"),
@@ -170,3 +172,23 @@ async def test_an_image_in_a_tool_result_is_fetched_too(gemini: FakeGemini, medi
 )
 def test_which_addresses_belong_to_the_internet(address: str, public: bool) -> None:
     assert agproxy.is_public(address) is public
+
+
+async def test_of_links_none_is_fetched_on_once_one_is_refused(gemini: FakeGemini) -> None:
+    left = agproxy.asyncio.Event()
+
+    async def serve(reader: Any, writer: Any) -> None:
+        await reader.read()  # until the other side leaves
+        writer.close()
+        left.set()
+
+    server = await agproxy.asyncio.start_server(serve, "127.0.0.1", 0)
+    silent = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/a.png"
+    links = [agproxy.Media("image/png", "", url=url) for url in (silent, f"{gemini.url}/none.png")]
+    fetcher = agproxy.MediaFetcher(agproxy.Config((), **LOOPBACK))
+    with pytest.raises(agproxy.BadRequest, match="HTTP 404"):
+        await fetcher.filled(agproxy.Request("m", (agproxy.Message("user", tuple(links)),)))
+    async with agproxy.asyncio.timeout(1):
+        await left.wait()
+    await fetcher.close()
+    server.close()

@@ -181,6 +181,7 @@ async def test_a_kept_connection_that_died_is_replaced(transport: Any) -> None:
     [
         b"HTTP/1.1 100 Continue\r\n\r\n" + said(b"ok"),
         b"HTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + said(b"ok"),
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 2000 + said(b"ok"),
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + chunked(b"o", b"k"),
         said(b"ok", b"Connection: close\r\n"),
         said(gzip.compress(b"ok"), b"Content-Encoding: gzip\r\n"),
@@ -188,12 +189,22 @@ async def test_a_kept_connection_that_died_is_replaced(transport: Any) -> None:
 )
 async def test_forms_of_an_answer(wire: bytes, transport: Any) -> None:
     async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
-        for i in range(0, len(wire), 7):
-            writer.write(wire[i : i + 7])
+        for i in range(0, len(wire), step):
+            writer.write(wire[i : i + step])
             await asyncio.sleep(0)
 
+    step = 7 if len(wire) < 1000 else len(wire)
     async with Socket(answer) as url:
         assert await (await transport(url).send("/", HEADERS, b"{}")).read() == b"ok"
+
+
+async def test_an_answer_that_has_no_body_waits_for_none(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 204 No Content\r\n\r\n")
+
+    async with Socket(answer) as url:
+        incoming = await transport(url, first_event_s=1).send("/", HEADERS, b"{}")
+        assert (incoming.status, await incoming.read()) == (204, b"")
 
 
 async def test_a_body_until_the_connection_ends(transport: Any) -> None:
@@ -366,3 +377,43 @@ async def test_what_was_not_asked_for_is_taken_for_no_answer(transport: Any) -> 
         await asyncio.sleep(0.1)
         assert await (await to.send("/", HEADERS, b"{}")).read() == b"2"
     assert socket.connections == 2
+
+
+async def test_a_connection_whose_last_piece_was_too_much_for_its_client_serves_the_next(transport: Any) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"ab")[:-2])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"ab")
+
+    socket = Socket(answer)
+    async with socket as url:
+        to = transport(url, first_event_s=1)
+        incoming = await to.send("/", HEADERS, b"{}")
+        asyncio.get_running_loop().call_later(0.1, lambda: incoming.resume())
+        await incoming.flow(lambda _: incoming.pause())
+        assert await (await to.send("/", HEADERS, b"{}")).read() == b"ab"
+    assert socket.connections == 1
+
+
+async def test_what_the_sink_raises_ends_the_answer(transport: Any, caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(_: int, __: Any, writer: asyncio.StreamWriter) -> None:
+        writer.write(said(b"ab")[:-2])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(b"a")
+
+    def sink(_: bytes) -> None:
+        raise KeyError("a mistake")
+
+    async with Socket(answer) as url:
+        incoming = await transport(url).send("/", HEADERS, b"{}")
+        with pytest.raises(KeyError, match="a mistake"):
+            async with asyncio.timeout(1):
+                await incoming.flow(sink)
+
+
+@pytest.mark.parametrize("transport", ["direct"], indirect=True)
+async def test_a_host_that_no_name_can_have_is_an_error_of_the_network(transport: Any) -> None:
+    with pytest.raises(OSError, match="no host's name"):
+        await transport("http://a..b").send("/", HEADERS, b"{}")
