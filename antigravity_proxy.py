@@ -2067,8 +2067,15 @@ def look_up(name: str, table: Iterable[str]) -> str | None:
     """The table's key for a name: itself, else the wildcard with most literal characters, then the longest start."""
     if name in table:
         return name
-    hits = [p for p in table if "*" in p and re.fullmatch(".*".join(map(re.escape, p.split("*"))), name)]
+    hits = [pattern for pattern in table if "*" in pattern and wildcard(pattern).fullmatch(name)]
     return max(hits, key=lambda p: (len(p.replace("*", "")), len(p.split("*")[0])), default=None)
+
+
+@functools.lru_cache(1024)
+def wildcard(pattern: str) -> re.Pattern[str]:
+    """What a pattern with stars matches, without trying each way to spread a long name over many stars."""
+    first, *middle, last = map(re.escape, pattern.split("*"))
+    return re.compile(first + "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}")
 
 
 VERSION = re.compile(r"gemini-(\d+)(?:\.(\d+))?")
@@ -6835,8 +6842,7 @@ class Gateway(App):
         except RecursionError:
             response = error_response(BadRequest("The body is nested too deep. Send flatter JSON."), trace)
         except Exception as error:
-            told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
-            log.error("%s failed", trace.id, exc_info=(RuntimeError, told, error.__traceback__))
+            log.error("%s failed", trace.id, exc_info=without_words(error))
             response = error_response(GatewayError("The gateway failed. Its log says why; please report it."), trace)
         finally:
             del self._running[http.task]
@@ -7108,8 +7114,14 @@ class Gateway(App):
         made = replace(trace, steps=[])
         trace.model = trace.mapped_model = ""
         job = self._jobs[kept.id] = Job(kept, self._upstream, request, made)
-        job.task.add_done_callback(lambda _: self._tell(made, 200))
-        job.task.add_done_callback(lambda _: self._jobs.pop(kept.id))
+
+        def over(task: asyncio.Task[None]) -> None:
+            if error := None if task.cancelled() else task.exception():
+                log.error("%s failed", made.id, exc_info=without_words(error))
+            self._tell(made, 500 if error else 200)
+            del self._jobs[kept.id]
+
+        job.task.add_done_callback(over)
         await kept.save()
         return job
 
@@ -7367,8 +7379,10 @@ class Job:
             if new := self._frames[at:]:
                 at += len(new)
                 yield b"".join(new)
-            elif self._whole or self.task.done():
+            elif self._whole:
                 return
+            elif self.task.done():
+                self.task.result()  # raises what kept it from its end: nobody takes a part for the whole
             else:
                 await grown.wait()
 
@@ -7558,6 +7572,12 @@ def object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:MODEL_CHARS_MAX]
         raise BadRequest(f"'{twice}' is given twice in one object. Send it once.", code="invalid_value", param=twice)
     return made
+
+
+def without_words(error: BaseException) -> Any:
+    """What the log may tell of a mistake: where it was made."""
+    told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
+    return RuntimeError, told, error.__traceback__
 
 
 def json_response(body: Any, trace: Trace, status: int = 200) -> HttpResponse:

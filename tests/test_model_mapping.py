@@ -57,6 +57,13 @@ def test_equal_patterns_are_decided_by_the_longer_start_then_by_the_file() -> No
     assert agproxy.map_model("abc", config, None).model == "gemini-1"
 
 
+def test_a_long_name_and_many_stars_take_no_time() -> None:
+    config = agproxy.Config((), aliases={"*a" * 9 + "*b": "gemini-1", "x*a*a": "gemini-2"}, default_model="gemini-3")
+    assert agproxy.map_model("a" * 512, config, None).model == "gemini-3"
+    assert agproxy.map_model("a" * 511 + "b", config, None).model == "gemini-1"
+    assert [agproxy.map_model(name, config, None).model[-1] for name in ("xa", "xaa", "xabab", "xaba")] == list("3232")
+
+
 def test_the_default_takes_what_nobody_knows() -> None:
     config = agproxy.Config((), default_model="gemini-2.5-flash")
     assert agproxy.map_model("llama", config, LISTED).rule == "models.default"

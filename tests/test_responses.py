@@ -541,6 +541,27 @@ async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_pol
     assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
 
 
+async def test_a_background_response_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
+    client: TestClient, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rendered = agproxy.ResponseRenderer.render_all
+
+    def fails(renderer: Any, events: Any) -> str:
+        if isinstance(events[-1], agproxy.Ended):
+            raise KeyError("words".upper())
+        return rendered(renderer, events)
+
+    monkeypatch.setattr(agproxy.ResponseRenderer, "render_all", fails)
+    gemini.script, gemini.pause_s = [said("a", "b")], 0.03
+    async with client.post("/v1/responses", json=ASK | {"background": True, "stream": True}) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await response.text()
+    assert "KeyError" in caplog.text
+    assert "WORDS" not in caplog.text
+    made = f"resp_{response.headers['X-Request-Id'][4:]}"
+    assert (await fetch(client, made))[1]["status"] == "failed"
+
+
 async def test_why_tells_of_a_background_response_what_it_tells_of_others(
     client: TestClient, gemini: FakeGemini
 ) -> None:
