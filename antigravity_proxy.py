@@ -3657,14 +3657,14 @@ def citations_of(text: str, grounding: Sequence[Mapping[str, Any]]) -> tuple[Cit
             end = start + len(quoted)
         return start, end
 
-    found: list[tuple[Mapping[str, Any], Mapping[str, Any]]] = []
+    found: list[tuple[tuple[int, int], Mapping[str, Any]]] = []
     pages = [(chunk.get("web") or {}) for about in grounding for chunk in about.get("groundingChunks") or ()]
     for about in grounding:
         for support in about.get("groundingSupports") or ():
-            numbers = support.get("groundingChunkIndices") or ()
-            found += [(support.get("segment") or {}, pages[i]) for i in numbers if i < len(pages)]
-        found += [(one, one) for one in (*(about.get("citationSources") or ()), *(about.get("citations") or ()))]
-    cited = [(span(at), page) for at, page in found if page.get("uri")]
+            at = span(support.get("segment") or {})
+            found += [(at, pages[i]) for i in support.get("groundingChunkIndices") or () if i < len(pages)]
+        found += [(span(one), one) for one in (*(about.get("citationSources") or ()), *(about.get("citations") or ()))]
+    cited = [(at, page) for at, page in found if page.get("uri")]
     return tuple(dict.fromkeys(Citation(*at, str(page["uri"]), str(page.get("title") or "")) for at, page in cited))
 
 
@@ -5158,6 +5158,8 @@ class Unframer:
                 self._left = self._after_size(data[at:end])
                 at = end + 2
             stop = at + self._left
+            if self._strict and not b"\r\n".endswith(data[max(at, stop - 2) : stop], 0, 2 - max(0, stop - size)):
+                raise ValueError("no line end behind a chunk")
             if self._left > 2:
                 pieces.append(data[at : stop - 2])  # as far as it came
             self._left, at = (0, stop) if stop <= size else (stop - size, size)
