@@ -1463,6 +1463,7 @@ class Fields:
 
     def wrong(self, key: str, what: str, remedy: str, code: str = "invalid_value") -> BadRequest:
         """The refusal of a field: what is wrong with it, and what to do."""
+        what = what if len(what) <= ERROR_CHARS_MAX else f"{what[:ERROR_CHARS_MAX]}…"
         return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
 
     def flag(self, key: str, default: bool = False) -> bool:
@@ -3034,7 +3035,7 @@ def result_object(result: ToolResult | None) -> dict[str, Any]:
 
 def effort_of(word: str) -> str:
     """The nearest known effort."""
-    near = difflib.get_close_matches(word.lower(), EFFORTS, 1, 0.0)
+    near = difflib.get_close_matches(word[:20].lower(), EFFORTS, 1, 0.0)
     return near[0] if word else "medium"
 
 
@@ -7797,7 +7798,7 @@ def demo_plain_value(schema: dict[str, Any], root: Any, prompt: str, seen: froze
             properties = schema.get("properties", {})
             return {name: demo_value(properties.get(name), root, prompt, seen) for name in schema.get("required", ())}
         case "array":
-            items = schema.get("prefixItems") or [schema.get("items")] * max(1, int(schema.get("minItems", 1)))
+            items = schema.get("prefixItems") or [schema.get("items")] * demo_size(schema.get("minItems", 1))
             with contextlib.suppress(LookupError):
                 return [demo_value(item, root, prompt, seen) for item in items]
             return []  # a tree ends where there are no children
@@ -7806,6 +7807,13 @@ def demo_plain_value(schema: dict[str, Any], root: Any, prompt: str, seen: froze
             return min(number, schema.get("maximum", number))
         case kind:
             return {"boolean": True, "null": None}.get(kind, DEMO_FORMATS.get(schema.get("format", ""), prompt))
+
+
+def demo_size(wanted: Any) -> int:
+    """How many values to make, one at least. Raises ValueError for more than Gemini's own embeddings have."""
+    if int(wanted) > 3072:
+        raise ValueError(f"{wanted} values are too many")
+    return max(1, int(wanted))
 
 
 def demo_tokens(parts: Iterable[dict[str, Any]]) -> int:
@@ -7826,7 +7834,7 @@ def demo_usage(body: dict[str, Any], said: list[dict[str, Any]]) -> dict[str, in
 def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
     """Words by hash, at length 1: texts that share words lie near each other."""
     text = " ".join(part.get("text", "") for part in request["content"]["parts"])
-    values = [0.0] * int(request.get("outputDimensionality") or 768)
+    values = [0.0] * demo_size(request.get("outputDimensionality") or 768)
     for word in re.findall(r"\w+", text.lower()) or [""]:
         values[int(hashlib.sha256(word.encode()).hexdigest(), 16) % len(values)] += 1
     length = math.hypot(*values)
@@ -8189,8 +8197,9 @@ def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
 def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: Any) -> None:
     """Start the gateway."""
-    config = servable(configured(**where, demo=demo))
     path = find_file(where["accounts"], os.environ)
+    config = servable(configured(**where, demo=demo))
+    where["accounts"] = path and str(path)  # so that no reload takes another one, where an editor writes it just then
     warn_of_readers(path)
     log_handler = set_up_logging(log_level, log_format, config)
     try:

@@ -80,12 +80,26 @@ async def test_a_schema_is_answered_with_json(ai: openai.AsyncOpenAI) -> None:
     assert answer.choices[0].message.parsed == Person(name="hi", age=1, tags=["hi"])
 
 
-@pytest.mark.parametrize("odd", [{"type": 5}, {"type": "integer", "minimum": None}, {"$ref": 5}, {"enum": None}])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"type": 5},
+        {"type": "integer", "minimum": None},
+        {"$ref": 5},
+        {"enum": None},
+        {"type": "array", "minItems": 10**9},
+    ],
+)
 async def test_a_schema_that_is_none_is_refused_and_not_cut_off(ai: openai.AsyncOpenAI, odd: Any) -> None:
     function: Any = {"name": "f", "parameters": {"type": "object", "properties": {"x": odd}, "required": ["x"]}}
     tools: Any = [{"type": "function", "function": function}]
     with pytest.raises(openai.BadRequestError, match="The demo cannot read this request"):
         await ai.chat.completions.create(**HELLO, tools=tools, tool_choice="required")
+
+
+async def test_no_vector_is_longer_than_gemini_s(ai: openai.AsyncOpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="too many"):
+        await ai.embeddings.create(model="gemini-embedding-001", input="hi", dimensions=10**9)
 
 
 async def test_models_and_completions(ai: openai.AsyncOpenAI) -> None:

@@ -290,6 +290,13 @@ def test_what_becomes_of_it_in_embeddings(table: str, row: dict[str, Any], fate:
 # ---- types
 
 
+def test_a_refusal_repeats_no_more_than_its_start() -> None:
+    body = {"model": "m", "messages": [{"role": "x" * 1_000_000, "content": "hi"}]}
+    with pytest.raises(agproxy.BadRequest, match="Send system, developer") as refused:
+        agproxy.parse_chat(body)
+    assert len(refused.value.message) < 2 * agproxy.ERROR_CHARS_MAX
+
+
 @pytest.mark.parametrize(
     ("table", "name"),
     [(table, name) for table in PLAIN for name, row in TABLES[table]["rows"].items() if "type" in row],
