@@ -3312,7 +3312,7 @@ class SseSplitter:
 
     def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:"):
-            return line[5:].strip()
+            return line[5:].strip().removeprefix(b"[DONE]")  # which some put behind Gemini's own end
         if not (self._bare or line[:1] in b"{["):
             return b""
         self._bare.append(line)

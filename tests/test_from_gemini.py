@@ -59,6 +59,12 @@ def test_how_an_answer_ends(chunks: list[dict[str, Any]], last: Any) -> None:
         assert isinstance(events[-1].error, last)
 
 
+@pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]"])
+def test_openai_s_word_behind_the_end_changes_nothing(end: bytes) -> None:
+    r, plain = reader(), reader()
+    assert r.feed(sse(*said("x")) + end) + r.close() == plain.feed(sse(*said("x"))) + plain.close()
+
+
 @pytest.mark.parametrize(
     ("given", "text"), [("a b", "a b"), ({"a": True}, '{"a":true}'), ([1], "[1]"), (None, ""), ("", "")]
 )
