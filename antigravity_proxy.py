@@ -3962,7 +3962,7 @@ class ChatRenderer:
 
     def _image(self, choice: int, media: Media) -> str:
         given = self._media.setdefault(choice, [])
-        key, told = render_media(media, len(given), self._head)
+        key, told = render_media(media, given.count("images"), self._head)
         if key == "audio" and key in given:
             return ""  # SDKs would join a second one with the first
         given.append(key)
