@@ -1,6 +1,6 @@
 """What agproxy costs, as ratios to a minimal aiohttp pass-through that transforms nothing.
 
-Two commands, some 15 minutes:
+Two commands, less than half an hour:
 
     python3 -m venv .venv && .venv/bin/pip install -q aiohttp click pyyaml
     .venv/bin/python tests/bench/bench.py
