@@ -3308,7 +3308,7 @@ class SseSplitter:
         """What is left at the end; of what was cut nobody can tell more than that it was."""
         line, self._rest = b"".join(self._rest), []
         left = (self._line(line) if line else b"", b"\n".join(self._bare))
-        return [text for text in left if parse_json(text) is not None]
+        return [text for text in left if text and parse_json(text) is not None]
 
     def _line(self, line: bytes) -> bytes:
         if line.startswith(b"data:"):

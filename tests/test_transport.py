@@ -291,7 +291,18 @@ async def test_a_paused_body_waits_upstream(transport: Any) -> None:
         assert sum(got) == total
 
 
-async def test_who_leaves_closes_the_connection(transport: Any) -> None:
+async def give_up_reading(incoming: agproxy.Incoming) -> None:
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await incoming.read()
+
+
+async def abort(incoming: agproxy.Incoming) -> None:
+    incoming.abort()
+
+
+@pytest.mark.parametrize("leave", [abort, give_up_reading])
+async def test_who_leaves_closes_the_connection(leave: Any, transport: Any) -> None:
     closed = asyncio.Event()
 
     async def answer(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -302,26 +313,7 @@ async def test_who_leaves_closes_the_connection(transport: Any) -> None:
         closed.set()
 
     async with Socket(answer) as url:
-        incoming = await transport(url).send("/", HEADERS, b"{}")
-        incoming.abort()
-        await asyncio.wait_for(closed.wait(), 1)
-
-
-async def test_who_leaves_while_a_whole_body_is_read_closes_the_connection(transport: Any) -> None:
-    closed = asyncio.Event()
-
-    async def answer(_: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(said(b"ab")[:-1])
-        await writer.drain()
-        with contextlib.suppress(OSError):
-            await reader.read()
-        closed.set()
-
-    async with Socket(answer) as url:
-        incoming = await transport(url).send("/", HEADERS, b"{}")
-        with pytest.raises(TimeoutError):
-            async with asyncio.timeout(0.1):
-                await incoming.read()
+        await leave(await transport(url).send("/", HEADERS, b"{}"))
         await asyncio.wait_for(closed.wait(), 1)
 
 

@@ -54,14 +54,6 @@ async def test_an_account_that_rests_keeps_no_body(upstream: agproxy.Upstream, g
     assert kept() is None
 
 
-async def test_the_journal_counts_changes_and_keeps_none(upstream: agproxy.Upstream, gemini: FakeGemini) -> None:
-    gemini.echo = True
-    trace = trace_of(upstream)
-    answer = await upstream.ask(agproxy.parse_chat(HELLO | {"unheard": 1, "unknown": 2}), trace, sse=True)
-    answer.close()
-    assert trace.headers(0)["X-Agproxy-Changes"] == str(trace.changes) == "2"
-
-
 async def test_an_answer_that_failed_ends_before_its_connection(gemini: FakeGemini) -> None:
     upstream = agproxy.Upstream(config_of(gemini))
     gemini.script = [[*said("half", reason=None), {"error": {"code": 503, "message": "Full."}}]]

@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 from urllib.parse import unquote
 
-import aiohttp
 import conftest
 import openai
 import pytest
@@ -73,20 +72,6 @@ async def test_health_and_models(start: Start) -> None:
     listed = await (await client.get("/v1/models")).json()
     assert listed["object"] == "list"
     assert "gemini-2.5-flash" in [model["id"] for model in listed["data"]]
-
-
-async def test_the_journal_keeps_nothing_of_a_body(gemini: Any, transport: str) -> None:
-    gemini[0].script = [said("hello")]
-    app = await agproxy.create_app(agproxy.Config((account_of(transport, "a", gemini[1]),)))
-    async with contextlib.AsyncExitStack() as stack:
-        port = await agproxy.listen(app, "127.0.0.1", 0, stack)
-        async with aiohttp.ClientSession() as session:
-            url = f"http://127.0.0.1:{port}/v1/chat/completions"
-            answer = await session.post(url, json=HELLO | {"k" * 50_000: 1})
-            assert (answer.status, answer.headers["X-Agproxy-Changes"]) == (200, "1")
-            await answer.read()
-        await until(lambda: app._journal)
-        assert app._journal[0][0].changes == 1
 
 
 async def test_chat_by_the_sdk(start: Start, gemini: Any, sdk: Any) -> None:
