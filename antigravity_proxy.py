@@ -2010,9 +2010,18 @@ def checked_base64(part: Fields, key: str, data: str) -> str:
     return data
 
 
+LOOKED_AT = 4 << 10  # bytes; a multiple of 4
+
+
 def is_base64(data: str | bytes) -> bool:
     payload = (data.encode("ascii", "replace") if isinstance(data, str) else data).rstrip(b"=")
     return bool(payload) and not payload.translate(None, BASE64_ALPHABET) and len(payload) % 4 != 1
+
+
+def seems_base64(data: bytes) -> bool:
+    """The same by its ends alone, where nothing in it could end a JSON string: to read 4 MB costs a third of sending them."""
+    ends = data[:LOOKED_AT] + data[-LOOKED_AT - len(data) % 4 :]
+    return data.isascii() and b"\\" not in data and is_base64(ends)
 
 
 def parse_call(call: Fields) -> ToolCall:
@@ -7062,17 +7071,24 @@ class Gateway(App):
         kept = self._keep(renderer, body, payloads, trace) if isinstance(renderer, ResponseRenderer) else None
         if kept and body.get("background"):
             return await self._detach(requests[0], kept, trace)
+        try:
+            return Begun(await self._ask(requests, trace), renderer, payloads, kept)
+        except UpstreamRefused:
+            refuse_damaged(DOORS[trace.route][0], body, payloads)
+            raise
+
+    async def _ask(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
+        first = requests[0]
         if len(requests) == 1 and first.n == 1:
-            answer: Answer | Merged = await self._upstream.ask(requests[0], trace, sse=first.stream)
-        else:
-            answer = await self._upstream.ask_all([choice for one in requests for choice in choices_of(one)], trace)
-        return Begun(answer, renderer, payloads, kept)
+            return await self._upstream.ask(first, trace, sse=first.stream)
+        return await self._upstream.ask_all([choice for one in requests for choice in choices_of(one)], trace)
 
     async def _parse(self, http: HttpRequest, trace: Trace) -> tuple[list[Request], Renderer, Any, dict[str, bytes]]:
         """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
         parse, form = DOORS[trace.route]
         data = await http.read()
-        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data)
+        check = is_base64 if form is ResponseRenderer else seems_base64  # what is kept must be whole
+        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data, check)
         body = parse_body(data)
         keeps = form is ResponseRenderer and self._config.store != "off"
         past = await self._recall(body, trace) if keeps else None
@@ -7516,7 +7532,7 @@ PAYLOAD_BYTES_MIN = 16 << 10
 PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
 
 
-def cut_payloads(data: bytes) -> tuple[bytes, dict[str, bytes]]:
+def cut_payloads(data: bytes, check: Callable[[bytes], bool] = is_base64) -> tuple[bytes, dict[str, bytes]]:
     """The body without the base64 of its data: URLs, and what was cut out: no JSON parser need read megabytes of it."""
     payloads: dict[str, bytes] = {}
     pieces = []
@@ -7524,12 +7540,19 @@ def cut_payloads(data: bytes) -> tuple[bytes, dict[str, bytes]]:
     while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
         payload = data[start:end]
         pieces.append(data[at:start])
-        if len(payload) >= PAYLOAD_BYTES_MIN and is_base64(payload):
+        if len(payload) >= PAYLOAD_BYTES_MIN and check(payload):
             payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
             payload = next(reversed(payloads)).encode()
         pieces.append(payload)
         at = end
     return b"".join([*pieces, data[at:]]) if payloads else data, payloads
+
+
+def refuse_damaged(parse: Callable[[Any], Any], body: Any, payloads: Mapping[str, bytes]) -> None:
+    """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
+    for mark, payload in payloads.items():
+        if not is_base64(payload):
+            parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")))
 
 
 def parse_body(data: bytes) -> Any:

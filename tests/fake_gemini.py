@@ -101,6 +101,7 @@ class FakeGemini:
         self.script: list[Step] = []
         self.keys: list[str] = []
         self.bodies: list[dict[str, Any]] = []
+        self.refused = False  # whether a body was none that Google takes
         self.models: Any = ["gemini-2.5-pro", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3-flash-preview"]
         self.tokens: list[tuple[int, Any] | float] = []
         self.revoked: set[str] = set()
@@ -128,7 +129,7 @@ class FakeGemini:
     def embed(self, body: dict[str, Any], model: str) -> web.Response:
         """Vectors that tell the length of each text; like Gemini's shortened ones they are not of length 1."""
         if found := validate(body, "BatchEmbedContentsRequest", model=model):
-            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
+            return self.refuse(found[0].server)
         texts = ["".join(part["text"] for part in one["content"]["parts"]) for one in body["requests"]]
         return web.json_response({"embeddings": [{"values": [len(text), 2, 1]} for text in texts], **self.beside})
 
@@ -137,7 +138,7 @@ class FakeGemini:
         body = body.get("generateContentRequest") or body.get("request") or body
         assert body.pop("model", f"models/{model}") == f"models/{model}"
         if found := findings(body, model, api=api):
-            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
+            return self.refuse(found[0].server)
         texts = [
             part["text"]
             for turn in (*body["contents"], body.get("systemInstruction", {}))
@@ -162,14 +163,18 @@ class FakeGemini:
         return await self.handle(request)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
-        body, api = await request.json(), "gemini" if request.path.startswith("/v1beta/") else "v1internal"
+        api = "gemini" if request.path.startswith("/v1beta/") else "v1internal"
+        try:
+            body = await request.json()
+        except ValueError:
+            return self.refuse("Invalid JSON payload received. Expected a string.")
         wrapped = "method" in request.match_info
         model, _, method = request.match_info.get("model_and_method", "").partition(":")
         if wrapped:
             method = request.match_info["method"].strip(":")
             model = body.get("model", "")
             if method != "countTokens" and (refused := validate(body, "CodeAssistGenerateContentRequest")):
-                return web.json_response(error(400, "INVALID_ARGUMENT", refused[0].server)[1], status=400)
+                return self.refuse(refused[0].server)
             assert body.get("project", "p") == "p"
             body = body["request"]
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
@@ -184,7 +189,7 @@ class FakeGemini:
         if method == "countTokens":
             return self.count(body, model, api)
         if found := findings(body, model, api=api):
-            return web.json_response(error(400, "INVALID_ARGUMENT", found[0].server)[1], status=400)
+            return self.refuse(found[0].server)
         step = said(body["contents"][-1]["parts"][0]["text"]) if self.echo else self.script.pop(0)
         if self.answer_first_tool:
             declared = body["tools"][0]["functionDeclarations"][0]["name"]
@@ -201,6 +206,10 @@ class FakeGemini:
             await response.write(b"data: " + json.dumps(chunk).encode() + b"\r\n\r\n")
             await self.pause(self.pause_s)
         return response
+
+    def refuse(self, why: str) -> web.Response:
+        self.refused = True
+        return web.json_response(error(400, "INVALID_ARGUMENT", why)[1], status=400)
 
     async def pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from fake_gemini import FakeGemini, said
+from fake_gemini import FakeGemini, Step, error, said
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
@@ -47,14 +48,22 @@ async def media() -> AsyncIterator[str]:
 
 @pytest.fixture
 async def ask(gemini: FakeGemini, aiohttp_client: Any) -> Ask:
-    async def ask(*parts: dict[str, Any], **settings: Any) -> tuple[int, Any]:
+    async def ask(
+        *parts: dict[str, Any],
+        door: str = "chat/completions",
+        edit: Callable[[str], str] = str,
+        step: Step | None = None,
+        **settings: Any,
+    ) -> tuple[int, Any]:
+        """`edit` changes the written body; `step` is Gemini's answer."""
         accounts = (agproxy.Account("a", "k", gemini.url),)
         client: TestClient[Any, Any] = await aiohttp_client(
             GatewayServer(await agproxy.create_app(agproxy.Config(accounts, **settings)))
         )
-        gemini.script = [said("ok")]
-        body = {"model": "gpt-4o", "messages": [{"role": "user", "content": list(parts)}]}
-        response = await client.post("/v1/chat/completions", json=body)
+        gemini.script = [step or said("ok")]
+        turns = "input" if door == "responses" else "messages"
+        body = {"model": "gpt-4o", turns: [{"role": "user", "content": list(parts)}]}
+        response = await client.post(f"/v1/{door}", data=edit(json.dumps(body)).encode())
         return response.status, await response.json()
 
     return ask
@@ -112,6 +121,40 @@ async def test_what_is_refused_names_the_part(
     assert told["param"] == "messages[0].content[1].image_url.url"
     assert said in told["message"]
     assert media not in told["message"]
+
+
+LONG = base64.b64encode(PNG + bytes(30_000)).decode()
+
+
+@pytest.mark.parametrize("at", [9, 20_000, len(LONG) - 9])
+@pytest.mark.parametrize("broken", ["!", "\x01", "€", "\\n"])
+async def test_damage_in_a_large_image_names_the_part(broken: str, at: int, ask: Ask, gemini: FakeGemini) -> None:
+    """What only a look at all of it would show, Gemini is left to find."""
+
+    def damage(body: str) -> str:
+        return body.replace(LONG, f"{LONG[:at]}{broken}{LONG[at + 1 :]}")
+
+    status, answer = await ask(image(f"data:image/png;base64,{LONG}"), edit=damage)
+    told = answer["error"]
+    assert (status, told["type"]) == (400, "invalid_request_error")
+    if broken != "\x01" or gemini.refused:
+        assert (told["code"], told["param"]) == ("invalid_image_url", "messages[0].content[0].image_url.url")
+        assert "not valid base64" in told["message"]
+    else:
+        assert "not valid JSON" in told["message"]
+    assert gemini.refused == (at == 20_000 and broken in "!\x01")
+
+
+async def test_what_is_kept_is_looked_through_before_it_is_sent(ask: Ask, gemini: FakeGemini) -> None:
+    parts = {"type": "input_image", "image_url": f"data:image/png;base64,{LONG[:20_000]}!{LONG[20_001:]}"}
+    status, answer = await ask(parts, door="responses")
+    assert (status, answer["error"]["param"], gemini.bodies) == (400, "input[0].content[0].image_url", [])
+
+
+async def test_another_fault_than_that_of_a_sound_image_is_told_in_geminis_words(ask: Ask) -> None:
+    refusal = error(400, "INVALID_ARGUMENT", "The image is too wide.")
+    status, answer = await ask(image(f"data:image/png;base64,{LONG}"), step=refusal)
+    assert (status, answer["error"]["message"]) == (400, "The image is too wide.")
 
 
 async def test_a_slow_link_ends_in_time(ask: Ask, media: str, monkeypatch: pytest.MonkeyPatch) -> None:

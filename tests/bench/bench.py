@@ -165,11 +165,13 @@ class Bench:
         share = min(kind.effort for kind in kinds) / (1 if workload.pause_ms else turns)
         workload = replace(workload, requests=max(workload.concurrency, int(workload.requests * share), 2))
         taken: list[tuple[Kind, list[dict[str, Any]]]] = [(kind, []) for kind in kinds]
-        with contextlib.ExitStack() as stack:
-            alive = {kind.name: stack.enter_context(self._gateway(kind)) for kind in kinds}
-            for _ in range(turns):
-                for kind, results in taken:
-                    results.append(self._calmest(workload, kind, alive[kind.name]))
+        lives = turns if workload.afresh else 1
+        for _ in range(lives):
+            with contextlib.ExitStack() as stack:
+                alive = {kind.name: stack.enter_context(self._gateway(kind)) for kind in kinds}
+                for _ in range(turns // lives):
+                    for kind, results in taken:
+                        results.append(self._calmest(workload, kind, alive[kind.name]))
         return taken
 
     def _calmest(self, workload: Workload, kind: Kind, gateway: Gateway) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Workload:
     """Measured for so long while all streams are alive; 0: from the first request to the last answer."""
 
     grows: bool = False
+    afresh: bool = False
+    """Each turn has processes of its own, for an allocator may stay in one of two states for as long as one lives."""
 
 
 def chat(at_once: int, requests: int) -> Workload:
@@ -79,7 +81,8 @@ def slow(pause_ms: int, chunks: int) -> Workload:
 
 
 def large(content: str, title: str, size: int, requests: int, must: float, aim: float) -> Workload:
-    return Workload(content, title, (Target("cpu", "µs/request", must, aim),), content, size, requests=requests)
+    targets = (Target("cpu", "µs/request", must, aim),)
+    return Workload(content, title, targets, content, size, requests=requests, afresh=True)
 
 
 PACED = (Target("cpu", "µs/chunk", 1.3, 0.85),)
