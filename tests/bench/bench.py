@@ -7,11 +7,12 @@ Two commands, less than half an hour:
 
 The gateway has one core to itself; a fake Gemini and the load generator, a process each, share the others. In each round
 the gateways run in new processes that were warmed up, and take several short turns one after another, so that a ratio
-compares neighbours in time and does not depend on what was measured before. Every stream is checked event by event. CPU is the clock of the
-gateway's own process. The pass-through is measured twice: how far it strays from itself is the noise, and below it no
-verdict is given; nor is one where the chunks of a paced stream piled up because a core was full, for they cost less by
-the heap. The exit code is 1 when an answer of agproxy or of the pass-through was wrong, lost, doubled or out of order,
-and never because of a ratio. Linux only; on a busy machine `nice -n -10` in front, as root, keeps other work away.
+compares neighbours in time and does not depend on what was measured before. Every stream is checked event by event. CPU
+is the clock of the gateway's own process. The pass-through is measured twice: how far the median of its ratios to itself
+may be off is the noise, and below it no verdict is given (from eight rounds on the odd ones count less); nor is one where
+the chunks of a paced stream piled up because a core was full, for they cost less by the heap. The exit code is 1 when an
+answer of agproxy or of the pass-through was wrong, lost, doubled or out of order, and never because of a ratio. Linux
+only; on a busy machine `nice -n -10` in front, as root, keeps other work away.
 
     --quick                     the correctness of every workload, in seconds, without verdicts
     --only 'burst*'             some workloads

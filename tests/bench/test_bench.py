@@ -96,7 +96,7 @@ def test_a_whole_answer_is_checked() -> None:
 
 def row(agproxy: list[float], again: list[float]) -> Row:
     workload: Workload = STREAM  # must 2.0, aim 1.15
-    return Row(workload, workload.targets[0], {YARDSTICK: [1.0, 1.0, 1.0], AGPROXY: agproxy, AGAIN: again})
+    return Row(workload, workload.targets[0], {YARDSTICK: [1.0] * len(again), AGPROXY: agproxy, AGAIN: again})
 
 
 @pytest.mark.parametrize(
@@ -106,6 +106,12 @@ def row(agproxy: list[float], again: list[float]) -> Row:
         ([0.9, 1.0, 1.0], [1.0, 1.1, 1.0], "held, aim too"),
         ([2.5, 2.4, 2.6], [1.0, 1.1, 1.0], "missed"),
         ([2.1, 2.1, 1.9], [1.0, 1.3, 0.9], "below noise"),
+        ([2.1] * 7, [1.0, 1.2, 1.0, 1.0, 1.0, 1.0, 0.9], "below noise"),
+        (
+            [2.1] * 9,
+            [1.0, 1.2, 1.0, 1.0, 1.0, 1.0, 0.9, 1.0, 1.0],
+            "missed",
+        ),  # nine of them bear an odd one at each end
     ],
 )
 def test_no_verdict_is_given_below_the_noise(agproxy: list[float], again: list[float], verdict: str) -> None:

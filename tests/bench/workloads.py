@@ -51,7 +51,7 @@ class Workload:
 
     grows: bool = False
     afresh: bool = False
-    """Each turn has processes of its own, for an allocator may stay in one of two states for as long as one lives."""
+    """Each turn has processes of its own: an allocator, or what shares a cache line, may stay as it is for a life."""
 
 
 def chat(at_once: int, requests: int) -> Workload:
@@ -96,7 +96,15 @@ WORKLOADS = (
     burst(16, 240),
     burst(128, 256),
     burst(1000, 1000),
-    Workload("paced", "paced stream, 20 ms, 64 at once", PACED, concurrency=64, requests=64, chunks=100, pause_ms=20),
+    replace(
+        chat(64, 64),
+        name="paced",
+        title="paced stream, 20 ms, 64 at once",
+        targets=PACED,
+        chunks=100,
+        pause_ms=20,
+        afresh=True,
+    ),
     slow(50, 120),
     slow(200, 30),
     large("conversation", "200 KB: 200 messages, 40 tools", 200, 60, must=10.0, aim=3.0),
