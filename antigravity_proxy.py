@@ -3299,17 +3299,18 @@ class SseSplitter:
         self._bare: list[bytes] = []
 
     def feed(self, data: bytes) -> list[bytes]:
-        *lines, rest = data.replace(b"\r", b"\n").split(b"\n")
+        lines = data.splitlines()
+        rest = lines.pop() if lines and not data.endswith((b"\n", b"\r")) else b""
         if lines and self._rest:
             lines[0] = b"".join([*self._rest, lines[0]])
             self._rest = []
         if rest:
             self._rest.append(rest)  # joined once its line is whole: an image may be one line of many reads
         texts = []
-        for line in filter(None, lines):
+        for line in lines:
             if line.startswith(b"data: {"):
                 texts.append(line[6:])
-            elif text := self._line(line):
+            elif line and (text := self._line(line)):
                 texts.append(text)
         return texts
 
@@ -3921,15 +3922,13 @@ class ChatRenderer:
 
     def render_all(self, events: Iterable[Event]) -> str:
         """The frames of the events of one read; nine of ten are more text of a choice that has begun."""
-        begun = self._before_text
-        return "".join(
-            [
-                begun[event.choice] + encode_basestring(event.text) + self._after_text
-                if event.__class__ is TextDelta and event.choice in begun
-                else self.render(event)
-                for event in events
-            ]
-        )
+        begun, frames = self._before_text, ""
+        for event in events:
+            if event.__class__ is TextDelta and event.choice in begun:
+                frames += f"{begun[event.choice]}{encode_basestring(event.text)}{self._after_text}"
+            else:
+                frames += self.render(event)
+        return frames
 
     def render(self, event: Event) -> str:
         match event:
@@ -5135,10 +5134,16 @@ class Unframer:
         packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
         self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
         self.done = not self._chunked and not self._until_close and self._left == 0
+        self._between = self._chunked and not strict  # what comes begins with a chunk's size
         self.behind = b""  # what came behind the last chunk
 
     def feed(self, data: bytes) -> bytes:
-        if self._chunked:
+        if self._between:
+            pieces, at = whole_chunks(data)
+            if at < len(data):
+                pieces.append(self._unchunk(data[at:]))
+            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        elif self._chunked:
             data = self._unchunk(data)
         elif not self._until_close:
             if len(data) > self._left:
@@ -5157,8 +5162,7 @@ class Unframer:
     def _unchunk(self, data: bytes) -> bytes:
         if self._line:
             data, self._line = self._line + data, b""
-        pieces, at = ([], 0) if self._left or self._trailers or self._strict else whole_chunks(data)
-        size = len(data)
+        pieces, at, size = [], 0, len(data)
         while at < size and not self.done:
             if not self._left:
                 end = data.find(b"\r\n", at)
@@ -5176,6 +5180,7 @@ class Unframer:
         if len(self._line) > CHUNK_LINE_MAX:
             raise ValueError("endless chunk size")
         self.behind = data[at:] if self.done else b""
+        self._between = not (self._strict or self._line or self._left or self._trailers)
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _after_size(self, line: bytes) -> int:
@@ -5198,17 +5203,17 @@ class Unframer:
 def whole_chunks(data: bytes) -> tuple[list[bytes], int]:
     """The chunks that begin the data and are whole, and where the rest begins: the common case, at half the cost."""
     pieces: list[bytes] = []
-    at = 0
-    while (end := data.find(b"\r\n", at)) >= 0:
-        try:
-            size = int(data[at:end], 16)
-        except ValueError:  # it may have an extension
-            break
-        stop = end + 4 + size
-        if size <= 0 or stop > len(data):
-            break
-        pieces.append(data[end + 2 : stop - 2])
-        at = stop
+    at, size = 0, len(data)
+    try:
+        while at < size:
+            end = data.index(b"\r\n", at)
+            stop = end + 4 + int(data[at:end], 16)
+            if not end + 4 < stop <= size:
+                break
+            pieces.append(data[end + 2 : stop - 2])
+            at = stop
+    except ValueError:
+        pass  # a size has an extension, or is cut
     return pieces, at
 
 
