@@ -7948,19 +7948,19 @@ def file_fingerprint() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
-def find_file(accounts: str | None, env: Mapping[str, str]) -> Path | None:
-    """The accounts file by flag, $AGPROXY_ACCOUNTS, ./accounts.yaml or $XDG_CONFIG_HOME; None where there is none."""
-    if named := accounts or env.get("AGPROXY_ACCOUNTS"):
-        return Path(named)
-    home = os.path.expanduser(env.get("XDG_CONFIG_HOME") or "~/.config")  # which may not be there, or not for us to see
+def find_file(accounts: str | None) -> Path | None:
+    """The accounts file that is named, ./accounts.yaml or $XDG_CONFIG_HOME's; None where there is none."""
+    if accounts:
+        return Path(accounts)
+    home = os.path.expanduser(os.environ.get("XDG_CONFIG_HOME") or "~/.config")  # maybe not there, or not for us to see
     return next(filter(os.path.exists, (Path("accounts.yaml"), Path(home, "agproxy", "accounts.yaml"))), None)
 
 
-def find_config(accounts: str | None, env: Mapping[str, str], with_pool: bool) -> Config:
+def find_config(accounts: str | None, with_pool: bool) -> Config:
     """The file's config; without a file, one account by a key from the environment, or none."""
-    path = find_file(accounts, env)
+    path = find_file(accounts)
     if path is None:
-        key = (env.get("GEMINI_API_KEY") or env.get("GOOGLE_API_KEY") or "").strip()
+        key = (os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY") or "").strip()
         if not key.isprintable():
             raise ConfigError("The key in GEMINI_API_KEY or GOOGLE_API_KEY holds control characters. Export it anew.")
         return Config(accounts=(Account("environment", key),) if key else ())
@@ -7970,7 +7970,7 @@ def find_config(accounts: str | None, env: Mapping[str, str], with_pool: bool) -
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), env, accounts=with_pool, read=read_if_there)
+    return load_config(text, str(path), os.environ, accounts=with_pool, read=read_if_there)
 
 
 def read_if_there(path: Path) -> str | None:
@@ -7993,7 +7993,7 @@ def configured(
 ) -> Config:
     """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
     try:
-        config = find_config(accounts, os.environ, with_pool and not demo)
+        config = find_config(accounts, with_pool and not demo)
         if named := os.environ.get("AGPROXY_PORT"):
             if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
                 raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
@@ -8080,11 +8080,11 @@ def banner(config: Config, running_max: float) -> str:
     return "\n".join(lines)
 
 
-def stored_at(config: Config, env: Mapping[str, str]) -> str:
+def stored_at(config: Config) -> str:
     """Where responses are kept: where the config says, else with the user's other state."""
     if config.store in ("memory", "off"):
         return config.store
-    state = env.get("XDG_STATE_HOME") or "~/.local/state"
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
         return str(Path(config.store or f"{state}/agproxy/state.sqlite3").expanduser())
     except RuntimeError:
@@ -8120,7 +8120,7 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
     on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
     source = Source(path, load, asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
-        config = await with_demo(replace(config, store=stored_at(config, os.environ)), stack)
+        config = await with_demo(replace(config, store=stored_at(config)), stack)
         running_max = raise_file_limit()
         app = await create_app(config, running_max, source, drain_s)
         port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)
@@ -8204,8 +8204,8 @@ def main(context: click.Context) -> None:
         click.echo(context.get_help())
 
 
-FILES = "$AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml"
-accounts_option = click.option("--accounts", metavar="FILE", help=f"The accounts file.  [default: {FILES}]")
+FILES = "The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]"
+accounts_option = click.option("--accounts", metavar="FILE", envvar="AGPROXY_ACCOUNTS", help=FILES)
 demo_option = click.option("--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network.")
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -8225,7 +8225,7 @@ def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
 @click.option("--drain-s", default=DRAIN_S, show_default=True, type=click.FloatRange(0), help="For running answers.")
 def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: Any) -> None:
     """Start the gateway."""
-    path = find_file(where["accounts"], os.environ)
+    path = find_file(where["accounts"])
     config = servable(configured(**where, demo=demo))
     where["accounts"] = path and str(path)  # so that no reload takes another one, where an editor writes it just then
     warn_of_readers(path)
@@ -8252,7 +8252,7 @@ def warn_of_readers(path: Path | None) -> None:
 def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
     """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    warn_of_readers(find_file(accounts, os.environ))
+    warn_of_readers(find_file(accounts))
     set_up_logging("error", "text", config)
     try:
         sys.exit(asyncio.run(run_command(config, command)))
@@ -8297,14 +8297,11 @@ async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]])
 def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = servable(replace(configured(accounts), auth_mode="off"))
-    warn_of_readers(find_file(accounts, os.environ))
+    warn_of_readers(find_file(accounts))
     columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
-    urls = [re.sub(r"//[^/@]*@", "//…@", account.base_url) for account in config.accounts]
-    offline: Sequence[tuple[str, ...]] = list(zip(map(told_credentials, config.accounts), urls, strict=True))
-    found = asyncio.run(with_upstream(config, probe)) if online else offline
-    rows = [("account", "kind", *columns)]
-    rows += [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
-    click.echo(render_table(rows))
+    found = asyncio.run(with_upstream(config, probe)) if online else [*map(told_offline, config.accounts)]
+    rows = [(account.name, account.kind, *more) for account, more in zip(config.accounts, found, strict=True)]
+    click.echo(render_table([("account", "kind", *columns), *rows]))
     if any(account.kind == "cloudcode" for account in config.accounts):
         text = "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode)"
         click.echo(f"{text}, and accounts have been closed for it. API keys (kind gemini) are the recommended kind.")
@@ -8312,13 +8309,15 @@ def check(accounts: str | None, online: bool) -> None:
         sys.exit(1)
 
 
-def told_credentials(account: Account) -> str:
-    if account.kind == "gemini":
-        key = account.api_key  # enough of it to tell two apart, too little to use one
-        return f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
+def told_offline(account: Account) -> tuple[str, ...]:
+    """What it shows of itself, and where it is asked."""
+    told = "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
     if account.service_account:
-        return "service account"
-    return "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
+        told = "service account"
+    elif account.kind == "gemini":
+        key = account.api_key  # enough of it to tell two apart, too little to use one
+        told = f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
+    return told, re.sub(r"//[^/@]*@", "//…@", account.base_url)
 
 
 def render_table(rows: Sequence[tuple[str, ...]]) -> str:
