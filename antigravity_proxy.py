@@ -6814,14 +6814,14 @@ class Gateway(App):
     _journal: deque[tuple[Trace, int, float]] = field(default_factory=lambda: deque(maxlen=JOURNAL_MAX))
     at_end: contextlib.AsyncExitStack = field(default_factory=contextlib.AsyncExitStack)  # done by close()
     _jobs: dict[str, Job] = field(default_factory=dict)
-    _running: dict[Any, Unbegun | Answer | Merged | None] = field(default_factory=dict)  # by each request's task
+    _running: dict[Any, Unbegun | Answer | Merged | None] = field(default_factory=dict)  # by a request's or job's task
     _draining: bool = False
 
     async def drain(self) -> None:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
         self._draining = True
         await self._wait(self._drain_s)
-        for answer in (*self._running.values(), *self._jobs.values()):
+        for answer in [*self._running.values()]:
             if answer:
                 answer.break_off(STOPPED)
         await self._wait(1)
@@ -6831,15 +6831,13 @@ class Gateway(App):
 
     async def _wait(self, seconds: float) -> None:
         """Until nothing runs any more, or so long."""
-        if running := [*self._running, *(job.task for job in self._jobs.values())]:
-            await asyncio.wait(running, timeout=seconds)
+        if self._running:
+            await asyncio.wait([*self._running], timeout=seconds)
 
     async def close(self) -> None:
-        """Ends what still runs in the background."""
-        tasks = [job.task for job in self._jobs.values()]
-        for task in tasks:
+        for task in self._running:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._running, return_exceptions=True)
         await self.at_end.aclose()
 
     async def handle(self, http: HttpRequest) -> HttpResponse:
@@ -7137,13 +7135,13 @@ class Gateway(App):
             raise Overloaded(f"{JOBS_MAX} responses are made in the background already. Try again later.")
         made = replace(trace, steps=[])
         trace.model = trace.mapped_model = ""
-        job = self._jobs[kept.id] = Job(kept, self._upstream, request, made)
+        job = self._jobs[kept.id] = Job(kept, self._upstream, request, made, self._running)
 
         def over(task: asyncio.Task[None]) -> None:
             if error := None if task.cancelled() else task.exception():
                 log.error("%s failed", made.id, exc_info=without_words(error))
             self._tell(made, 500 if error else 200)
-            del self._jobs[kept.id]
+            del self._jobs[kept.id], self._running[task]
 
         job.task.add_done_callback(over)
         await kept.save()
@@ -7241,7 +7239,8 @@ class Gateway(App):
         if http.method == "POST" and one.state == "running" and not job:
             raise BadRequest("Another gateway makes this response. Cancel it there.")
         if http.method in ("POST", "DELETE") and job:
-            job.break_off(Cancelled("The response was cancelled. Ask again for another."))
+            if answer := self._running[job.task]:  # what was said so far stays in the response
+                answer.break_off(Cancelled("The response was cancelled. Ask again for another."))
             await asyncio.wait([job.task])  # for then that is kept
         if http.method == "DELETE":
             await self._store.delete(id)
@@ -7283,9 +7282,10 @@ class Unbegun:
         if self.error and isinstance(error, asyncio.CancelledError):
             raise self.error from None
 
-    def break_off(self, error: GatewayError) -> None:
-        self.error = error
-        self.task.cancel()
+    def break_off(self, error: UpstreamError) -> None:
+        if self.error is None:
+            self.error = error
+            self.task.cancel()
 
 
 @value
@@ -7337,15 +7337,14 @@ class Kept:
 class Job:
     """A response that is made beside every connection; its frames are kept for whoever follows it."""
 
-    def __init__(self, kept: Kept, upstream: Upstream, request: Request, trace: Trace) -> None:
-        self.kept, self.trace, self._upstream = kept, trace, upstream
+    def __init__(self, kept: Kept, upstream: Upstream, request: Request, trace: Trace, running: dict[Any, Any]) -> None:
+        self.kept, self.trace, self._upstream, self._running = kept, trace, upstream, running
         self._frames = split_frames(with_payloads(encoded(kept.renderer.begin("queued")), kept.payloads))
-        self._answer: Answer | None = None
-        self._stopped: UpstreamError | None = None
-        self._asked = self._whole = False
+        self._whole = False
         self._grown = asyncio.Event()
         self.task = asyncio.create_task(self._make(request))
         self.task.add_done_callback(lambda _: self._add([]))
+        running[self.task] = None
 
     def _render(self, events: list[Event]) -> list[bytes]:
         self._upstream.signatures.remember(events, self.trace.mapped_model)
@@ -7371,30 +7370,21 @@ class Job:
     async def _ask(self, request: Request, sink: Callable[[list[Event]], None]) -> list[Event]:
         """Hands the events to the sink as they come; those that end the answer, in whatever way, are returned."""
         try:
-            self._answer = answer = await self._upstream.ask(request, self.trace, sse=True)
-            sink(answer.first)
-            return await answer.flow(sink)
+            with Unbegun(self._running, self.task):
+                answer = await self._upstream.ask(request, self.trace, sse=True)
+            with contextlib.closing(answer):
+                self._running[self.task] = answer
+                sink(answer.first)
+                return await answer.flow(sink)
         except GatewayError as error:
             return [Failed(error)]
         except asyncio.CancelledError:
-            return [Failed(self._stopped or STOPPED)]
-        finally:
-            self._asked = True
-            if self._answer:
-                self._answer.close()
+            return [Failed(STOPPED)]
 
     def _add(self, frames: list[bytes]) -> None:
         self._frames += frames
         self._grown.set()
         self._grown = asyncio.Event()
-
-    def break_off(self, error: UpstreamError) -> None:
-        """Ends the response with an error, unless it is at its end already; what was said so far stays in it."""
-        first, self._stopped = self._stopped is None, self._stopped or error
-        if self._answer:
-            self._answer.break_off(self._stopped)
-        elif first and not self._asked:
-            self.task.cancel()
 
     async def follow(self, at: int) -> AsyncIterator[bytes]:
         """The frames from one on, as they come."""
