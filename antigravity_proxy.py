@@ -8381,27 +8381,25 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, kind: Diale
 
 def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
     """What the running gateway answers under /agproxy/. Raises Unusable."""
-    import http.client
-    import urllib.error
-    import urllib.request
+    from http.client import HTTPConnection, HTTPException
 
     config = configured(**where, with_pool=False)
-    url = f"{config.base_url.removesuffix('/v1')}/agproxy/{path}"
-    request = urllib.request.Request(url, None if body is None else dump_bytes(body))
-    if config.api_key:
-        request.add_header("Authorization", f"Bearer {config.api_key[0].key}".encode().decode("latin-1"))
-    try:
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
-            if isinstance(answer := parse_json(response.read()), dict):
-                return answer
-    except urllib.error.HTTPError as refused:
-        told = error_of(parse_json(refused.read()))
+    place = urlsplit(config.base_url).netloc
+    headers = {"Authorization": f"Bearer {config.api_key[0].key}".encode()} if config.api_key else {}
+    method, data = ("GET", None) if body is None else ("POST", dump_bytes(body))
+    answer: Any = None
+    with contextlib.suppress(OSError, HTTPException), contextlib.closing(HTTPConnection(place, timeout=10)) as gateway:
+        gateway.request(method, f"/agproxy/{path}", data, headers)
+        response = gateway.getresponse()
+        answer = parse_json(response.read())
+    if not isinstance(answer, dict):  # also where something else listens
+        text = f"No gateway answers at http://{place}. Start one by `agproxy serve`, or name its --host and --port."
+        raise Unusable(text, "no_gateway")
+    if response.status >= 400:
+        told = error_of(answer)
         code = str(told.get("code") or "server_error")
-        raise Unusable(str(told.get("message") or refused), code) from None
-    except (OSError, http.client.HTTPException):  # the latter where something else listens
-        pass
-    text = f"No gateway answers at {url}. Start one by `agproxy serve`, or name its --host and --port."
-    raise Unusable(text, "no_gateway")
+        raise Unusable(str(told.get("message") or response.reason), code)
+    return answer
 
 
 @main.command("status")
@@ -8489,9 +8487,8 @@ def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
     try:
         write_private(path, json.dumps(about, indent=2))
     except OSError as error:
-        raise Unusable(
-            f"{path}: cannot be written ({error.strerror}). Mend that, and log in again.", "login_failed"
-        ) from None
+        text = f"{path}: cannot be written ({error.strerror}). Mend that, and log in again."
+        raise Unusable(text, "login_failed") from None
     click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
 
 
