@@ -4549,10 +4549,12 @@ class Database:
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
+        self.keeper = secrets.token_hex(8)  # the name of this gateway among those that share the file
         from concurrent.futures import ThreadPoolExecutor
 
         self._thread = ThreadPoolExecutor(1, "agproxy-store")
         self._opened: sqlite3.Connection | None = None
+        self._held: sqlite3.Connection | None = None
         self._busy_until = 0.0
 
     async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
@@ -4578,15 +4580,37 @@ class Database:
 
     def _open(self) -> sqlite3.Connection:
         try:
-            return open_database(self.path)
+            opened = open_database(self.path)
         except (OSError, sqlite3.Error) as error:
             log.warning("%s cannot be used (%s); until the next start everything is kept in memory", self.path, error)
             self.path = None
             return open_database(None)
+        if self.path is not None:
+            for left in self.path.parent.glob(f"{self.path.name}.*.life"):
+                self.is_lost(left.name.split(".")[-2])
+            self._held = hold_file(self._life(self.keeper))
+        return opened
+
+    def _life(self, keeper: str) -> Path:
+        """The file that a gateway holds while it lives."""
+        assert self.path is not None
+        return self.path.with_name(f"{self.path.name}.{keeper}.life")
+
+    def is_lost(self, keeper: str) -> bool:
+        """Whether a gateway is gone; the file that it held goes too."""
+        if keeper in ("", self.keeper):
+            return not keeper
+        life = self._life(keeper)
+        if life.exists() and (held := hold_file(life)):
+            held.close()
+            life.unlink(missing_ok=True)
+        return not life.exists()
 
     async def close(self) -> None:
-        if self._opened is not None:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self._opened.close)
+        for connection in filter(None, (self._opened, self._held)):
+            await asyncio.get_running_loop().run_in_executor(self._thread, connection.close)
+        if self._held is not None:
+            self._life(self.keeper).unlink(missing_ok=True)
         self._thread.shutdown()
 
 
@@ -4653,45 +4677,12 @@ class ResponseStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._keeper = secrets.token_hex(8)
-        self._held: sqlite3.Connection | None = None
         self._secret = b""
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
 
     @property
     def _bytes_max(self) -> int:
         return RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
-
-    async def close(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._life(self._keeper).unlink(missing_ok=True)
-        await self._database.close()
-
-    async def _run(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        def alive(connection: sqlite3.Connection) -> T:
-            if self._held is None and self._database.path is not None:
-                for left in self._database.path.parent.glob(f"{self._database.path.name}.*.life"):
-                    self._is_lost(left.name.split(".")[-2])
-                self._held = hold_file(self._life(self._keeper))
-            return step(connection)
-
-        return await self._database.run(alive)
-
-    def _life(self, keeper: str) -> Path:
-        """The file that a gateway holds while it lives."""
-        assert self._database.path is not None
-        return self._database.path.with_name(f"{self._database.path.name}.{keeper}.life")
-
-    def _is_lost(self, keeper: str) -> bool:
-        """Whether a gateway is gone; the file that it held goes too."""
-        if keeper in ("", self._keeper):
-            return not keeper
-        life = self._life(keeper)
-        if life.exists() and (held := hold_file(life)):
-            held.close()
-            life.unlink(missing_ok=True)
-        return not life.exists()
 
     async def secret(self) -> bytes:
         """The key for what clients carry for this gateway, and for all others with the same file."""
@@ -4700,13 +4691,13 @@ class ResponseStore:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
             return bytes(connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0])
 
-        self._secret = self._secret or await self._run(read)
+        self._secret = self._secret or await self._database.run(read)
         return self._secret
 
     async def save(self, id: str, state: StoredState, made: Sequence[bytes], given: Sequence[Any] = ()) -> None:
         """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
         the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
-        keeper = {"running": self._keeper, "over": None, "lost": ""}[state]
+        keeper = {"running": self._database.keeper, "over": None, "lost": ""}[state]
         insert = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         update = """UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
             WHERE id = ? AND keeper = ?"""
@@ -4717,14 +4708,14 @@ class ResponseStore:
             if given:
                 connection.execute(insert, (id, *given, *values))
             else:
-                connection.execute(update, (*values, id, self._keeper))
+                connection.execute(update, (*values, id, self._database.keeper))
             self._unswept += sum(map(len, made)) + sum(len(part or "") for part in given)
             self._saves += 1
             if self._saves % 100 == 1 or self._unswept > self._bytes_max // 16:
                 self._unswept = 0
                 self._forget(connection)
 
-        await self._run(write)
+        await self._database.run(write)
 
     def _forget(self, connection: sqlite3.Connection) -> None:
         """What this gateway makes just now is spared."""
@@ -4734,7 +4725,8 @@ class ResponseStore:
                     sum(length(input) + length(response) + length(events)) OVER latest AS size
                 FROM responses WINDOW latest AS (ORDER BY used DESC, id))
             WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?"""
-        connection.execute(sql, (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S, self._keeper))
+        bounds = (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S)
+        connection.execute(sql, (*bounds, self._database.keeper))
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
         return next(iter(await self.chain(id, client, 1)), None)
@@ -4749,34 +4741,35 @@ class ResponseStore:
             now, unused = time.time(), []
             wanted: str | None = encoded(id).decode()
             while wanted and len(found) < length_max and (row := connection.execute(sql, (wanted, client)).fetchone()):
-                found.append(self._stored(*row[1:]))
+                found.append(self._stored(row[1:]))
                 wanted = found[-1].previous
                 unused += [(now, found[-1].id)] if row[0] < now - USED_S else []
             connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
 
-        return await self._run(read)
+        return await self._database.run(read)
 
-    def _stored(self, id: str, previous: str | None, *rest: Any) -> StoredResponse:
-        *texts, events, keeper = rest
-        input, response, signatures = texts[0], parse_json(texts[1]), parse_json(texts[2])
-        state: StoredState = "over" if keeper is None else "lost" if self._is_lost(keeper) else "running"
-        return StoredResponse(id, previous, input, response, signatures, zlib.decompress(events), state)
+    def _stored(self, row: Sequence[Any]) -> StoredResponse:
+        id, previous, input, response, signatures, events, keeper = row
+        state: StoredState = "over" if keeper is None else "lost" if self._database.is_lost(keeper) else "running"
+        made = (parse_json(response), parse_json(signatures), zlib.decompress(events))
+        return StoredResponse(id, previous, input, *made, state)
 
     async def delete(self, id: str) -> None:
-        await self._run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
-        await self._run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
+        run = self._database.run
+        await run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
+        await run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
 
 
+@dataclass(slots=True)
 class PoolStore:
     """What the account pool knows beyond the process: written every few seconds, and at once when an account is to rest
     for long; of its rows only those that changed. Without its file the pool still serves."""
 
-    def __init__(self, database: Database, pool: AccountPool, clock: Clock) -> None:
-        self._database = database
-        self._pool = pool
-        self._clock = clock
-        self._written: dict[str, str] = {}
+    _database: Database
+    _pool: AccountPool
+    _clock: Clock
+    _written: dict[str, str] = field(default_factory=dict)
 
     async def load(self) -> None:
         self._written = await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool"))) or {}
@@ -7631,7 +7624,7 @@ async def create_app(
     database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
     store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
     gateway = Gateway(config, upstream, store, running_max, source, drain_s)
-    gateway.at_end.push_async_callback(store.close)
+    gateway.at_end.push_async_callback(database.close)
     gateway.at_end.push_async_callback(upstream.close)
     if source:
         gateway.at_end.callback(asyncio.create_task(gateway.watch(source)).cancel)
