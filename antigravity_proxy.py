@@ -611,7 +611,7 @@ class PoolExhausted(GatewayError):
 # ==============================================================================
 
 
-Read = Callable[[Path], str | None]  # the text of a credentials file, None where it cannot be read
+Read = Callable[[Path], str]  # the text of a credentials file; raises OSError or UnicodeDecodeError
 
 
 class ConfigError(Exception):
@@ -950,11 +950,12 @@ def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
     if not named and not given.get("refresh_token"):
         word = re.sub(r"[^\w.@-]", "_", given["name"])
         given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
-    text = file.read(Path(given["credentials"])) if "credentials" in given else None
-    if text is not None:
-        read_credentials(text, given)
-    elif named:
-        raise ValueError(f"names {given['credentials']}, which cannot be read. Check `credentials`.")
+    try:
+        if "credentials" in given:
+            read_credentials(file.read(Path(given["credentials"])), given)
+    except (OSError, UnicodeDecodeError):
+        if named:
+            raise ValueError(f"names {given['credentials']}, which cannot be read. Check `credentials`.") from None
 
 
 def read_credentials(text: str, given: dict[str, Any]) -> None:
@@ -994,9 +995,7 @@ SECTIONS: Mapping[str, Kind] = {
 }
 
 
-def load_config(
-    text: str, source: str, env: Mapping[str, str], *, accounts: bool = True, read: Read = lambda _: None
-) -> Config:
+def load_config(text: str, source: str, env: Mapping[str, str], read: Read, *, accounts: bool = True) -> Config:
     """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
 
     Without `accounts` that section is not read, so that its keys need not be there.
@@ -7931,6 +7930,9 @@ def file_fingerprint() -> str:
     return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
 
 
+read_utf8 = functools.partial(Path.read_text, encoding="utf-8")
+
+
 def find_file(accounts: str | None) -> Path | None:
     """The accounts file that is named, ./accounts.yaml or $XDG_CONFIG_HOME's; None where there is none."""
     if accounts:
@@ -7948,18 +7950,12 @@ def find_config(accounts: str | None, with_pool: bool) -> Config:
             raise ConfigError("The key in GEMINI_API_KEY or GOOGLE_API_KEY holds control characters. Export it anew.")
         return Config(accounts=(Account("environment", key),) if key else ())
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_utf8(path)
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}). Name another with --accounts.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), os.environ, accounts=with_pool, read=read_if_there)
-
-
-def read_if_there(path: Path) -> str | None:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        return path.read_text(encoding="utf-8")
-    return None
+    return load_config(text, str(path), os.environ, read_utf8, accounts=with_pool)
 
 
 class Unusable(click.ClickException, ConfigError):

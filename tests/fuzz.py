@@ -294,8 +294,9 @@ def make_file(r: Random) -> str:
 
 
 def check_file(text: str, _: Random) -> None:
+    env = {"AGPROXY_API_KEY": "planted-key", "GEMINI_API_KEY": "planted-key"}
     try:
-        agproxy.load_config(text, "f.yaml", {"AGPROXY_API_KEY": "planted-key", "GEMINI_API_KEY": "planted-key"})
+        agproxy.load_config(text, "f.yaml", env, Path.read_text)
     except agproxy.ConfigError as error:
         assert all(line.startswith("f.yaml:") for line in str(error).split("\n")), error
         assert "planted-key" not in str(error), error

@@ -1,5 +1,6 @@
 """The accounts file: what it means, and what is said of what it cannot mean."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import antigravity_proxy as agproxy
 
 
 def loaded(text: str, **env: str) -> agproxy.Config:
-    return agproxy.load_config(text, "f.yaml", env)
+    return agproxy.load_config(text, "f.yaml", env, Path.read_text)
 
 
 def test_an_account_and_a_key_from_the_environment() -> None:
@@ -121,9 +122,14 @@ SERVICE = '{"type": "service_account", "client_email": "e", "private_key": "k", 
 
 def account(text: str, **files: str) -> agproxy.Account:
     known = {f"/etc/{name}.json": content for name, content in files.items()}
+
+    def read(path: Path) -> str:
+        if str(path) not in known:
+            raise FileNotFoundError(path)
+        return known[str(path)]
+
     rows = f"accounts: [{{name: me, {text}}}]\n"
-    env = {"HOME": "/etc"}
-    return agproxy.load_config(rows, "/etc/f.yaml", env, read=lambda path: known.get(str(path))).accounts[0]
+    return agproxy.load_config(rows, "/etc/f.yaml", {"HOME": "/etc"}, read).accounts[0]
 
 
 @pytest.mark.parametrize(

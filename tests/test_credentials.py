@@ -285,7 +285,7 @@ async def test_login(paste: bool, gemini: FakeGemini, tmp_path: Path) -> None:
     kept = tmp_path / "a.token.json"
     assert stat.S_IMODE(os.stat(kept).st_mode) == 0o600
     assert path.read_text() == text
-    config = agproxy.load_config(text, str(path), {}, read=agproxy.read_if_there)
+    config = agproxy.load_config(text, str(path), {}, Path.read_text)
     assert config.accounts[0].refresh_token == "key-new"
     assert "key-new" not in said and "key-new" not in repr(config)
 

@@ -39,7 +39,7 @@ def test_a_lone_copy_starts_without_aiohttp(tmp_path: Path) -> None:
 
 def test_the_example_file_loads_and_names_every_key() -> None:
     text = (ROOT / "accounts.yaml.example").read_text()
-    config = agproxy.load_config(text, "example", {"AGPROXY_API_KEY": "k", "GEMINI_API_KEY": "g"})
+    config = agproxy.load_config(text, "example", {"AGPROXY_API_KEY": "k", "GEMINI_API_KEY": "g"}, Path.read_text)
     assert (config.api_key[0].key, config.accounts[0].api_key, config.auth) == ("k", "g", "off")
     tables = (
         *map(agproxy.keys_of, (agproxy.Config, agproxy.Timeouts)),
