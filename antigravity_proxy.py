@@ -4755,9 +4755,8 @@ class ResponseStore:
         return StoredResponse(id, previous, input, *made, state)
 
     async def delete(self, id: str) -> None:
-        run = self._database.run
-        await run(lambda connection: connection.execute("DELETE FROM responses WHERE id = ?", (id,)))
-        await run(lambda connection: connection.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
+        await self._database.run(lambda kept: kept.execute("DELETE FROM responses WHERE id = ?", (id,)))
+        await self._database.run(lambda kept: kept.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
 
 
 @dataclass(slots=True)
@@ -7082,8 +7081,8 @@ class Gateway(App):
         """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
         parse, form = DOORS[trace.route]
         data = await http.read()
-        check = is_base64 if form is ResponseRenderer else seems_base64  # what is kept must be whole
-        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data, check)
+        seems = is_base64 if form is ResponseRenderer else seems_base64  # what is kept must be whole
+        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data, seems)
         body = parse_body(data)
         keeps = form is ResponseRenderer and self._config.store != "off"
         past = await self._recall(body, trace) if keeps else None
@@ -7519,7 +7518,7 @@ PAYLOAD_BYTES_MIN = 16 << 10
 PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
 
 
-def cut_payloads(data: bytes, check: Callable[[bytes], bool] = is_base64) -> tuple[bytes, dict[str, bytes]]:
+def cut_payloads(data: bytes, seems: Callable[[bytes], bool] = is_base64) -> tuple[bytes, dict[str, bytes]]:
     """The body without the base64 of its data: URLs, and what was cut out: no JSON parser need read megabytes of it."""
     payloads: dict[str, bytes] = {}
     pieces = []
@@ -7527,7 +7526,7 @@ def cut_payloads(data: bytes, check: Callable[[bytes], bool] = is_base64) -> tup
     while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
         payload = data[start:end]
         pieces.append(data[at:start])
-        if len(payload) >= PAYLOAD_BYTES_MIN and check(payload):
+        if len(payload) >= PAYLOAD_BYTES_MIN and seems(payload):
             payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
             payload = next(reversed(payloads)).encode()
         pieces.append(payload)
