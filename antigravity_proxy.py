@@ -618,14 +618,14 @@ class ConfigError(Exception):
     """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
 
 
+@dataclass(slots=True)
 class ConfigFile:
     """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
 
-    def __init__(self, source: str, env: Mapping[str, str], read: Read) -> None:
-        self.source = source
-        self.env = env
-        self.read = read
-        self.problems: list[str] = []
+    source: str
+    env: Mapping[str, str]
+    read: Read
+    problems: list[str] = field(default_factory=list)
 
     def note(self, node: Any, problem: str) -> None:
         self.problems.append(f"{self.source}:{node.start_mark.line + 1}: {problem}")
@@ -6793,8 +6793,6 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 
 @dataclass(eq=False, repr=False)
 class Gateway(App):
-    """The handlers."""
-
     _config: Config
     _upstream: Upstream
     _store: ResponseStore
@@ -7786,8 +7784,8 @@ def demo_value(schema: Any, root: Any, prompt: str, seen: frozenset[str] = froze
     if ref := schema.get("$ref"):
         if ref in seen:
             raise LookupError(f"{ref} has no end")
-        definitions = root["definitions"] if ref.startswith("#/definitions/") else root["$defs"]
-        return demo_value(definitions[ref.split("/")[-1]], root, prompt, seen | {ref})
+        meant = functools.reduce(lambda at, key: at[key], ref.split("/")[1:], root)
+        return demo_value(meant, root, prompt, seen | {ref})
     options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
     for option in options:
         with contextlib.suppress(LookupError):  # a linked list ends with its other option, null
@@ -8013,10 +8011,7 @@ class JsonFormatter(logging.Formatter):
 class MaskingHandler(logging.StreamHandler[Any]):
     """Writes no secret, whoever logged it, in whatever form, tracebacks included."""
 
-    def __init__(self, config: Config) -> None:
-        super().__init__(sys.stderr)
-        self._known: list[str] = []
-        self.learn(config)
+    _known: Sequence[str] = ()
 
     def learn(self, config: Config) -> Config:
         """The config, once its secrets are masked too; the earlier ones stay, for a request may still carry them."""
@@ -8031,7 +8026,8 @@ class MaskingHandler(logging.StreamHandler[Any]):
 
 
 def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
-    handler = MaskingHandler(config)
+    handler = MaskingHandler()
+    handler.learn(config)
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     return handler

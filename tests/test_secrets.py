@@ -147,7 +147,8 @@ async def tells_nothing(served: Served) -> None:
 def test_whatever_is_logged_is_masked(form: str, capsys: pytest.CaptureFixture[str]) -> None:
     accounts = tuple(agproxy.Account(name, SECRETS[name]) for name in ("account", "plain account", "odd account"))
     clients = tuple(agproxy.ClientKey(name, SECRETS[name]) for name in ("client", "plain client"))
-    handler = agproxy.MaskingHandler(agproxy.Config(accounts, api_key=clients))
+    handler = agproxy.MaskingHandler()
+    handler.learn(agproxy.Config(accounts, api_key=clients))
     handler.setFormatter(agproxy.JsonFormatter() if form == "json" else None)
     log = logging.getLogger("anybody's")
     log.propagate = False
