@@ -763,7 +763,6 @@ def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
 
 
 def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    """Origins as browsers write them."""
     origins = tuple(origin.rstrip("/").lower() for origin in read_texts(file, node, where))
     if not all(re.fullmatch(r"null|[a-z][\w+.-]*://[^/*\s]+", origin) for origin in origins):
         raise ValueError("must be origins with a scheme and without *, such as https://chat.example.com.")
@@ -796,7 +795,6 @@ def setting(read: Kind, **more: Any) -> Any:
 
 
 def keys_of(kind: type[Any]) -> dict[str, Kind]:
-    """The keys that a class of settings is given by."""
     return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
 
 
@@ -901,7 +899,6 @@ class Config:
 
     @property
     def base_url(self) -> str:
-        """What a client on this machine is set to."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
 
@@ -1062,7 +1059,6 @@ def is_public(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Whether a host is a literal address and not a name."""
     try:
         return bool(ip_address(host.strip("[]")))
     except ValueError:
@@ -4474,7 +4470,6 @@ class Trace:
 
 
 def decisions_of(trace: Trace) -> list[dict[str, Any]]:
-    """The steps of a request's retry loop as JSON."""
     return [
         {"model": step.model, "considered": dict(step.seen)}
         | {"chosen": step.account or None, "answer": step.answer or None, "waited_s": round(step.wait_s, 2)}
@@ -4766,12 +4761,11 @@ class PoolStore:
 
     _database: Database
     _pool: AccountPool
-    _clock: Clock
     _written: dict[str, str] = field(default_factory=dict)
 
-    async def load(self) -> None:
+    async def load(self, now: float) -> None:
         self._written = await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool"))) or {}
-        self._pool.restore(self._written, self._clock())
+        self._pool.restore(self._written, now)
 
     async def keep(self, rested: asyncio.Event) -> None:
         while True:
@@ -6819,7 +6813,6 @@ class Gateway(App):
         await self._wait(1)
 
     async def _wait(self, seconds: float) -> None:
-        """Until nothing runs any more, or so long."""
         if self._running:
             await asyncio.wait([*self._running], timeout=seconds)
 
@@ -7007,7 +7000,6 @@ class Gateway(App):
         return headers | {"Access-Control-Allow-Headers": asked}
 
     async def _models(self, name: str | None) -> dict[str, Any]:
-        """The list of models, or the one that is named."""
         listed = await self._upstream.models() or STATIC_MODELS
         aliases = [alias for alias in self._config.aliases if "*" not in alias and alias not in listed]
         owners = dict.fromkeys(listed, "google") | dict.fromkeys(aliases, "agproxy")
@@ -7618,15 +7610,15 @@ async def create_app(
     """The gateway, to be listened for; when that ends, running answers have `drain_s` to finish."""
     upstream = Upstream(config)
     database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
-    store, rests = ResponseStore(database), PoolStore(database, upstream.pool, upstream.clock)
-    gateway = Gateway(config, upstream, store, running_max, source, drain_s)
+    gateway = Gateway(config, upstream, ResponseStore(database), running_max, source, drain_s)
     gateway.at_end.push_async_callback(database.close)
     gateway.at_end.push_async_callback(upstream.close)
     if source:
         gateway.at_end.callback(asyncio.create_task(gateway.watch(source)).cancel)
     if database.path:
+        rests = PoolStore(database, upstream.pool)
         if database.path.exists():
-            await rests.load()
+            await rests.load(upstream.clock())
         gateway.at_end.push_async_callback(rests.save)
         gateway.at_end.callback(asyncio.create_task(rests.keep(upstream.rested)).cancel)
     return gateway
@@ -7998,8 +7990,6 @@ def pretty(value: Any) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """A log record as one JSON object a line."""
-
     def format(self, record: logging.LogRecord) -> str:
         told = getattr(record, "fields", None) or {"message": record.getMessage()}
         if record.exc_info:
@@ -8034,7 +8024,6 @@ def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
 
 
 def banner(config: Config, running_max: float) -> str:
-    """What a person needs to know at the start."""
     proxies = (proxy_for(account.base_url, account.proxy or config.upstream_proxy) for account in config.accounts)
     without_users = sorted({re.sub(r"//[^/@]*@", "//", proxy) for proxy in proxies if proxy})
     names = ", ".join(account.name for account in config.accounts)
@@ -8284,7 +8273,6 @@ def check(accounts: str | None, online: bool) -> None:
 
 
 def told_offline(account: Account) -> tuple[str, ...]:
-    """What it shows of itself, and where it is asked."""
     told = "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
     if account.service_account:
         told = "service account"
@@ -8451,9 +8439,7 @@ def reload_gateway(**where: Any) -> None:
 
 @main.command("login")
 @accounts_option
-@click.option(
-    "--paste", is_flag=True, help="For a machine without a browser: paste the address that the browser ends at."
-)
+@click.option("--paste", is_flag=True, help="For a machine without a browser: paste the address that one ends at.")
 @click.argument("name")
 def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
     """Log in to Google for the account NAME, by its own OAuth client; the token is kept beside the accounts file."""
@@ -8486,8 +8472,6 @@ def write_private(path: Path, text: str) -> None:
 
 @value
 class Landing(App):
-    """The page at which a login ends."""
-
     state: str
     come: asyncio.Future[str]
 
