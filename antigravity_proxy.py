@@ -4674,10 +4674,6 @@ class ResponseStore:
         self._secret = b""
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
 
-    @property
-    def _bytes_max(self) -> int:
-        return RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
-
     async def secret(self) -> bytes:
         """The key for what clients carry for this gateway, and for all others with the same file."""
 
@@ -4705,13 +4701,14 @@ class ResponseStore:
                 connection.execute(update, (*values, id, self._database.keeper))
             self._unswept += sum(map(len, made)) + sum(len(part or "") for part in given)
             self._saves += 1
-            if self._saves % 100 == 1 or self._unswept > self._bytes_max // 16:
+            bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
+            if self._saves % 100 == 1 or self._unswept > bytes_max // 16:
                 self._unswept = 0
-                self._forget(connection)
+                self._forget(connection, bytes_max)
 
         await self._database.run(write)
 
-    def _forget(self, connection: sqlite3.Connection) -> None:
+    def _forget(self, connection: sqlite3.Connection, bytes_max: int) -> None:
         """What this gateway makes just now is spared."""
         sql = """DELETE FROM responses WHERE id IN (
             SELECT id FROM (
@@ -4719,8 +4716,7 @@ class ResponseStore:
                     sum(length(input) + length(response) + length(events)) OVER latest AS size
                 FROM responses WINDOW latest AS (ORDER BY used DESC, id))
             WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?"""
-        bounds = (RESPONSES_MAX, self._bytes_max, time.time() - RESPONSES_AGE_S)
-        connection.execute(sql, (*bounds, self._database.keeper))
+        connection.execute(sql, (RESPONSES_MAX, bytes_max, time.time() - RESPONSES_AGE_S, self._database.keeper))
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
         return next(iter(await self.chain(id, client, 1)), None)
@@ -7962,11 +7958,10 @@ def configured(
     """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
     try:
         config = find_config(accounts, with_pool and not demo)
-        if named := os.environ.get("AGPROXY_PORT"):
-            if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
-                raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
-            config = replace(config, port=int(named))
-        config = replace(config, host=host or config.host, port=config.port if port is None else port, demo=demo)
+        named = os.environ.get("AGPROXY_PORT") or str(config.port)
+        if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
+            raise ConfigError(f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it.")
+        config = replace(config, host=host or config.host, port=int(named) if port is None else port, demo=demo)
         if problems := config_problems(config):
             raise ConfigError("\n".join(problems))
         return config
