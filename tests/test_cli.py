@@ -128,14 +128,18 @@ def test_explain_shows_half_a_surrogate_pair_as_it_is_sent(tmp_path: Path, monke
     assert (run.exit_code, '"text": "a?"' in run.output) == (0, True), run.output
 
 
-def test_something_else_at_the_port_is_no_gateway(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "said", ["SSH-2.0-x", "HTTP/1.1 404 Not Found\r\n\r\n<p>nothing here", "HTTP/1.1 200 OK\r\n\r\nhi"]
+)
+def test_something_else_at_the_port_is_no_gateway(said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("proxy: {api_key: schlüssel€}\n")
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def greet() -> None:
             client, _ = server.accept()
-            client.sendall(b"SSH-2.0-x\r\n")
+            client.recv(4096)
+            client.sendall(f"{said}\r\n".encode())
             client.close()
 
         threading.Thread(target=greet, daemon=True).start()
