@@ -6870,7 +6870,7 @@ class Gateway(App):
             raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
         if self._draining:
             raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
-        if len(self._running) > self._running_max:
+        if len(self._running) - len(self._jobs) > self._running_max:
             text = f"The gateway serves {self._running_max} requests at once, as its limit of open files allows."
             raise Overloaded(f"{text} Try again later, or raise it (ulimit -n).")
         if route == "healthz":

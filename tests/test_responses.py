@@ -589,6 +589,16 @@ async def test_what_a_client_did_not_wait_for_is_kept(start: Start, gemini: Fake
     assert made == [1]
 
 
+async def test_what_is_made_in_the_background_takes_no_request_its_place(
+    gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)), running_max=1)
+    client = await aiohttp_client(GatewayServer(app))
+    gemini.script, gemini.silence_s = [said("one")], 5
+    made = await ask(client, background=True)
+    assert (await fetch(client, f"{made['id']}/cancel", "POST"))[1]["status"] == "cancelled"
+
+
 async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini) -> None:
     gemini.script, gemini.silence_s = [said("one")], 5
     made = await ask(client, background=True)
