@@ -152,7 +152,7 @@ RESPONSES_MEMORY_MAX = 64 << 20
 RESPONSES_AGE_S = 30 * 24 * 3600.0  # since they were last used, as OpenAI keeps them
 USED_S = 24 * 3600.0  # how exactly it is known when a response was used
 JOBS_MAX = 64
-STOPS_MAX = 4
+STOPS_MAX = 5  # of Gemini
 CHOICES_MAX = 128
 SIGNATURES_MAX = 20_000
 CALLS_MAX = 1000
@@ -1769,9 +1769,10 @@ def parse_stop(fields: Fields) -> tuple[str, ...]:
     stops = [value] if isinstance(value, str) else [] if value is None else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise fields.wrong("stop", "has the wrong type", "Send a string or an array of strings", "invalid_type")
-    if len(stops) > STOPS_MAX:
-        raise fields.wrong("stop", f"holds {len(stops)} strings", f"Send at most {STOPS_MAX}")
-    return tuple(stop for stop in stops if stop)
+    stops = [stop for stop in stops if stop]
+    if len(stops) > STOPS_MAX:  # Continue sends more than OpenAI's 4 to hosts that it does not know
+        fields.change("stop", "dropped", f"only the first {STOPS_MAX} are sent")
+    return tuple(stops[:STOPS_MAX])
 
 
 def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
@@ -1892,7 +1893,7 @@ def parse_message(message: Fields) -> Message:
         if legacy := message.object("function_call"):
             name = legacy.needed_text("name")
             calls.append(ToolCall(f"call_{name}", name, legacy.text("arguments") or ""))
-        return Message("assistant", (*parse_content(message), *calls))
+        return Message("assistant", (*parse_said(message), *calls))
     if role in ("tool", "function"):
         id = message.needed_text("tool_call_id") if role == "tool" else f"call_{message.needed_text('name')}"
         return Message("tool", (ToolResult(id, tuple(parse_content(message))),))
@@ -1920,6 +1921,26 @@ def parse_content(message: Fields, key: str = "content") -> list[Text | Media]:
     if content is not None and not isinstance(content, list):
         raise message.wrong(key, "has the wrong type", "Send a string or an array of parts", "invalid_type")
     return [part for item in message.objects(key) if (part := parse_part(item)) != Text("")]
+
+
+DRAWN = re.compile(r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII)
+
+
+def parse_said(message: Fields) -> list[Text | Media]:
+    """What a model said, and the images that it made, which a client sends back as it got them: in `images` or the text."""
+    said: list[Text | Media] = []
+    for part in parse_content(message):
+        said += undrawn(part.text) if isinstance(part, Text) and ";base64," in part.text else [part]
+    return [*said, *map(parse_part, message.objects("images"))] if "images" in message.value else said
+
+
+def undrawn(text: str) -> list[Text | Media]:
+    """A text and the images that stand in it as Markdown: as words they would be a token for every few bytes."""
+    first, *rest = DRAWN.split(text)
+    drawn = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
+    if not all(is_base64(data) for _, data, _ in drawn):
+        return [Text(text)]
+    return [Text(first), *(part for mime, data, after in drawn for part in (Media(mime, data), Text(after)))]
 
 
 def parse_part(part: Fields) -> Text | Media:
@@ -3388,6 +3409,7 @@ class GeminiReader:
         self, new_id: Callable[[], str], tools: Mapping[str, Tool] | None = None, *, parallel_calls: bool = True
     ) -> None:
         self.secret = ""  # the key that was sent: an error may repeat it
+        self.stops = False  # whether stop sequences were sent: one may be the first that the model says
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
@@ -3606,7 +3628,7 @@ class GeminiReader:
         reason = FINISH_REASONS.get(candidate.reason, "stop")
         if reason == "stop" and candidate.calls:
             reason = "tool_calls"
-        if reason == "stop" and not candidate.said:
+        if reason == "stop" and not candidate.said and not (self.stops and candidate.reason == "STOP"):
             known = re.fullmatch(r"[A-Z_]{1,40}", candidate.reason)
             why = f"finish reason {candidate.reason}" if known else "unknown finish reason"
             return self._fail(UpstreamBroken(f"Gemini's answer is empty ({why}). Try again."))
@@ -6064,7 +6086,7 @@ class Generation:
     def reader(self, form: Form, account: Account) -> GeminiReader:
         kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
         made = kind(lambda: f"call_{next_id()}", form.tools, parallel_calls=self.request.parallel_calls)
-        made.secret = account.api_key
+        made.secret, made.stops = account.api_key, bool(self.request.stop)
         return made
 
 

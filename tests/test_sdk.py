@@ -98,6 +98,15 @@ async def test_tools_are_accumulated_from_a_stream(ai: openai.AsyncOpenAI, gemin
     assert (made.message.content, made.finish_reason) == ("So: ", "tool_calls")
 
 
+async def test_an_answer_that_stops_at_its_first_word_is_empty(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [answer(), answer({"text": "Hm.", "thought": True})]
+    made = await ai.completions.create(model="gpt-4o", prompt="a = ", suffix="\nb = 2", stop=["\n"])
+    assert [(one.text, one.finish_reason) for one in made.choices] == [("", "stop")]
+    async with ai.chat.completions.stream(**HELLO, stop=["\n"]) as stream:
+        last = (await stream.get_final_completion()).choices[0]
+    assert (last.message.content, last.finish_reason) == ("", "stop")
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 async def test_one_call_at_a_time_where_that_is_asked_for(
     stream: bool, ai: openai.AsyncOpenAI, gemini: FakeGemini
