@@ -197,6 +197,8 @@ BUILTIN_ALIASES: Mapping[str, str] = {
     **dict.fromkeys(("claude-*haiku*", "claude-instant*"), "gemini-2.5-flash-lite"),
     "text-embedding-*": "gemini-embedding-001",
 }
+# A limit below is used up by thoughts alone: https://github.com/valentinfrlch/ha-llmvision/issues/609
+THOUGHTFUL_TOKENS_MIN = 1024
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Source: https://ai.google.dev/gemini-api/docs/openai#thinking
 EFFORT_BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768), strict=True))
@@ -2688,6 +2690,7 @@ class Builder:
         self.request = request
         self.traits = traits
         self.messages = request.sources.get("messages", "/messages")
+        self.limit_source = request.sources.get("max_output_tokens", "/max_tokens")
         self.takes_json_schema = traits.json_schema and dialect == "gemini"
         self.changes: list[Change] = []
         self.names: dict[tuple[str | None, str], str] = {}
@@ -2828,7 +2831,7 @@ class Builder:
             config |= self.json_output(request.json_format)
         thinking = self.thinking()
         config["thinkingConfig"] = thinking or None
-        config["maxOutputTokens"] = self.output_limit(thinking.get("thinkingBudget", 0))
+        config["maxOutputTokens"] = self.output_limit(self.thoughts_max(thinking))
         return {key: value for key, value in config.items() if value is not None}
 
     def sampled(self, field: str, value: float | None, served: bool) -> float | None:
@@ -2859,21 +2862,27 @@ class Builder:
                 config["responseSchema"] = reduced
         return config
 
-    def output_limit(self, budget: int) -> int | None:
-        """Gemini counts thoughts against the limit, so that a known budget is added to what the client wants to read."""
+    def thoughts_max(self, thinking: Mapping[str, Any]) -> int:
+        """How many tokens the thoughts may take; as many as the model ever does where it is free."""
+        if level := thinking.get("thinkingLevel"):
+            return EFFORT_BUDGETS[level.lower()]
+        budget: int = thinking.get("thinkingBudget", -1 if self.traits.thinks else 0)
+        return budget if budget >= 0 else self.traits.budget[1]
+
+    def output_limit(self, thoughts: int) -> int | None:
+        """Gemini counts thoughts against the limit, so that they are added to what the client wants to read."""
         wanted = self.request.max_output_tokens
         if wanted is None:
             return None
-        limit = min(wanted + max(0, budget), self.traits.output_tokens_max)
-        source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        limit = min(wanted + thoughts, self.traits.output_tokens_max)
         if limit < wanted:
-            self.change(source, "clamped", f"the model's limit is {limit}")
+            self.change(self.limit_source, "clamped", f"the model's limit is {limit}")
         elif limit > wanted:
-            self.change(source, "clamped", f"raised to {limit}: thoughts count against it")
+            self.change(self.limit_source, "clamped", f"raised to {limit}: thoughts count against it")
         return limit
 
     def thinking(self) -> dict[str, Any]:
-        wish, traits = self.request.thinking, self.traits
+        wish, traits = self.wish(), self.traits
         asked = wish.effort is not None or wish.budget is not None
         if traits.thinking == "none":
             if asked:
@@ -2883,6 +2892,15 @@ class Builder:
         config: dict[str, Any] = by(wish) if asked else {}
         quiet = config.get("thinkingBudget") == 0 if config else not traits.thinks
         return config | ({"includeThoughts": True} if wish.show and not quiet else {})
+
+    def wish(self) -> ThinkingWish:
+        """What shall be thought: what the client says, else as little as can be before an answer that it wants short."""
+        wish, limit = self.request.thinking, self.request.max_output_tokens or THOUGHTFUL_TOKENS_MIN
+        asked = wish.effort is not None or wish.budget is not None
+        if asked or limit >= THOUGHTFUL_TOKENS_MIN or not self.traits.thinks:
+            return wish
+        self.change(self.limit_source, "clamped", "so short an answer is thought about as little as can be")
+        return replace(wish, effort="none", source=self.limit_source)
 
     def level(self, wish: ThinkingWish) -> dict[str, Any]:
         if wish.effort is None:
