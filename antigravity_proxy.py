@@ -211,14 +211,14 @@ ANSWER_TOOL = "give_final_answer"
 CUSTOM_PARAMETERS = {"type": "object", "properties": {"input": {"type": "string"}}, "required": ["input"]}
 # Source: https://ai.google.dev/gemini-api/docs/image-understanding, .../audio, .../video-understanding, .../document-processing
 MEDIA_TYPES = re.compile(r"(?a)image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf")
-MEDIA_ALIASES = {"image/jpg": "image/jpeg"} | dict.fromkeys(
+MEDIA_ALIASES = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav"} | dict.fromkeys(
     ("application/json", "application/xml", "application/javascript", "application/x-yaml"), "text/plain"
 )
 MEDIA_BYTES_MAX = 20 << 20
 MEDIA_LINKS_MAX = 16
 MEDIA_S_MAX = 20.0
 REDIRECTS_MAX = 5
-AUDIO_FORMATS = ("wav", "mp3", "aac", "aiff", "flac", "ogg")
+AUDIO_FORMATS = ("wav", "mp3", "mpeg", "aac", "aiff", "flac", "ogg")
 # What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
 PASSED_LINKS = re.compile(
     r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
@@ -1955,7 +1955,7 @@ def parse_part(part: Fields) -> Text | Media:
         return parse_image(part)
     if kind == "input_audio":
         audio = part.object("input_audio") or part.missing("input_audio")
-        form = audio.needed_text("format")
+        form = audio.needed_text("format").removeprefix("x-")  # LangChain's is the end of a MIME type
         if form not in AUDIO_FORMATS:
             raise audio.wrong("format", f"is '{form}', which is not served", f"Send one of {', '.join(AUDIO_FORMATS)}")
         return Media(f"audio/{form}", checked_base64(audio, "data", audio.needed_text("data")))
@@ -2013,9 +2013,10 @@ def parse_url(part: Fields, key: str, url: Any) -> Media:
     """Media by URL: the content of a data: URL, or a link to be followed later."""
     if isinstance(url, str) and (match := DATA_URL.match(url)):
         mime = match[1].lower()
+        data = checked_base64(part, key, url[match.end() :])
         if mime == "application/octet-stream":
-            mime = media_type_by(part.text("filename") or "")
-        return Media(checked_type(part, key, mime), checked_base64(part, key, url[match.end() :]))
+            mime = media_type_by(part.text("filename") or "") if key == "file_data" else image_type(data)
+        return Media(checked_type(part, key, mime), data)
     if isinstance(url, str) and re.match(r"(https?|gs)://[^/\s]", url, re.IGNORECASE):
         return Media("", "", url=url, path=part.at(key))
     what = "is neither a data: URL with base64 nor an http(s) URL"
@@ -7552,7 +7553,8 @@ def cut_payloads(data: bytes, seems: Callable[[bytes], bool] = is_base64) -> tup
     while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
         payload = data[start:end]
         pieces.append(data[at:start])
-        if len(payload) >= PAYLOAD_BYTES_MIN and seems(payload):
+        typed = data[start - 20 : start] != b"octet-stream;base64,"  # else its content has to tell what it is
+        if len(payload) >= PAYLOAD_BYTES_MIN and typed and seems(payload):
             payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
             payload = next(reversed(payloads)).encode()
         pieces.append(payload)

@@ -145,6 +145,13 @@ async def test_damage_in_a_large_image_names_the_part(broken: str, at: int, ask:
     assert gemini.refused == (at == 20_000 and broken in "!\x01")
 
 
+async def test_a_large_image_without_a_type_is_known_by_its_content(ask: Ask, gemini: FakeGemini) -> None:
+    webp = base64.b64encode(b"RIFF" + bytes(30_000)).decode()
+    status, _ = await ask(image(f"data:application/octet-stream;base64,{webp}"))
+    part = gemini.bodies[0]["contents"][0]["parts"][0]
+    assert (status, part) == (200, {"inlineData": {"mimeType": "image/webp", "data": webp}})
+
+
 async def test_what_is_kept_is_looked_through_before_it_is_sent(ask: Ask, gemini: FakeGemini) -> None:
     parts = {"type": "input_image", "image_url": f"data:image/png;base64,{LONG[:20_000]}!{LONG[20_001:]}"}
     status, answer = await ask(parts, door="responses")
