@@ -372,9 +372,9 @@ class Traits:
 # Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r".*", (2, 0), {"json_schema": True}),
-    (r".*-image(-.+)?", (0, 0), {"answers": ("TEXT", "IMAGE")}),
-    (r".*-tts", (0, 0), {"answers": ("AUDIO",)}),
     (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
+    (r".*-(image|nano-banana)(-.+)?", (0, 0), {"answers": ("TEXT", "IMAGE"), "output_tokens_max": 32768}),
+    (r".*-tts", (0, 0), {"answers": ("AUDIO",), "output_tokens_max": 16384}),
     (r"-pro", (2, 5), {"thinking": "budget", "thinks": True, "budget": (128, 32768)}),
     (r"-flash", (2, 5), {"thinking": "budget", "thinks": True, "budget": (0, 24576), "can_stop_thinking": True}),
     (r"-flash-lite", (2, 5), {"thinking": "budget", "budget": (512, 24576), "can_stop_thinking": True}),
@@ -384,11 +384,12 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
-    (r"-flash-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
+    (r"-flash(-lite)?-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
     (r".*", (3, 5), {"call_ids": True}),
     (r"-flash-lite", (3, 5), {"sampling": False}),
     (r".*", (3, 6), {"sampling": False, "prefill": False}),
     (r".*", (3, 7), {"levels": ("LOW", "MEDIUM", "HIGH")}),
+    (r".*-nano-banana(-.+)?", (3, 7), {"levels": ("MINIMAL", "MEDIUM", "HIGH")}),
 )
 
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
