@@ -2866,8 +2866,8 @@ class Builder:
 
     def thoughts_max(self, thinking: Mapping[str, Any]) -> int:
         """How many tokens the thoughts may take; as many as the model ever does where it is free."""
-        if level := thinking.get("thinkingLevel"):
-            return EFFORT_BUDGETS[level.lower()]
+        if level := thinking.get("thinkingLevel"):  # which is not strict: the next one's budget is safe
+            return EFFORT_BUDGETS[EFFORTS[min(EFFORTS.index(level.lower()) + 1, len(EFFORTS) - 1)]]
         budget: int = thinking.get("thinkingBudget", -1 if self.traits.thinks else 0)
         return budget if budget >= 0 else self.traits.budget[1]
 
