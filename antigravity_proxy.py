@@ -291,6 +291,7 @@ CHAT_FIELDS: Fates = {
     "response_format": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
     "reasoning_effort": ("mapped", "generationConfig.thinkingConfig"),
     "modalities": ("mapped", "generationConfig.responseModalities, for images"),
+    "image_config": ("mapped", "generationConfig.imageConfig"),
     "audio": ("mapped", "refused"),
     "web_search_options": ("mapped", "tools[0].googleSearch"),
     "verbosity": ("dropped", "Gemini has no verbosity; ask for it in the instructions"),
@@ -1198,6 +1199,8 @@ class Request:
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
     modalities: tuple[str, ...] = ()
+    aspect_ratio: str | None = None  # of images that are made, as is their size
+    image_size: str | None = None
     thinking: ThinkingWish = ThinkingWish()
     n: int = 1
     stream: bool = False
@@ -1526,6 +1529,7 @@ def parse_chat(body: Any) -> Request:
         sources={"max_output_tokens": f"/{limit}", "json_format": "/response_format"}
         | search_source(fields)
         | ({} if fields.flag("logprobs") else {"logprobs": "top_logprobs"}),
+        **parse_images(fields),
         **parse_sampling(fields),
     )
     return with_changes(request, fields, CHAT_FIELDS)
@@ -1574,6 +1578,12 @@ def parse_modalities(fields: Fields) -> tuple[str, ...]:
         what = "asks for what is not served"
         raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
     return tuple(wished)
+
+
+def parse_images(fields: Fields) -> dict[str, Any]:
+    """The form of images to be made. Source: https://openrouter.ai/docs/guides/overview/multimodal/image-generation"""
+    config = fields.object("image_config")
+    return {key: config.text(key) for key in ("aspect_ratio", "image_size")} if config else {}
 
 
 def parse_sampling(fields: Fields) -> dict[str, Any]:
@@ -2825,6 +2835,7 @@ class Builder:
             "seed": request.seed,
             "stopSequences": list(request.stop) or None,
             "responseModalities": self.modalities(),
+            "imageConfig": self.image_config(),
         }
         field = request.sources.get("logprobs", "logprobs")
         if self.sampled(field, request.logprobs, traits.logprobs) is not None:
@@ -2851,6 +2862,14 @@ class Builder:
         if "IMAGE" in self.traits.answers:
             return list(self.traits.answers)
         self.change("/modalities", "dropped", "this model makes no images")
+        return None
+
+    def image_config(self) -> dict[str, str] | None:
+        wished = {"aspectRatio": self.request.aspect_ratio, "imageSize": self.request.image_size}
+        config = {key: value for key, value in wished.items() if value}
+        if not config or "IMAGE" in self.traits.answers:
+            return config or None
+        self.change("/image_config", "dropped", "this model makes no images")
         return None
 
     def json_output(self, form: JsonFormat) -> dict[str, Any]:
