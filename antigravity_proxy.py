@@ -5558,12 +5558,15 @@ class Answer:
         reader, self.first = self._reader, []
         if reader is None:
             return []
+        failed: list[Event] = []
 
         def feed(data: bytes) -> None:
-            if events := reader.feed(data):
+            events = reader.feed(data)
+            if reader.error:
+                failed.extend(events)
+                self._incoming.abort()  # nobody waits for what is behind
+            elif events:
                 sink(events)
-                if reader.error:
-                    self._incoming.abort()  # the client is told already: nobody waits for what is behind
 
         try:
             await self._incoming.flow(feed)
@@ -5572,8 +5575,8 @@ class Answer:
             self._late = self._late or UpstreamTimeout(text)
         except (aiohttp.ClientError, OSError):
             pass  # the reader knows whether the answer was whole
-        events = reader.close(self._late)
-        self.last = Failed(reader.error) if reader.error else events[-1] if events else None
+        events = failed or reader.close(self._late)
+        self.last = events[-1] if events else None
         return events
 
     def pause(self) -> None:

@@ -412,6 +412,21 @@ async def test_the_first_failure_of_several_choices_is_the_answer(start: Start, 
     assert (response.status, (await response.json())["error"]["message"]) == (400, "bad")
 
 
+@pytest.mark.parametrize("n", [1, 2])
+async def test_an_error_that_gemini_tells_in_mid_stream_ends_all(
+    n: int, start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "agproxy")
+    gemini[0].pause_s = 0.01  # so that the answer has begun
+    broken = [*said("half", reason=None), error(503, "UNAVAILABLE", "The model is overloaded.")[1]]
+    gemini[0].script = [broken, *[said(*"abcd")] * (n - 1)]
+    client = await start("a")
+    response = await client.post("/v1/chat/completions", json=HELLO | {"n": n, "stream": True})
+    last = (await response.text()).rstrip().rpartition("\n")[2]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "server_is_overloaded"
+    assert "error=server_is_overloaded" in caplog.messages[-1]
+
+
 async def test_choices_of_one_seed_are_not_all_the_same(start: Start, gemini: Any) -> None:
     client = await start()
     gemini[0].script = [said("x") for _ in range(4)]
