@@ -285,6 +285,7 @@ CHAT_FIELDS: Fates = {
     **SAMPLING_FIELDS,
     **TOOL_FIELDS,
     "messages": ("mapped", "contents and systemInstruction"),
+    "system": ("mapped", "systemInstruction"),
     "max_completion_tokens": ("mapped", "generationConfig.maxOutputTokens"),
     "functions": ("mapped", "tools[0].functionDeclarations"),
     "function_call": ("mapped", "toolConfig.functionCallingConfig"),
@@ -1514,9 +1515,10 @@ def parse_chat(body: Any) -> Request:
     tools = parse_tools(fields, hosted=False)
     limit = "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
     alternatives = fields.count("top_logprobs", 20, low=0)
+    system = texts_of(fields, "system") if fields.value.get("system") else []
     request = Request(
         model=fields.model(),
-        system=tuple(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m)),
+        system=(*system, *(text for m in messages if m.value.get("role") in SYSTEM_ROLES for text in texts_of(m))),
         messages=tuple(parse_message(m) for m in messages if m.value.get("role") not in SYSTEM_ROLES),
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
@@ -1763,7 +1765,9 @@ def parse_item(item: Fields) -> Message | None:
         names = (item.needed_text("call_id"), item.needed_text("name"))
         return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace"), custom=custom),))
     if kind in ("function_call_output", "custom_tool_call_output"):
-        return Message("tool", (ToolResult(item.needed_text("call_id"), tuple(parse_content(item, "output"))),))
+        return Message(
+            "tool", (ToolResult(item.needed_text("call_id"), tuple(parse_content(item, parse_part, "output"))),)
+        )
     if kind == "reasoning":
         text = "".join(part.text("text") or "" for part in item.objects("summary"))
         return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
@@ -1826,6 +1830,7 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
     """One entry of `tools`, nested as chat has it or flat as Responses has it; a namespace holds several."""
     kind = entry.text("type") or "function"
     if kind in ("function", "custom"):
+        kind = "function" if "input_schema" in entry.value else kind
         inner = entry.object(kind) or entry
         return [parse_custom(entry, inner) if kind == "custom" else parse_function(inner)]
     if kind == "namespace":
@@ -1839,7 +1844,7 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
 
 
 def parse_function(inner: Fields) -> Tool:
-    schema = inner.get("parameters", (dict,), "an object")
+    schema = inner.get("input_schema" if "input_schema" in inner.value else "parameters", (dict,), "an object")
     return Tool(inner.needed_text("name"), inner.text("description") or "", schema, source=inner.path)
 
 
@@ -1866,6 +1871,8 @@ def search_source(fields: Fields) -> dict[str, str]:
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
     key = "tool_choice" if fields.value.get("tool_choice") is not None else "function_call"
     value = fields.get(key, (str, dict), "a string or an object")
+    if isinstance(value, dict) and value.get("type") in ("auto", "any", "none"):  # Anthropic's form, as in parse_block
+        value = "required" if value["type"] == "any" else value["type"]
     if not tools or value is None or value == "auto":
         return ToolChoice()
     if value in ("none", "required"):
@@ -1877,7 +1884,7 @@ def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
     if HOSTED_TOOLS.fullmatch(kind):
         choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
         return ToolChoice()
-    if kind not in ("function", "custom", "allowed_tools"):
+    if kind not in ("function", "custom", "tool", "allowed_tools"):
         raise choice.wrong("type", f"is '{kind}', which is not served", "Send function, custom or allowed_tools")
     spec = choice.object(kind) or choice
     listed = spec.objects("tools") if kind == "allowed_tools" else [spec]
@@ -1900,7 +1907,7 @@ def parse_message(message: Fields) -> Message:
     if role == "user":
         if message.value.get("content") is None:
             message.missing("content")
-        return Message("user", tuple(parse_content(message)))
+        return Message("user", tuple(parse_content(message, parse_block)))
     if role == "assistant":
         calls = [parse_call(call) for call in message.objects("tool_calls")]
         if legacy := message.object("function_call"):
@@ -1909,40 +1916,54 @@ def parse_message(message: Fields) -> Message:
         return Message("assistant", (*parse_said(message), *calls))
     if role in ("tool", "function"):
         id = message.needed_text("tool_call_id") if role == "tool" else f"call_{message.needed_text('name')}"
-        return Message("tool", (ToolResult(id, tuple(parse_content(message))),))
+        return Message("tool", (ToolResult(id, tuple(parse_content(message, parse_part))),))
     raise message.wrong("role", f"is '{role}'", "Send system, developer, user, assistant or tool")
 
 
-def texts_of(message: Fields) -> list[str]:
+def texts_of(message: Fields, key: str = "content") -> list[str]:
     """The words of an instruction; Gemini takes no others."""
-    if message.value.get("content") is None:
-        message.missing("content")
-    if isinstance(message.value["content"], str):
-        return [message.value["content"]]
-    parts = [parse_part(part) for part in message.objects("content")]
+    if message.value.get(key) is None:
+        message.missing(key)
+    if isinstance(message.value[key], str):
+        return [message.value[key]]
+    parts = [parse_part(part) for part in message.objects(key)]
     for i, part in enumerate(parts):
         if isinstance(part, Media):
-            message.change(f"content[{i}]", "dropped", "Gemini takes instructions in words only")
+            message.change(f"{key}[{i}]", "dropped", "Gemini takes instructions in words only")
     return [part.text for part in parts if isinstance(part, Text)]
 
 
-def parse_content(message: Fields, key: str = "content") -> list[Text | Media]:
+def parse_content(message: Fields, parse: Callable[[Fields], T], key: str = "content") -> list[T | Text]:
     """The parts of a content that is a string or an array; empty texts are left out."""
     content = message.value.get(key)
     if isinstance(content, str):
         return [Text(content)] if content else []
     if content is not None and not isinstance(content, list):
         raise message.wrong(key, "has the wrong type", "Send a string or an array of parts", "invalid_type")
-    return [part for item in message.objects(key) if (part := parse_part(item)) != Text("")]
+    return [part for item in message.objects(key) if (part := parse(item)) != Text("")]
+
+
+def parse_block(part: Fields) -> Part:
+    """A part of a chat message; to a model that is named claude-* Cursor sends calls and results in Anthropic's form.
+
+    Source: https://github.com/router-for-me/CLIProxyAPI/pull/3804
+    """
+    kind = part.text("type")
+    if kind == "tool_use":
+        arguments = part.get("input", (dict,), "an object") or {}
+        return ToolCall(part.needed_text("id"), part.needed_text("name"), dumps(arguments))
+    if kind == "tool_result":
+        return ToolResult(part.needed_text("tool_use_id"), tuple(parse_content(part, parse_part)))
+    return Thinking("") if kind in ("thinking", "redacted_thinking") else parse_part(part)
 
 
 DRAWN = re.compile(r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII)
 
 
-def parse_said(message: Fields) -> list[Text | Media]:
+def parse_said(message: Fields) -> list[Part]:
     """What a model said, and the images that it made, which a client sends back as it got them: in `images` or the text."""
-    said: list[Text | Media] = []
-    for part in parse_content(message):
+    said: list[Part] = []
+    for part in parse_content(message, parse_block):
         said += undrawn(part.text) if isinstance(part, Text) and ";base64," in part.text else [part]
     return [*said, *map(parse_part, message.objects("images"))] if "images" in message.value else said
 
@@ -2707,6 +2728,7 @@ class Builder:
         self.changes: list[Change] = []
         self.names: dict[tuple[str | None, str], str] = {}
         self.taken: set[str] = set()
+        self.answered: set[int] = set()  # by id(), the results that stand behind their calls
 
     def build(self) -> Built:
         request = self.request
@@ -2951,15 +2973,9 @@ class Builder:
         Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
         """
         answers = matched_results(self.request.messages)
-        answered = {id(result) for result in answers.values()}
+        self.answered = {id(result) for result in answers.values()}
         contents: list[dict[str, Any]] = []
         for message in self.request.messages:
-            if message.role == "tool":
-                results = [part for part in message.parts if isinstance(part, ToolResult) and id(part) not in answered]
-                if results:
-                    self.change(self.messages, "emulated", "a result without a call is passed on as text")
-                add_turn(contents, "user", self.parts([part for result in results for part in result.parts]))
-                continue
             role, said = ("model" if message.role == "assistant" else "user"), self.parts(message.parts)
             add_turn(contents, role, self.signed(said) if role == "model" and self.traits.signatures else said)
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
@@ -3000,11 +3016,14 @@ class Builder:
                 return text_parts(text, signature) if text or signature else []
             case Media():
                 return [media_part(part)]
-            case ToolCall(id, name, arguments, signature, namespace, custom):
+            case ToolCall(call_id, name, arguments, signature, namespace, custom):
                 args = {"input": arguments} if custom else arguments_object(arguments)
                 call: dict[str, Any] = {"name": self.name(namespace, name), "args": args}
-                call |= {"id": id} if self.traits.call_ids else {}
+                call |= {"id": call_id} if self.traits.call_ids else {}
                 return [{"functionCall": call} | ({"thoughtSignature": signature} if signature else {})]
+            case ToolResult(parts=parts) if id(part) not in self.answered:
+                self.change(self.messages, "emulated", "a result without a call is passed on as text")
+                return self.parts(parts)
             case Thinking() | ToolResult():
                 return []
             case _:
