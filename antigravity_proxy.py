@@ -409,7 +409,8 @@ BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz01234567
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
 #     │   ├── TooLarge
 #     │   ├── ModelGone     this account does not have the model
-#     │   └── SignatureRefused  worth one more try without the thought signatures
+#     │   ├── SignatureRefused  worth one more try without the thought signatures
+#     │   └── SchemaRefused     the same, with schemas in Google's own subset
 #     ├── RateLimited       this account or its project, for now
 #     │   └── QuotaGone     the same, for the day
 #     ├── CredentialRefused this account, until a try succeeds
@@ -516,6 +517,10 @@ class SignatureRefused(UpstreamRefused):
     """A thought signature is missing, or another model or project made it."""
 
 
+class SchemaRefused(UpstreamRefused):
+    """Gemini takes less of JSON Schema than it says, such as no `required` without its property, and no `$ref` in a ring."""
+
+
 class RateLimited(UpstreamError, status=429, type="rate_limit_error", code="rate_limit_exceeded"):
     remedy = "next_account"
     rests = "project"
@@ -595,6 +600,12 @@ REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] =
     ((400, 413), r"payload size exceeds", TooLarge, None),
     ((413,), "", TooLarge, None),
     ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
+    (
+        (400,),
+        r"[Ss]chema|\$ref",
+        SchemaRefused,
+        None,
+    ),  # https://github.com/google-gemini/gemini-cli/issues/4607, /13326
     ((400,), r"MIME type", UpstreamRefused, "invalid_value"),
     ((400,), "", UpstreamRefused, None),
     ((404,), "", ModelGone, None),
@@ -6122,7 +6133,8 @@ class Generation:
     sse: bool
     recall: Callable[[Request, str], Request]
     traits_of: Callable[[str], Traits]
-    mended: bool = False
+    unsigned: bool = False
+    reduced: bool = False
     forms: dict[tuple[str, Dialect], Form] = field(default_factory=dict)
 
     def form(self, model: str, account: Account) -> Form:
@@ -6130,19 +6142,25 @@ class Generation:
         form = self.forms.get((model, dialect))
         if form is None:
             signed = self.recall(self.request, model)
-            request = with_signatures(signed, unsigned) if self.mended else signed
-            built = build_generate_content(request, self.traits_of(model), dialect)
+            request = with_signatures(signed, unsigned) if self.unsigned else signed
+            traits = self.traits_of(model)
+            built = build_generate_content(
+                request, replace(traits, json_schema=False) if self.reduced else traits, dialect
+            )
             body = with_payloads(dump_bytes(built.body), request.payloads)
             form = self.forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
         return form
 
     def mends(self, error: UpstreamError) -> bool:
-        """Whether the body was changed so that the same account may be asked again: once, without real signatures."""
-        if self.mended or not isinstance(error, SignatureRefused):
-            return False
-        self.mended = True
-        self.forms.clear()
-        return True
+        """Whether the body was changed so that the same account may be asked again: each thing once."""
+        mended = False
+        if isinstance(error, SignatureRefused) and not self.unsigned:
+            self.unsigned = mended = True
+        elif isinstance(error, SchemaRefused) and not self.reduced:
+            self.reduced = mended = any(b'JsonSchema":' in form.body for form in self.forms.values())
+        if mended:
+            self.forms.clear()
+        return mended
 
     def reader(self, form: Form, account: Account) -> GeminiReader:
         kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
