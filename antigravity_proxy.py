@@ -384,7 +384,7 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r".*", (3, 0), {"signatures": True, "json_with_tools": True, "files_in_results": True}),
     (r".*", (3, 0), {"levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")}),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
-    (r"-pro", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
+    (r"-pro(-preview-customtools)?", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-flash(-lite)?-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
     (r".*", (3, 5), {"call_ids": True}),
@@ -2948,13 +2948,14 @@ class Builder:
         return config | ({"includeThoughts": True} if wish.show and not quiet else {})
 
     def wish(self) -> ThinkingWish:
-        """What shall be thought: what the client says, else as little as can be before an answer that it wants short."""
+        """What shall be thought: what the client says, else little before an answer that it wants short."""
         wish, limit = self.request.thinking, self.request.max_output_tokens or THOUGHTFUL_TOKENS_MIN
         asked = wish.effort is not None or wish.budget is not None
         if asked or limit >= THOUGHTFUL_TOKENS_MIN or not self.traits.thinks:
             return wish
-        self.change(self.limit_source, "clamped", "so short an answer is thought about as little as can be")
-        return replace(wish, effort="none", source=self.limit_source)
+        self.change(self.limit_source, "clamped", "before so short an answer little is thought")
+        least = "none" if self.traits.thinking == "budget" else "low"  # which all models of words have
+        return replace(wish, effort=least, source=self.limit_source)
 
     def level(self, wish: ThinkingWish) -> dict[str, Any]:
         if wish.effort is None:
