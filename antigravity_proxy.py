@@ -2877,7 +2877,7 @@ class Builder:
             config |= self.json_output(request.json_format)
         thinking = self.thinking()
         config["thinkingConfig"] = thinking or None
-        config["maxOutputTokens"] = self.output_limit(self.thoughts_max(thinking))
+        config["maxOutputTokens"] = self.output_limit(thinking)
         return {key: value for key, value in config.items() if value is not None}
 
     def sampled(self, field: str, value: float | None, served: bool) -> float | None:
@@ -2898,12 +2898,13 @@ class Builder:
         return None
 
     def image_config(self) -> dict[str, str] | None:
-        wished = {"aspectRatio": self.request.aspect_ratio, "imageSize": self.request.image_size}
-        config = {key: value for key, value in wished.items() if value}
-        if not config or "IMAGE" in self.traits.answers:
-            return config or None
-        self.change("/image_config", "dropped", "this model makes no images")
-        return None
+        ratio, size = self.request.aspect_ratio, self.request.image_size
+        if not (ratio or size):
+            return None
+        if "IMAGE" not in self.traits.answers:
+            self.change("/image_config", "dropped", "this model makes no images")
+            return None
+        return ({"aspectRatio": ratio} if ratio else {}) | ({"imageSize": size} if size else {})
 
     def json_output(self, form: JsonFormat) -> dict[str, Any]:
         config: dict[str, Any] = {"responseMimeType": "application/json"}
@@ -2923,12 +2924,12 @@ class Builder:
         budget: int = thinking.get("thinkingBudget", -1 if self.traits.thinks else 0)
         return budget if budget >= 0 else self.traits.budget[1]
 
-    def output_limit(self, thoughts: int) -> int | None:
+    def output_limit(self, thinking: Mapping[str, Any]) -> int | None:
         """Gemini counts thoughts against the limit, so that they are added to what the client wants to read."""
         wanted = self.request.max_output_tokens
         if wanted is None:
             return None
-        limit = min(wanted + thoughts, self.traits.output_tokens_max)
+        limit = min(wanted + self.thoughts_max(thinking), self.traits.output_tokens_max)
         if limit < wanted:
             self.change(self.limit_source, "clamped", f"the model's limit is {limit}")
         elif limit > wanted:
@@ -2949,9 +2950,10 @@ class Builder:
 
     def wish(self) -> ThinkingWish:
         """What shall be thought: what the client says, else little before an answer that it wants short."""
-        wish, limit = self.request.thinking, self.request.max_output_tokens or THOUGHTFUL_TOKENS_MIN
-        asked = wish.effort is not None or wish.budget is not None
-        if asked or limit >= THOUGHTFUL_TOKENS_MIN or not self.traits.thinks:
+        wish, limit = self.request.thinking, self.request.max_output_tokens
+        if limit is None or limit >= THOUGHTFUL_TOKENS_MIN or not self.traits.thinks:
+            return wish
+        if wish.effort is not None or wish.budget is not None:
             return wish
         self.change(self.limit_source, "clamped", "before so short an answer little is thought")
         least = "none" if self.traits.thinking == "budget" else "low"  # which all models of words have
