@@ -2918,11 +2918,14 @@ class Builder:
         return config
 
     def thoughts_max(self, thinking: Mapping[str, Any]) -> int:
-        """How many tokens the thoughts may take; as many as the model ever does where it is free."""
-        if level := thinking.get("thinkingLevel"):  # which is not strict: the next one's budget is safe
+        """How many tokens the thoughts may take; as many as the model ever does where it is free.
+
+        Neither a level nor a budget is strict: the next level's budget is safe, and none is smaller than a low effort's.
+        """
+        if level := thinking.get("thinkingLevel"):
             return EFFORT_BUDGETS[EFFORTS[min(EFFORTS.index(level.lower()) + 1, len(EFFORTS) - 1)]]
         budget: int = thinking.get("thinkingBudget", -1 if self.traits.thinks else 0)
-        return budget if budget >= 0 else self.traits.budget[1]
+        return self.traits.budget[1] if budget < 0 else max(budget, EFFORT_BUDGETS["low"]) if budget else 0
 
     def output_limit(self, thinking: Mapping[str, Any]) -> int | None:
         """Gemini counts thoughts against the limit, so that they are added to what the client wants to read."""
