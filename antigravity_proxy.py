@@ -518,7 +518,10 @@ class SignatureRefused(UpstreamRefused):
 
 
 class SchemaRefused(UpstreamRefused):
-    """Gemini takes less of JSON Schema than it says, such as no `required` without its property, and no `$ref` in a ring."""
+    """Gemini takes less of JSON Schema than it says: no `required` without its property, no `$ref` to what is not there.
+
+    Source: https://github.com/google-gemini/gemini-cli/issues/4607, .../13326
+    """
 
 
 class RateLimited(UpstreamError, status=429, type="rate_limit_error", code="rate_limit_exceeded"):
@@ -600,12 +603,7 @@ REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] =
     ((400, 413), r"payload size exceeds", TooLarge, None),
     ((413,), "", TooLarge, None),
     ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
-    (
-        (400,),
-        r"[Ss]chema|\$ref",
-        SchemaRefused,
-        None,
-    ),  # https://github.com/google-gemini/gemini-cli/issues/4607, /13326
+    ((400,), r"[Ss]chema|\$ref", SchemaRefused, None),
     ((400,), r"MIME type", UpstreamRefused, "invalid_value"),
     ((400,), "", UpstreamRefused, None),
     ((404,), "", ModelGone, None),
@@ -1776,9 +1774,8 @@ def parse_item(item: Fields) -> Message | None:
         names = (item.needed_text("call_id"), item.needed_text("name"))
         return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace"), custom=custom),))
     if kind in ("function_call_output", "custom_tool_call_output"):
-        return Message(
-            "tool", (ToolResult(item.needed_text("call_id"), tuple(parse_content(item, parse_part, "output"))),)
-        )
+        output = tuple(parse_content(item, parse_part, "output"))
+        return Message("tool", (ToolResult(item.needed_text("call_id"), output),))
     if kind == "reasoning":
         text = "".join(part.text("text") or "" for part in item.objects("summary"))
         return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
@@ -6150,9 +6147,8 @@ class Generation:
             signed = self.recall(self.request, model)
             request = with_signatures(signed, unsigned) if self.unsigned else signed
             traits = self.traits_of(model)
-            built = build_generate_content(
-                request, replace(traits, json_schema=False) if self.reduced else traits, dialect
-            )
+            traits = replace(traits, json_schema=False) if self.reduced else traits
+            built = build_generate_content(request, traits, dialect)
             body = with_payloads(dump_bytes(built.body), request.payloads)
             form = self.forms[model, dialect] = Form(body, request.changes + built.changes, built.tools)
         return form
