@@ -1168,6 +1168,7 @@ class Tool:
     custom: bool = False  # takes free text instead of an object
     answers: bool = False  # not the client's: its argument is the final answer
     source: str = ""  # where in the body it stands, such as tools[0].function
+    schema_key: str = "parameters"
 
 
 @value
@@ -1852,8 +1853,9 @@ def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
 
 
 def parse_function(inner: Fields) -> Tool:
-    schema = inner.get("input_schema" if "input_schema" in inner.value else "parameters", (dict,), "an object")
-    return Tool(inner.needed_text("name"), inner.text("description") or "", schema, source=inner.path)
+    key = "input_schema" if "input_schema" in inner.value else "parameters"
+    schema, description = inner.get(key, (dict,), "an object"), inner.text("description") or ""
+    return Tool(inner.needed_text("name"), description, schema, source=inner.path, schema_key=key)
 
 
 def parse_custom(entry: Fields, inner: Fields) -> Tool:
@@ -2804,7 +2806,7 @@ class Builder:
             return declaration
         if self.takes_json_schema:
             return declaration | {"parametersJsonSchema": lone_refs(schema)}
-        source = tool.source if tool.answers else f"{pointer_of(tool.source)}/parameters"
+        source = tool.source if tool.answers else f"{pointer_of(tool.source)}/{tool.schema_key}"
         reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
         return declaration | ({"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {})
 

@@ -37,7 +37,7 @@ NAMES = (
 IDS = ("c1", "c2", "c3", "call_" + "0" * 59, "toolu_" + "1" * 80, "f/ö")
 LONG_BASE64 = "TG9u" * 5000
 BASE64 = ("AAAA", "aGk=", "aGk", "_-8", "iVBORw0KGgo=", "YWJjZGVm" * 30)
-IMAGES = ("image/png", "image/jpeg", "image/jpg", "IMAGE/WEBP", "image/png;name=a.png")
+IMAGES = ("image/png", "image/jpeg", "image/jpg", "IMAGE/WEBP", "image/png;name=a.png", "application/octet-stream")
 LINKS = ("https://example.org/a.png", "http://example.org/b?c=d#e", "https://youtu.be/abc", "gs://bucket/a.pdf")
 
 
@@ -82,7 +82,10 @@ def file(r: Random) -> Json:
 
 
 def audio(r: Random) -> Json:
-    return {"type": "input_audio", "input_audio": {"data": r.choice(BASE64), "format": r.choice(("wav", "mp3"))}}
+    return {
+        "type": "input_audio",
+        "input_audio": {"data": r.choice(BASE64), "format": r.choice(("wav", "mp3", "mpeg", "x-wav"))},
+    }
 
 
 def text_part(r: Random) -> Json:
@@ -90,12 +93,16 @@ def text_part(r: Random) -> Json:
 
 
 def said_part(r: Random) -> Json:
+    if maybe(r, 5):
+        return {"type": "tool_use", "id": r.choice(IDS), "name": "f", "input": {"a": text(r)}}
     if maybe(r, 20):
         return {"type": "refusal", "refusal": text(r)}
     return {"type": r.choice(("text", "output_text")), "text": text(r)}
 
 
 def user_part(r: Random) -> Json:
+    if maybe(r, 5):
+        return {"type": "tool_result", "tool_use_id": r.choice(IDS), "content": content(r, result_part)}
     return r.choice((text_part, text_part, image, file, audio))(r)
 
 
@@ -124,6 +131,8 @@ def assistant(r: Random, names: tuple[str, ...]) -> Json:
         message["tool_calls"] = [call(r, names) for _ in range(r.randint(0, 3))]
     elif maybe(r, 20):
         message["function_call"] = {"name": r.choice(names), "arguments": text(r)}
+    if maybe(r, 10):
+        message["images"] = [{"type": "image_url", "image_url": {"url": data_url(r, *IMAGES)}}]
     extras = {"refusal": None, "audio": None, "annotations": [], "reasoning_content": "hm", "name": "n"}
     extras |= {"function_call": message.get("function_call"), "tool_calls": message.get("tool_calls")}
     return message | {key: value for key, value in extras.items() if maybe(r, 8)}
@@ -288,6 +297,8 @@ def function_tool(r: Random, name: str) -> Json:
     empty = r.choice((None, {}, {"type": "object"}, {"type": "object", "properties": {}}))
     spec |= {"parameters": empty} if maybe(r, 20) else {}
     spec = {key: value for key, value in spec.items() if key == "name" or maybe(r, 80)}
+    if "parameters" in spec and maybe(r, 8):
+        return {"type": "function", "input_schema": spec.pop("parameters"), **spec}
     return {"type": "function", **spec} if maybe(r, 25) else {"type": "function", "function": spec}
 
 
@@ -354,7 +365,7 @@ def thinking_config(r: Random) -> Json:
 
 
 def stop(r: Random) -> Json:
-    return text(r) if maybe(r, 30) else some(r, text, 0, 4)
+    return text(r) if maybe(r, 30) else some(r, text, 0, 8)
 
 
 def fraction(high: float, low: float = 0) -> Callable[[Random], Any]:
@@ -378,6 +389,8 @@ FIELDS: Mapping[str, Callable[[Random], Any]] = {
     "extra_body": thinking_config,
     "google": lambda r: thinking_config(r)["google"],
     "modalities": one_of(["text"], ["text", "image"], []),
+    "image_config": one_of({}, {"aspect_ratio": "16:9"}, {"aspect_ratio": "1:1", "image_size": "2K"}),
+    "system": lambda r: content(r, text_part),
     "web_search_options": one_of({}, {"search_context_size": "low"}),
     "stream": one_of(True, False),
     "stream_options": one_of({}, {"include_usage": True}, {"include_obfuscation": False}),
