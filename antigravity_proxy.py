@@ -3156,10 +3156,10 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
 
     Source: https://ai.google.dev/api/generate-content#GenerationConfig, https://github.com/google-gemini/gemini-cli/issues/4758
     """
+    if depth > 4 * SCHEMA_DEPTH_MAX or not isinstance(schema, list | dict):
+        return schema
     if isinstance(schema, list):
         return [lone_refs(one, depth + 1) for one in schema]
-    if not isinstance(schema, dict) or depth > 4 * SCHEMA_DEPTH_MAX:
-        return schema
     if not depth and not schema.keys() & {"$defs", "definitions"}:
         return schema  # there is nothing to refer to
     made = {key: value if key in SCHEMA_DATA else lone_refs(value, depth + 1) for key, value in schema.items()}

@@ -31,6 +31,13 @@ def test_no_two_tools_have_one_name_however_their_namespaces_join() -> None:
     assert len(set(names)) == len(spaced)
 
 
+def test_what_is_deep_inside_a_schema_is_left_as_it_is() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    assert agproxy.lone_refs({"$defs": {"a": {}}, "format": deep})["$defs"] == {"a": {}}
+
+
 def test_results_stand_after_their_calls_in_call_order() -> None:
     made = contents(
         {"role": "user", "content": "go"},
