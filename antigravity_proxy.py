@@ -388,7 +388,7 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-flash(-lite)?-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
     (r".*", (3, 5), {"call_ids": True}),
-    (r"-flash-lite", (3, 5), {"sampling": False}),
+    (r"-flash-lite", (3, 5), {"sampling": False, "prefill": False}),  # https://github.com/LibreChat-AI/agents/pull/323
     (r".*", (3, 6), {"sampling": False, "prefill": False}),
     (r".*", (3, 7), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r".*-nano-banana(-.+)?", (3, 7), {"levels": ("MINIMAL", "MEDIUM", "HIGH")}),
