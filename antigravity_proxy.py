@@ -2917,14 +2917,10 @@ class Builder:
         return config
 
     def thoughts_max(self, thinking: Mapping[str, Any]) -> int:
-        """How many tokens the thoughts may take; as many as the model ever does where it is free.
-
-        Neither a level nor a budget is strict: the next level's budget is safe, and none is smaller than a low effort's.
-        """
-        if level := thinking.get("thinkingLevel"):
-            return EFFORT_BUDGETS[EFFORTS[min(EFFORTS.index(level.lower()) + 1, len(EFFORTS) - 1)]]
-        budget: int = thinking.get("thinkingBudget", -1 if self.traits.thinks else 0)
-        return self.traits.budget[1] if budget < 0 else max(budget, EFFORT_BUDGETS["low"]) if budget else 0
+        """How many tokens the thoughts shall take; 0 where nothing is said of them, for the limit bounds the bill too."""
+        level: str = thinking.get("thinkingLevel", "none")
+        budget: int = thinking.get("thinkingBudget", EFFORT_BUDGETS[level.lower()])
+        return max(0, budget)
 
     def output_limit(self, thinking: Mapping[str, Any]) -> int | None:
         """Gemini counts thoughts against the limit, so that they are added to what the client wants to read."""
