@@ -494,6 +494,7 @@ class UpstreamError(GatewayError, status=502, code="upstream_error"):
     reset_at: float | None = None  # when the upstream says that the quota is new, in seconds since 1970
     quota: str = ""  # what kind of quota is used up
     limit: int | None = None  # how large that quota is
+    lasting: int = 0  # of several accounts' refusals a client is told one with the least
 
 
 class Cancelled(UpstreamError, code=""): ...
@@ -507,6 +508,7 @@ class ModelGone(UpstreamRefused, status=404, code="model_not_found"):
     rests = "model"
     rest_s = 600.0
     quota = "model"
+    lasting = 3
     advice = "Use a name of `agproxy models`, or map it in models.map."
 
 
@@ -536,6 +538,7 @@ class QuotaGone(RateLimited, type="insufficient_quota", code="insufficient_quota
     """Without a word of the upstream's, until the new day of its quotas begins."""
 
     quota = "day"
+    lasting = 1
     advice = "Wait for the new day, turn on billing, or add an account of another project."
 
 
@@ -544,6 +547,7 @@ class CredentialRefused(UpstreamError):
     rests = "account"
     rest_s = 60.0
     quota = "credentials"
+    lasting = 2
     advice = "Check the keys with `agproxy check --online`."
 
 
@@ -570,6 +574,7 @@ class Paused(Overloaded):
     rests = "account"
     rest_s = math.inf
     quota = "paused"
+    lasting = 1
     advice = "Resume it by `agproxy pool resume NAME`."
 
 
@@ -2190,6 +2195,7 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # ==============================================================================
 
 RESTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)}
+UNASKED = RateLimited(f"was not asked, for a request is tried {ATTEMPTS_MAX} times")
 SEAL_VERSION = "agp1."
 
 
@@ -2521,7 +2527,7 @@ class AccountPool:
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
         """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
 
-        That an account does not have the model is the class only where none has it.
+        What lasts is the class only where no account is soon free: its day's quota, its credentials, that it has no such model.
         """
         if not self._seats:
             return PoolExhausted("No account is configured. Add one under accounts.", Overloaded("no account"), None)
@@ -2529,16 +2535,18 @@ class AccountPool:
         for seat in self._seats:
             name, rests = seat.account.name, [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
             last = max(rests, key=lambda rest: rest.until, default=None)
-            error = refusals.get(name) or (last.error if last else Overloaded("has max_concurrency requests already"))
+            idle = UNASKED if not self._state(seat, model, now) else Overloaded("has max_concurrency requests already")
+            error = refusals.get(name) or (last.error if last else idle)
             reasons.append((last.until if last else math.inf, name, error))
-        told = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
+        why = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
         errors = list(refusals.values())[::-1] + [one[2] for one in sorted(reasons, key=lambda one: one[0])]
-        error = min(errors, key=lambda error: isinstance(error, ModelGone))
-        gone = {name for _, name, why in reasons if isinstance(why, ModelGone)} if error.status != 404 else ()
-        soonest = self.wait_s(model, gone, now)
-        wait = soonest if 0 < soonest < math.inf else error.retry_after_s
+        error = min(errors, key=lambda error: error.lasting)
+        gone = {name for _, name, each in reasons if isinstance(each, ModelGone)} if error.status != 404 else set()
+        told = {name: each.retry_after_s or 1.0 for name, each in refusals.items() if each.rests == "nobody"}
+        soonest = min([self.wait_s(model, gone | told.keys(), now), *told.values()])
+        wait = soonest if soonest < math.inf else None
         again = f" Please try again in {wait:.1f}s." if wait and error.status in (429, 503) else ""
-        return PoolExhausted(f"No account could answer ({told}). {error.advice}{again}", error, wait)
+        return PoolExhausted(f"No account could answer ({why}). {error.advice}{again}", error, wait)
 
     # ---- what a person sees, and steers
 

@@ -267,21 +267,36 @@ def test_who_is_refused_whenever_another_is_seems_to_share_its_project_until_it_
     ("last", "status"),
     [
         (agproxy.RateLimited("r", retry_after_s=40), 429),
-        (agproxy.CredentialRefused("c"), 502),
+        (agproxy.QuotaGone("d"), 429),
+        (agproxy.CredentialRefused("c"), 429),
         (agproxy.Overloaded("o", retry_after_s=3), 503),
         (agproxy.ModelGone("m"), 429),
     ],
 )
-def test_an_exhausted_pool_has_the_class_of_the_last_refusal(last: agproxy.UpstreamError, status: int) -> None:
+def test_an_exhausted_pool_has_the_class_of_the_last_refusal_that_is_soon_over(
+    last: agproxy.UpstreamError, status: int
+) -> None:
     pool = turns(A, B)
     first = agproxy.RateLimited("first", retry_after_s=20)
     for name, error in (("a", first), ("b", last)):
         pool.refuse(name, error)
     told = pool.exhausted(M, {"a": first, "b": last}, NOON)
-    assert told.status == status
+    assert (told.status, told.code) == (status, (last if last.rests == "nobody" else first).code)
     assert told.retry_after_s == (3 if last.rests == "nobody" else 20)
     assert "a: first" in told.message
     assert f"b: {last.message}" in told.message
+
+
+def test_who_was_not_asked_any_more_is_free_at_once() -> None:
+    pool = turns(A, B, replace(C, max_concurrency=1))
+    gone = agproxy.QuotaGone("gone")
+    pool.refuse("a", gone)
+    told = pool.exhausted(M, {"a": gone}, NOON)
+    assert (told.code, told.retry_after_s, "b: was not asked" in told.message) == ("rate_limit_exceeded", 0, True)
+    assert pool.ask(tried=["a", "b"])
+    assert "c: has max_concurrency requests" in pool.exhausted(M, {"a": gone}, NOON).message
+    pool.refuse("b", gone)
+    assert pool.exhausted(M, {"a": gone, "b": gone}, NOON).code == "server_is_overloaded"
 
 
 def test_a_pause_lasts_until_it_is_ended() -> None:
@@ -368,7 +383,8 @@ def test_what_outlives_the_process() -> None:
     again.restore(pool.rows(), NOON + 60)
     assert again.name(now=NOON + 61) == "b"  # its credentials are tried anew
     assert again.name("b", now=NOON + 61) is None
-    assert again.exhausted(M, {}, NOON + 61).code == "insufficient_quota"
+    refused = {"b": agproxy.CredentialRefused("No.")}
+    assert again.exhausted(M, refused, NOON + 61).code == "insufficient_quota"
     assert again.status(NOON + 61)[0]["models"][0]["requests_per_day"] == 1
     assert again.name(now=NOON + 43201) == "a"
     tomorrow = Pool(accounts, "fill_first")

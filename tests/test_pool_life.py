@@ -266,12 +266,14 @@ async def test_a_client_that_leaves_gives_its_account_back(
 # ---- the retry loop
 
 PRO = HELLO | {"model": "gemini-2.5-pro"}
+FORBIDDEN = error(403, "PERMISSION_DENIED", "No.")
 SOON = error(429, "RESOURCE_EXHAUSTED", "Please retry in 1s.")
 
 
 @pytest.mark.parametrize(
     ("script", "settings", "status", "mapped", "attempts"),
     [
+        ([USED_UP, FORBIDDEN, said("x")], {"count": 2}, 200, "gemini-2.5-flash", "3"),
         ([USED_UP, said("x")], {}, 200, "gemini-2.5-flash", "2"),
         ([error(404, "NOT_FOUND", "Gone."), said("x")], {}, 200, "gemini-2.5-flash", "2"),
         ([error(503, "UNAVAILABLE", "Full.")] * 2 + [said("x")], {}, 200, "gemini-2.5-flash", "3"),
@@ -279,7 +281,7 @@ SOON = error(429, "RESOURCE_EXHAUSTED", "Please retry in 1s.")
         ([SOON, said("x")], {"max_wait_s": 3}, 200, "gemini-2.5-pro", "2"),
         ([USED_UP, USED_UP], {}, 429, "gemini-2.5-flash", "2"),
     ],
-    ids=["exhausted", "gone", "full", "refused", "soon", "both"],
+    ids=["a key is refused too", "exhausted", "gone", "full", "refused", "soon", "both"],
 )
 async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     script: list[Any],
@@ -293,9 +295,10 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
 ) -> None:
     rest_of = agproxy.rest_of
     monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
-    accounts = (agproxy.Account("a", "k", gemini.url),)
+    settings = {"max_wait_s": 0, "count": 1} | settings
+    accounts = tuple(agproxy.Account(f"a{i}", "k", gemini.url) for i in range(settings.pop("count")))
     chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
-    config = agproxy.Config(accounts, fallback=chain, **{"max_wait_s": 0, **settings})
+    config = agproxy.Config(accounts, fallback=chain, strategy="fill_first", **settings)
     client = await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
     gemini.script = list(script)
     response = await client.post("/v1/chat/completions", json=PRO)
