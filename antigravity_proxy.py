@@ -5618,6 +5618,15 @@ class Answer:
         self.last = events[-1] if events else None
         return events
 
+    async def whole(self) -> Answer:
+        """The same answer, read to its end. Raises the error that it ends with."""
+        try:
+            events = list(self.first)
+            events += await self.flow(events.extend)
+        finally:
+            self.close()
+        return Answer(events, self._incoming, None)
+
     def pause(self) -> None:
         self._incoming.pause()
 
@@ -5822,8 +5831,19 @@ class Upstream:
     # ---- answers
 
     async def ask_all(self, requests: Sequence[Request], trace: Trace) -> Merged:
-        """The answers to all requests as one, begun in all of them. Raises what the first failed one raised."""
-        tasks = [asyncio.create_task(self.ask(request, trace, sse=True)) for request in requests]
+        """The answers to all requests as one, begun in all of them. Raises what the first failed one raised.
+
+        Where an account takes few at once, each is read to its end: it would wait for those that wait for its account.
+        """
+        limits = [account.max_concurrency for account in self.pool.accounts]
+        room = asyncio.Semaphore(sum(limit or CHOICES_MAX for limit in limits) or 1)
+
+        async def begin(request: Request) -> Answer:
+            async with room:
+                answer = await self.ask(request, trace, sse=True)
+                return await answer.whole() if any(limits) else answer
+
+        tasks = [asyncio.create_task(begin(request)) for request in requests]
         try:
             return Merged(await asyncio.gather(*tasks))
         except BaseException:

@@ -321,6 +321,20 @@ async def test_a_wait_is_given_up_when_it_is_long_and_the_limit_is_kept(
     assert (response.status, 20 <= int(response.headers["Retry-After"]) <= 22) == (429, True)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_choices_do_not_wait_for_those_that_wait_for_them(
+    stream: bool, gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=2),)
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(accounts, max_wait_s=0))))
+    gemini.script = [said("word") for _ in range(5)]
+    response = await client.post("/v1/chat/completions", json=HELLO | {"n": 5, "stream": stream})
+    assert (response.status, (await response.text()).count('"word"')) == (200, 5)
+    gemini.script = [said("word"), [*said("half", reason=None), USED_UP[1]]]
+    response = await client.post("/v1/chat/completions", json=HELLO | {"n": 2, "stream": stream})
+    assert (response.status, (await response.json())["error"]["code"]) == (429, "insufficient_quota")
+
+
 async def test_a_mixed_pool_gets_a_body_of_each_form(gemini: FakeGemini, aiohttp_client: Any) -> None:
     from fake_gemini import account_of
 
