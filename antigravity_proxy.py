@@ -123,6 +123,7 @@ COOLDOWN_S_MAX = 3600.0
 JITTER_S_MAX = 30.0
 REST_S_MAX = RETRY_AFTER_S_MAX + JITTER_S_MAX
 DAY_S_MAX = 25 * 3600.0
+PROBE_S_MAX = 10.0  # who is silent for longer thinks, for a refusal comes at once
 POLL_S = 0.25
 POOL_SAVE_S = 5.0
 RELOAD_CHECK_S = 1.0
@@ -2261,7 +2262,8 @@ class Rest:
 
     def holds(self, now: float) -> bool:
         """A rest of more than a day is none: the clock was set back."""
-        return self.prober is not None or now < self.until <= now + REST_S_MAX or math.isinf(self.until)
+        probed = self.prober is not None and now < self.prober.begun + PROBE_S_MAX
+        return probed or now < self.until <= now + REST_S_MAX or math.isinf(self.until)
 
     def told(self, now: float) -> str:
         until = "" if math.isinf(self.until) else f" for {max(self.until - now, 0):.0f} s"
@@ -2345,30 +2347,31 @@ class AccountPool:
     # ---- the choice
 
     def acquire(
-        self, model: str, tried: Collection[str], key: int, now: float, seen: list[tuple[str, str]]
+        self, model: str, tried: Collection[str], key: int, now: float, seen: list[tuple[str, str]], again: bool = False
     ) -> Lease | None:
         """The best account by the strategy that is not in `tried`, does not rest and is not busy; None where there is none.
 
-        By affinity each `key` has an order of its own, which other accounts do not change. What is known of each account
+        Who was refused asks `again`, and probes nobody where another is ready. By affinity each `key` has an order of its own, which other accounts do not change. What is known of each account
         goes into `seen`. The lease must be released.
         Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
         """
         self._begin_day(now)
-        best, best_avoided, best_rank = None, True, math.inf
+        best, best_doubted, best_rank = None, True, math.inf
         strategy, limited, floor, log = self._strategy, self._limited, self._floor, math.log
         for seat in self._seats:
             account = seat.account
             if account.name in tried:
                 state = "was tried"
             elif not (state := self._state(seat, model, now) if self._rests or account.max_concurrency else ""):
-                rank, avoided = 0.0, bool(limited or seat.twins) and self._is_avoided(seat, model, now)
+                doubtful = limited or seat.twins or (again and self._rests)
+                rank, doubt = 0.0, self._doubt(seat, model, now, again) if doubtful else ""
                 if strategy == "affinity":
                     rank = -log(((seat.salt * key & 0xFFFFFFFFFFFFFFFF) + 1) / 0x10000000000000001) / account.weight
                 elif strategy == "round_robin":
                     rank = max(seat.turn, floor)
-                state = "is near its limit" if avoided else "is ready"
-                if (avoided, rank) < (best_avoided, best_rank):
-                    best, best_avoided, best_rank = seat, avoided, rank
+                state = doubt or "is ready"
+                if (doubt != "", rank) < (best_doubted, best_rank):
+                    best, best_doubted, best_rank = seat, doubt != "", rank
             seen.append((account.name, state))
         return self._lease(best, model, now) if best else None
 
@@ -2397,10 +2400,8 @@ class AccountPool:
         """Why an account cannot be asked; nothing where it can."""
         if seat.account.max_concurrency and seat.busy >= seat.account.max_concurrency:
             return "is busy"
-        for rest in self._rests_of(seat, model) if self._rests else ():
-            if rest.holds(now):
-                return rest.told(now)
-        return ""
+        held = [rest for rest in self._rests_of(seat, model) if rest.holds(now)] if self._rests else ()
+        return max(held, key=lambda rest: rest.until).told(now) if held else ""
 
     def _rests_of(self, seat: Seat, model: str) -> list[Rest]:
         found: list[Rest] = []
@@ -2410,12 +2411,14 @@ class AccountPool:
                     found += rests.values()
         return found
 
-    def _is_avoided(self, seat: Seat, model: str, now: float) -> bool:
-        """Whether it would probably refuse: it is at a limit that is known, or an account rests that seems its twin."""
+    def _doubt(self, seat: Seat, model: str, now: float, again: bool) -> str:
+        """Why it would perhaps refuse, so that it is asked last; nothing where it would not."""
         use = self._uses.get((seat.owners[-1], model))
         if use is not None and use.reached(now, self._day, 1 - self._reserve):
-            return True
-        return any(self._has_no_quota(twin, model, now) for twin in seat.twins)
+            return "is near its limit"
+        if any(self._has_no_quota(twin, model, now) for twin in seat.twins):
+            return "seems to share a project that rests"
+        return "is to be probed" if again and self._rests_of(seat, model) else ""
 
     def _has_no_quota(self, name: str, model: str, at: float) -> bool:
         rests = self._rests.get((name, model), {})
@@ -2501,7 +2504,7 @@ class AccountPool:
             lease.ended = True
             lease.seat.busy -= 1
             for rest in lease.probes:
-                rest.prober = None
+                rest.prober = None if rest.prober is lease else rest.prober
             self._count(lease, 1, tokens, now)
 
     def _count(self, lease: Lease, quota: int, count: int, now: float) -> None:
@@ -6102,7 +6105,8 @@ class Turn:
         while True:
             step.seen.clear()
             key, now = self._trace.affinity, self._clock()
-            if not self._mended and (lease := self._pool.acquire(self._model, self._tried, key, now, step.seen)):
+            again = len(self._refusals) > len(self._barred)
+            if not self._mended and (lease := self._pool.acquire(self._model, self._tried, key, now, step.seen, again)):
                 return lease
             if same := self._same:
                 if not self._mended:

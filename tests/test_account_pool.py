@@ -157,6 +157,42 @@ def test_a_probe_that_ends_without_a_verdict_is_left_to_the_next() -> None:
     assert pool.name(now=NOON + 31) == "a"
 
 
+def test_a_probe_that_thinks_keeps_the_others_waiting_for_some_seconds_only() -> None:
+    pool = turns(A)
+    pool.refuse("a")
+    probe, late = pool.ask(now=NOON + 31), NOON + 31 + agproxy.PROBE_S_MAX
+    assert probe is not None
+    assert pool.ask(now=late - 1) is None
+    second = pool.ask(now=late)
+    assert second is not None
+    pool.release(probe, 0, late + 1)
+    assert pool.ask(now=late + 1) is None  # the second is at it
+    pool.succeeded(second, late + 2)
+    assert pool.ask(now=late + 2)
+
+
+def test_who_was_refused_probes_nobody_where_another_is_ready() -> None:
+    pool = Pool([A, B, C], "fill_first")
+    pool.refuse("a")
+    pool.refuse("b")
+    seen: list[tuple[str, str]] = []
+    lease = pool.acquire(M, ["a"], 0, NOON + 31, seen, again=True)
+    assert lease is not None
+    assert (lease.account.name, seen[1]) == ("c", ("b", "is to be probed"))
+    lease = pool.acquire(M, ["a", "c"], 0, NOON + 31, [], again=True)
+    assert lease is not None
+    assert lease.account.name == "b"
+
+
+def test_of_several_rests_the_longest_is_told() -> None:
+    pool = turns(A)
+    first, second = pool.ask(), pool.ask()
+    assert first and second
+    pool.failed(first, agproxy.RateLimited("minute", retry_after_s=9), NOON, 0)
+    pool.failed(second, agproxy.QuotaGone("day"), NOON, 0)
+    assert pool.status(NOON)[0]["models"][0]["state"] == "rests for 43200 s (day): day"
+
+
 OVERLOADED = agproxy.Overloaded("Busy.", retry_after_s=9)
 
 

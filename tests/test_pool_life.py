@@ -335,6 +335,21 @@ async def test_choices_do_not_wait_for_those_that_wait_for_them(
     assert (response.status, (await response.json())["error"]["code"]) == (429, "insufficient_quota")
 
 
+async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_over(
+    gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "abcd")
+    app = await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first"))
+    client, now = await aiohttp_client(GatewayServer(app)), 1768507200.0
+    app._upstream.clock = lambda: now
+    gemini.script = [FORBIDDEN] * 3
+    assert (await client.post("/v1/chat/completions", json=HELLO)).status == 429
+    now += 100
+    gemini.script = [FORBIDDEN, said("x")]
+    answer = await client.post("/v1/chat/completions", json=HELLO)
+    assert (answer.status, answer.headers["X-Account-Email"]) == (200, "d")
+
+
 async def test_a_mixed_pool_gets_a_body_of_each_form(gemini: FakeGemini, aiohttp_client: Any) -> None:
     from fake_gemini import account_of
 

@@ -26,6 +26,9 @@ ERRORS: Any = [
 ]
 
 
+READY = ("is ready", "is near its limit", "seems to share a project that rests", "is to be probed")
+
+
 class PoolMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +40,19 @@ class PoolMachine(RuleBasedStateMachine):
     def resting(self, lease: agproxy.Lease) -> list[agproxy.Rest]:
         return [rest for rest in self.pool._rests_of(lease.seat, lease.model) if rest.holds(self.now)]
 
-    @rule(model=st.sampled_from(MODELS), key=st.integers(0, 2**32 - 1), tried=st.sets(st.sampled_from("abc")))
-    def acquire(self, model: str, key: int, tried: set[str]) -> None:
+    @rule(
+        model=st.sampled_from(MODELS),
+        key=st.integers(0, 2**32 - 1),
+        tried=st.sets(st.sampled_from("abc")),
+        again=st.booleans(),
+    )
+    def acquire(self, model: str, key: int, tried: set[str], again: bool) -> None:
         before = {id(rest) for rests in self.pool._rests.values() for rest in rests.values() if rest.holds(self.now)}
         seen: list[tuple[str, str]] = []
-        lease = self.pool.acquire(model, tried, key, self.now, seen)
+        lease = self.pool.acquire(model, tried, key, self.now, seen, again)
         assert [name for name, _ in seen] == [account.name for account in self.accounts]
         if lease is None:
-            assert not any(state in ("is ready", "is near its limit") for _, state in seen)
+            assert not any(state in READY for _, state in seen)
             return
         assert lease.account.name not in tried
         assert lease.account in self.accounts
