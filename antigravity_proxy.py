@@ -858,6 +858,11 @@ class ClientKey:
     key: str = setting(read_secret, repr=False)
 
 
+def secrets_of(owner: Any) -> list[str]:
+    """What of an account or a client's key is shown to nobody."""
+    return [getattr(owner, one.name) or "" for one in fields_of(owner) if not one.repr]
+
+
 def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
     """One key, or a list of `{name, key}`."""
     if node.tag != YAML_LIST:
@@ -5934,7 +5939,7 @@ class Upstream:
         except BaseException as error:
             told: object = error
             if isinstance(error, GatewayError):
-                told = error.message = without_secret(error.message, lease.account.api_key)
+                told = error.message = functools.reduce(without_secret, secrets_of(lease.account), error.message)
             step.answer = f"{type(error).__name__}: {told}"
             self._ended(lease, error)
             raise
@@ -6056,9 +6061,13 @@ class Upstream:
     async def _ask_service(self, account: Account, header: Mapping[str, str], path: str, body: Any) -> dict[str, Any]:
         method = "GET" if body is None else "POST"
         url, proxy = f"{account.base_url}/v1internal{path}", self._to(account).proxy
-        sent = self._session.request(method, url, json=body, headers=header, proxy=proxy, allow_redirects=False)
-        async with asyncio.timeout(TOKEN_S_MAX), sent as response:
-            answer = parse_json(await response.read())
+        for _ in range(2):
+            sent = self._session.request(method, url, json=body, headers=header, proxy=proxy, allow_redirects=False)
+            async with asyncio.timeout(TOKEN_S_MAX), sent as response:
+                answer = parse_json(await response.read())
+            if response.status != 401:
+                break
+            header = await self.credentials.header(account, header["Authorization"])
         if response.status != 200 or not isinstance(answer, dict):
             raise classify_error(response.status, answer)
         return answer
@@ -8135,7 +8144,7 @@ class MaskingHandler(logging.StreamHandler[Any]):
     def learn(self, config: Config) -> Config:
         """The config, once its secrets are masked too; the earlier ones stay, for a request may still carry them."""
         owners: list[Any] = [*config.accounts, *config.api_key]
-        known = [getattr(owner, one.name) or "" for owner in owners for one in fields_of(owner) if not one.repr]
+        known = itertools.chain.from_iterable(map(secrets_of, owners))
         forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
         self._known = sorted(forms.union(self._known), key=len, reverse=True)  # one may begin with another
         return config

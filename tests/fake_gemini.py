@@ -158,6 +158,8 @@ class FakeGemini:
     async def handle_internal(self, request: web.Request) -> web.StreamResponse:
         method = request.match_info["method"].strip(":/")
         self.asked.append(method)
+        if method in self.service and request.headers["Authorization"].removeprefix("Bearer ") in self.revoked:
+            return web.json_response(error(401, "UNAUTHENTICATED", "Invalid credentials.")[1], status=401)
         if method in self.service:
             return web.json_response(self.service[method])
         return await self.handle(request)

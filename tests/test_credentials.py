@@ -149,6 +149,16 @@ async def test_trouble_with_the_network_puts_no_account_out(
     assert (response.status, response.headers["X-Attempts"]) == (200, "2")
 
 
+async def test_no_secret_that_the_token_endpoint_repeats_is_told(
+    gemini: FakeGemini, aiohttp_client: Any, kind: str
+) -> None:
+    account = replace(account_of(kind, "a", gemini.url), client_secret="GOCSPX-planted", refresh_token="planted-too")
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config((account,), max_wait_s=0))))
+    gemini.tokens = [(400, {"error": "invalid_grant", "error_description": "planted-too of GOCSPX-planted is no good"})]
+    text = await (await client.post(CHAT, json=HELLO)).text()
+    assert ("is no longer good" in text, "planted" in text) == (True, False)
+
+
 # ---- the project of a cloudcode account
 
 
@@ -158,6 +168,17 @@ async def test_the_project_is_the_one_that_the_service_names(start: Start, gemin
     for _ in range(2):
         assert (await client.post(CHAT, json=HELLO)).status == 200
     assert gemini.asked == ["loadCodeAssist", "streamGenerateContent", "streamGenerateContent"]
+
+
+async def test_a_token_that_is_refused_where_the_project_is_asked_for_is_renewed(
+    gemini: FakeGemini, aiohttp_client: Any
+) -> None:
+    account, gemini.echo = account_of("cloudcode", "a", gemini.url), True
+    app = await agproxy.create_app(agproxy.Config((account,), max_wait_s=0))
+    await app._upstream.credentials.header(account)
+    gemini.revoked = {"key-a:1"}
+    client = await aiohttp_client(GatewayServer(app))
+    assert ((await client.post(CHAT, json=HELLO)).status, len(gemini.forms)) == (200, 2)
 
 
 @pytest.mark.parametrize("kind", ["cloudcode"], indirect=True)
