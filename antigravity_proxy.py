@@ -931,8 +931,13 @@ class Config:
 def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
     if node.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
-    accounts = [file.value(read_account, item, f"{where}[{i}]") for i, item in enumerate(node.value)]
-    return tuple(account for account in accounts if account)
+    accounts: dict[str, Account] = {}
+    for i, item in enumerate(node.value):
+        if account := file.value(read_account, item, f"{where}[{i}]"):
+            if account.name in accounts:
+                file.note(item, f"two accounts are named '{account.name}'; give each its own `name`.")
+            accounts[account.name] = account
+    return tuple(accounts.values())
 
 
 def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
@@ -1047,12 +1052,9 @@ def load_config(text: str, source: str, env: Mapping[str, str], read: Read, *, a
 
 def config_problems(config: Config) -> list[str]:
     """What cannot be right or safe in values that are each right on their own."""
-    names = Counter(account.name for account in config.accounts)
-    twice = sorted(name for name, times in names.items() if times > 1)
-    problems = [f"two accounts are named '{name}'; give each its own `name`." for name in twice]
-    if not config.allow_lan_access and not is_loopback(config.bind):
-        problems.append(f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it.")
-    return problems
+    if config.allow_lan_access or is_loopback(config.bind):
+        return []
+    return [f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it."]
 
 
 @functools.lru_cache(256)
@@ -8397,7 +8399,7 @@ async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]])
 @click.option("--online", is_flag=True, help="Ask each account's upstream, too.")
 def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
-    config = servable(replace(configured(accounts), auth_mode="off"))
+    config = servable(configured(accounts))
     warn_of_readers(find_file(accounts))
     columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
     found = asyncio.run(with_upstream(config, probe)) if online else [*map(told_offline, config.accounts)]

@@ -65,7 +65,7 @@ def test_what_the_proxy_keys_mean(proxy: str, expected: dict[str, Any]) -> None:
         ("accounts:\n  - name: a\n    api_key: ${NOPE}\n", ["f.yaml:3:", "variable NOPE, which is not set"]),
         ("accounts:\n  - api_key: k\n", ["f.yaml:2: 'accounts[0]' needs a `name` or an `email`."]),
         ("accounts:\n  - name: a\n", ["f.yaml:2: 'accounts[0]' needs an `api_key`."]),
-        ("accounts:\n  - {name: a, api_key: k}\n  - {name: a, api_key: l}\n", ["two accounts are named 'a'"]),
+        ("accounts:\n  - {name: a, api_key: k}\n  - {name: a, api_key: l}\n", ["f.yaml:3: two accounts are named 'a'"]),
         ("accounts: {a: b}\n", ["f.yaml:1: 'accounts' must be a list"]),
         ("accounts:\n  - {name: a, api_key: k, kind: vertx}\n", ["f.yaml:2:", "must be one of gemini"]),
         ("accounts:\n  - {name: a, api_key: k, base_url: ftp://x}\n", ["must be a URL that begins with http://"]),

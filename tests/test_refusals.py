@@ -43,6 +43,7 @@ GOOD = "accounts: [{name: a, api_key: k}]\n"
         ("accounts: [{name: a, api_key: '${NOPE}'}]\n", ["check"], "config_invalid", "NOPE"),
         ("proxy: {port: x}\n", ["env"], "config_invalid", "proxy.port"),
         (GOOD + "proxy: {auth_mode: strict}\n", ["serve"], "key_needed", "proxy.api_key"),
+        (GOOD + "proxy: {auth_mode: strict}\n", ["check"], "key_needed", "proxy.api_key"),
         (GOOD + "proxy: {host: 0.0.0.0}\n", ["serve"], "config_invalid", "proxy.allow_lan_access"),
         (GOOD, ["serve", "--port", "TAKEN"], "cannot_listen", "--port"),
         (GOOD, ["models", "llama"], "model_not_found", "models.map"),
