@@ -5784,14 +5784,14 @@ class Upstream:
         """What the upstream lists, fetched at the first need and renewed beside the requests; None while unknown."""
         if time.monotonic() >= self._models_until:
             self._models_until = time.monotonic() + MODELS_RETRY_S
-            self._listing = self._shared.start("models", self._list_models)
+            self._listing = self._shared.start(("models", id(self._config)), self._list_models)
         if self._models is None and self._listing:
             await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
         return self._models
 
     async def _list_models(self) -> None:
-        """What any account lists: they may differ in the models that they have."""
-        config = self._config
+        """What any account lists: they may differ in the models that they have. One that fails may have had some of them."""
+        config, listed_s = self._config, MODELS_FRESH_S
         asked = [account for account in config.accounts if account.kind == "gemini"]
         listed: dict[str, None] = {}
         answers = await asyncio.gather(*map(self.models_of, asked), return_exceptions=True)
@@ -5800,9 +5800,12 @@ class Upstream:
                 listed |= dict.fromkeys(found)
             else:
                 log.debug("the models of %s cannot be listed: %s", account.name, found)
+                if not isinstance(found, CredentialRefused):
+                    listed |= dict.fromkeys(self._models or ())
+                    listed_s = MODELS_RETRY_S
         if listed and self._config is config:  # else other accounts may have other ones
             self._models = tuple(listed)
-            self._models_until = time.monotonic() + MODELS_FRESH_S
+            self._models_until = time.monotonic() + listed_s
 
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""

@@ -131,19 +131,49 @@ async def test_a_reload_keeps_what_serves_on_and_nothing_more(gemini: FakeGemini
 async def test_a_list_that_was_asked_for_before_a_reload_is_not_the_new_one_s(
     upstream: agproxy.Upstream, gemini: FakeGemini
 ) -> None:
-    asked, go_on, listed = asyncio.Event(), asyncio.Event(), upstream.models_of
+    asked, go_on = asyncio.Event(), asyncio.Event()
 
     async def models_of(account: agproxy.Account) -> tuple[str, ...]:
-        asked.set()
-        await go_on.wait()
-        return await listed(account)
+        if not asked.is_set():
+            asked.set()
+            await go_on.wait()
+            return ("gemini-1-old",)
+        return ("gemini-9-new",)
 
     upstream.models_of = models_of  # type: ignore[method-assign]
     waiting = asyncio.create_task(upstream.models())
     await asked.wait()
     upstream.adopt(config_of(gemini))
+    assert await upstream.models() == ("gemini-9-new",)
     go_on.set()
-    assert await waiting is None
+    assert await waiting == ("gemini-9-new",)
+
+
+@pytest.mark.parametrize(
+    ("fault", "for_s", "kept"),
+    [(agproxy.UpstreamBroken("No."), agproxy.MODELS_RETRY_S, True), (agproxy.AccountBarred("No."), 3600, False)],
+)
+async def test_an_account_that_fails_to_list_takes_no_model_away(
+    fault: agproxy.UpstreamError, for_s: float, kept: bool, gemini: FakeGemini
+) -> None:
+    config = config_of(gemini)
+    upstream = agproxy.Upstream(replace(config, accounts=(config.accounts[0], agproxy.Account("b", "key-b"))))
+    only_b: Any = ("gemini-4-pro",)
+
+    async def models_of(account: agproxy.Account) -> tuple[str, ...]:
+        if account.name == "b" and only_b is None:
+            raise fault
+        return only_b if account.name == "b" else ("gemini-3-pro",)
+
+    upstream.models_of = models_of  # type: ignore[method-assign]
+    assert await upstream.resolve("gemini-4-pro") == "gemini-4-pro"
+    only_b, upstream._models_until = None, 0.0
+    await upstream.models()
+    assert upstream._listing
+    await upstream._listing
+    assert await upstream.resolve("gemini-4-pro") == ("gemini-4-pro" if kept else "gemini-3-pro")
+    assert for_s - 1 < upstream._models_until - time.monotonic() <= for_s
+    await upstream.close()
 
 
 async def test_vectors_of_one_answer_are_of_one_model(gemini: FakeGemini) -> None:
