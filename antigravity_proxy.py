@@ -2344,12 +2344,23 @@ class AccountPool:
             if seat.account != account:
                 self._forget(account.name, "", spare=("paused",))
                 seat.account, seat.owners = account, owners
+                known[account.name] = seat
             self._seats.append(seat)
-        for name in known:
+        for name in known.keys() - {account.name for account in accounts}:
             self._forget(name, "")
+        self._unlearn(known)
         for (owner, model), use in self._uses.items():
             use.given = self._given(owner, model)
         self._limited = any(use.limits for use in self._uses.values())
+
+    def _unlearn(self, changed: Mapping[str, Seat]) -> None:
+        """What refusals taught of limits and twins is not so of an account that is gone or another one by now."""
+        owners = {owner for seat in changed.values() for owner in seat.owners}
+        for (owner, _), use in self._uses.items():
+            use.learned = {} if owner in owners else use.learned
+        self._together = {pair: times for pair, times in self._together.items() if changed.keys().isdisjoint(pair)}
+        for seat in self._seats:
+            seat.twins = set() if seat.account.name in changed else seat.twins - changed.keys()
 
     # ---- the choice
 
@@ -2604,23 +2615,35 @@ class AccountPool:
 
     def rows(self) -> dict[str, str]:
         """The rests of quotas, models and paused accounts and what was used today, as texts by name for `restore`."""
-        rows = {}
+        rows, marks = {}, self._marks()
         for (owner, model), rests in self._rests.items():
             for quota, rest in rests.items():
                 if (kind := type(rest.error).__name__) in RESTING:
-                    about = [kind, rest.error.message, rest.error.code, rest.until, rest.strikes]
+                    mark = "" if quota == "paused" else marks.get(owner)
+                    about = [mark, kind, rest.error.message, rest.error.code, rest.until, rest.strikes]
                     rows[dumps(["rest", owner, model, quota])] = json.dumps(about)  # which may be infinite
         for (owner, model), use in self._uses.items():
             if use.day == self._day:
-                rows[dumps(["use", owner, model])] = dumps([use.day, use.counts[2:], use.learned])
+                rows[dumps(["use", owner, model])] = dumps([marks.get(owner), use.day, use.counts[2:], use.learned])
         return rows
 
     def restore(self, rows: Mapping[str, str], now: float) -> None:
-        """Takes back what `rows` gave, unless its time is over."""
+        """Takes back what `rows` gave, unless its time is over or the account is another one by now."""
         self._begin_day(now)
+        marks = self._marks()
         for name, text in rows.items():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
-                self._restore_row(json.loads(name), json.loads(text), now)
+                mark, *value = json.loads(text)
+                if mark == "" or mark == marks[json.loads(name)[1]]:
+                    self._restore_row(json.loads(name), value, now)
+
+    def _marks(self) -> dict[str, str]:
+        """By which each account is known again: not its name alone, for it may get another key while nothing runs."""
+        marks = {owner: owner for seat in self._seats for owner in seat.owners}
+        for one in self.accounts:
+            login = f"{one.client_id}\n{one.refresh_token}\n{one.service_account}\n{one.project}"
+            marks[one.name] = hashlib.sha256(encoded(f"{one.api_key}\n{login}")).hexdigest()[:8]
+        return marks
 
     def _restore_row(self, name: Any, value: Any, now: float) -> None:
         table, owner, model, *more = name
@@ -2629,7 +2652,7 @@ class AccountPool:
             error = RESTING[kind](message, code=code)
             error.quota = more[0]
             self._rests.setdefault((owner, model), {})[error.quota] = Rest(error, until, strikes)
-        elif value[0] == self._day and any(owner in seat.owners for seat in self._seats):
+        elif value[0] == self._day:
             use = self._new_use(owner, model)
             use.at(now, self._day)
             use.counts[2:], use.learned = value[1:]
@@ -5896,9 +5919,8 @@ class Upstream:
                 continue
             model = trace.mapped_model
             vectors += read_embeddings(answer, len(texts))
-            usage = answer.get("usageMetadata")
-            tokens += usage_of(usage).prompt if isinstance(usage, dict) else 0
-        return vectors, tokens or sum(len(text) // 4 + 1 for text in request.texts)
+            tokens += usage_of(answer["usageMetadata"]).prompt
+        return vectors, tokens
 
     async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred) -> T:
         """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
@@ -5953,7 +5975,8 @@ class Upstream:
         if isinstance(result, Answer):
             result.on_close = functools.partial(self._ended, lease)
         else:
-            self._ended(lease, None)
+            told = result.get("usageMetadata") if isinstance(result, dict) else None
+            self._ended(lease, Ended(usage_of(told)) if isinstance(told, dict) else None)
         return result
 
     def _ended(self, lease: Lease, by: Event | BaseException | None) -> None:
@@ -6001,7 +6024,11 @@ class Upstream:
     async def _batch_embed(self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease) -> dict[str, Any]:
         """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
         body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
-        return await self._unary(lease, "batchEmbedContents", body)
+        answer = await self._unary(lease, "batchEmbedContents", body)
+        told = answer.get("usageMetadata")
+        if not isinstance(told, dict) or not usage_of(told).prompt:
+            answer["usageMetadata"] = {"promptTokenCount": sum(len(text) // 4 + 1 for text in texts)}
+        return answer
 
     async def _unary(self, lease: Lease, method: str, body: bytes) -> dict[str, Any]:
         with UpstreamErrors(self._to(lease.account).proxy):
@@ -7071,12 +7098,12 @@ class Gateway(App):
             if self._source is None:
                 raise ConfigError("This gateway has no accounts file that it could read again.")
             config = await asyncio.to_thread(self._source.load)
-            if config.bind != self._config.bind:
-                raise ConfigError("Where it listens changed (host, allow_lan_access). Restart it for that.")
+            if (config.bind, config.port) != (self._config.bind, self._config.port):
+                raise ConfigError("Where it listens changed (host, port, allow_lan_access). Restart it for that.")
         except ConfigError as error:
             log.warning("the config stays as it was: %s", error)
             raise
-        self._config = replace(config, host=self._config.host, port=self._config.port)
+        self._config = replace(config, host=self._config.host)
         self._upstream.adopt(self._config)
         log.info("the config was read again: %d accounts", len(config.accounts))
         return len(config.accounts)

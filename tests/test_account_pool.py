@@ -388,6 +388,22 @@ def test_limits_that_a_reload_brings_hold_at_once_also_for_models_that_were_aske
     assert pool.name() == "a"
 
 
+def test_what_refusals_taught_of_an_account_is_not_so_of_another_key() -> None:
+    pool = Pool([A, B, C], "fill_first")
+    for now in (NOON, NOON + 100, NOON + 200):
+        pool.refuse("a", TWO_A_MINUTE, now=now)
+        pool.refuse("b", agproxy.RateLimited("day"), now=now)
+    for now in (NOON + 300, NOON + 400, NOON + 500):
+        for name in "bc":
+            error = agproxy.RateLimited("Slow.", retry_after_s=30)
+            error.quota = "requests_per_minute"
+            pool.refuse(name, error, now=now)
+    assert [row["seems_to_share_with"] for row in pool.status(NOON + 600)] == [[], ["c"], ["b"]]
+    pool.update([replace(A, api_key="new"), B], "fill_first", 0)
+    told = pool.status(NOON + 600)
+    assert (told[0]["models"][0]["limits"], told[1]["seems_to_share_with"]) == ({}, [])
+
+
 def test_a_project_has_the_limits_of_each_of_its_accounts_whoever_is_asked_first() -> None:
     one, other = replace(A, quota_group="p"), replace(B, quota_group="p", limits={"*": {"requests_per_day": 1}})
     pool = Pool([one, other, C], "fill_first")
@@ -427,6 +443,17 @@ def test_what_outlives_the_process() -> None:
     tomorrow.restore(pool.rows(), NOON + 86400)
     assert tomorrow.name(now=NOON + 86400) == "a"
     assert tomorrow.status(NOON + 86400)[0]["models"][0]["requests_per_day"] == 1
+
+
+def test_another_key_that_came_while_nothing_ran_has_no_rest_but_the_pause() -> None:
+    pool = Pool([A, B], "fill_first")
+    pool.refuse("a", agproxy.QuotaGone("Used up."))
+    pool.steer("pause", "b", "")
+    for a, expected in ((replace(A, weight=2), [None, None]), (replace(A, api_key="new"), ["a", None])):
+        again = Pool([a, replace(B, api_key="new")])
+        again.restore(pool.rows(), NOON + 60)
+        assert [again.name("b", now=NOON + 61), again.name("a", now=NOON + 61)] == expected
+    assert again.status(NOON + 61)[0]["models"][0]["requests_per_day"] == 1
 
 
 def test_what_is_kept_has_a_bound() -> None:

@@ -196,6 +196,19 @@ async def test_vectors_of_one_answer_are_of_one_model(gemini: FakeGemini) -> Non
     await upstream.close()
 
 
+@pytest.mark.parametrize(
+    ("beside", "tokens"),
+    [({}, 10_100), ({"usageMetadata": {"promptTokenCount": 7}}, 14), ({"usageMetadata": 5}, 10_100)],
+)
+async def test_tokens_of_embeddings_are_counted_for_the_limits(
+    beside: Any, tokens: int, upstream: agproxy.Upstream, gemini: FakeGemini
+) -> None:
+    gemini.beside = beside
+    request = agproxy.parse_embeddings({"model": EMBEDDERS[0], "input": ["x" * 399] * 101})
+    assert (await upstream.embed(request, trace_of(upstream, EMBEDDERS[0])))[1] == tokens
+    assert upstream.pool.status(time.time())[0]["models"][0]["tokens_per_day"] == tokens
+
+
 async def test_a_count_that_is_none_is_no_zero(gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeGemini, "count", lambda *_: web.Response(text="<html>"))
     upstream = agproxy.Upstream(config_of(gemini))
