@@ -7088,7 +7088,10 @@ class Gateway(App):
         action, name = fields.needed_text("action"), fields.needed_text("account")
         if action not in POOL_ACTIONS:
             raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
-        if not self._upstream.pool.steer(action, name, fields.text("model") or ""):
+        model = fields.text("model") or ""
+        known = {row["model"] for one in self._upstream.pool.status(now) for row in one["models"]}
+        model = await self._upstream.resolve(model) if model and model not in known else model
+        if not self._upstream.pool.steer(action, name, model):
             raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
         return {"accounts": self._upstream.pool.status(now)}
 

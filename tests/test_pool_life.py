@@ -178,10 +178,10 @@ async def test_what_a_person_sees_and_steers(serve: Serve, write: Write, gemini:
     gemini.script = [said("b")]
     assert (await ask(base_url))[1] == "b"
     assert "paused" not in (await command(base_url, "pool", "resume", "a")).output
-    assert "A person paused it" in (await command(base_url, "pool", "pause", "b/gemini-2.5-flash")).output
-    gemini.script = [said("a")]
-    assert (await ask(base_url))[1] == "a"
-    await command(base_url, "pool", "resume", "b/gemini-2.5-flash")
+    assert "A person paused it" in (await command(base_url, "pool", "pause", "a/gpt-4o")).output
+    gemini.script = [said("b")]
+    assert (await ask(base_url))[1] == "b"
+    await command(base_url, "pool", "resume", "a/gemini-2.5-flash")
     gemini.script = [USED_UP]
     status, _, body = await ask(base_url)
     assert (status, body["error"]["code"]) == (429, "insufficient_quota")
@@ -199,8 +199,8 @@ async def test_an_account_with_a_slash_in_its_name_is_steered(serve: Serve, writ
     base_url = await (await serve()).wait_for(r"base URL +(\S+)")
     assert re.search(r"\nteam/b .*A person paused it", (await command(base_url, "pool", "pause", "team/b")).output)
     assert "paused" not in (await command(base_url, "pool", "resume", "team/b")).output
-    told = (await command(base_url, "pool", "pause", "team/b/m")).output
-    assert re.search(r"\nteam/b .*is ready\n +m .*A person paused it", told)
+    told = (await command(base_url, "pool", "pause", "team/b/gemini-3-pro-preview")).output
+    assert re.search(r"\nteam/b .*is ready\n +gemini-3-pro-preview .*A person paused it", told)
 
 
 async def test_the_commands_need_the_key_where_one_is_needed(
