@@ -4895,6 +4895,8 @@ class PoolStore:
     async def load(self, now: float) -> None:
         self._written = await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool"))) or {}
         self._pool.restore(self._written, now)
+        known = self._pool.rows()
+        self._written = {name: value for name, value in self._written.items() if name in known}  # others' stay
 
     async def keep(self, rested: asyncio.Event) -> None:
         while True:
@@ -5750,7 +5752,7 @@ class Upstream:
         self._shared = Shared()
         self._models: tuple[str, ...] | None = None
         self._listing: asyncio.Task[None] | None = None
-        self._tell_once = functools.lru_cache(1024)(functools.partial(log.warning, WISHED))
+        self._tell_once = functools.lru_cache(1024)(log.warning)
         self.rested = asyncio.Event()  # set when an account was sent to rest for long
         self.signatures = SignatureMemory()
         self.skew_s = 0.0
@@ -5800,7 +5802,7 @@ class Upstream:
         known = self._models is not None and time.monotonic() < self._models_until
         mapped = self._map_model(name, self._models if known else await self.models())
         if mapped.wished:
-            self._tell_once(mapped.wished, mapped.model)
+            self._tell_once(WISHED, mapped.wished, mapped.model)
         return mapped.model
 
     async def models(self) -> tuple[str, ...] | None:
@@ -5929,10 +5931,9 @@ class Upstream:
         there; what `mends` changed the body for is tried on the same account.
         """
         asked = trace.mapped_model
-        fallback = self._config.fallback
-        chain = (asked, *(fallback.get(asked) or fallback.get(trace.model, ())))
+        chain = self._chain(asked, trace.model)
         for model in chain:
-            trace.mapped_model = model if model == asked else self._map_model(model, self._models).model
+            trace.mapped_model = model
             try:
                 answer = await self._ask(trace, attempt, mends, barred, last=model == chain[-1])
             except PoolExhausted as error:
@@ -5943,6 +5944,16 @@ class Upstream:
                     trace.changes += 1  # no account could answer for the model that was asked for
                 return answer
         raise AssertionError("a chain has a last model")
+
+    def _chain(self, asked: str, name: str) -> list[str]:
+        """A model, and those that are asked instead: by its own name, else by the client's. Who is unknown is passed over."""
+        chain = {asked: None}
+        for model in self._config.fallback.get(asked) or self._config.fallback.get(name, ()):
+            try:
+                chain[self._map_model(model, self._models).model] = None
+            except ModelNotFound as error:
+                self._tell_once("models.fallback: %s", error.message)
+        return list(chain)
 
     async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred, *, last: bool) -> T:
         turn = Turn(self.pool, trace, barred, self._config.max_wait_s, last, self.clock)

@@ -74,6 +74,22 @@ async def test_a_day_that_is_used_up_is_remembered(
     assert re.search(r"gemini-2.5-flash .*/50 .*rests for \d{3,5} s \(requests_per_day\): You exceeded", shown.output)
 
 
+async def test_gateways_that_share_a_file_leave_the_rests_of_the_others_there(tmp_path: Path) -> None:
+    async def started(account: str) -> tuple[agproxy.Database, agproxy.PoolStore, agproxy.AccountPool]:
+        pool = agproxy.AccountPool([agproxy.Account(account, "k")])
+        store = agproxy.PoolStore(database := agproxy.Database(tmp_path / "state"), pool)
+        await store.load(1768507200.0)
+        return database, store, pool
+
+    for account in ("a", "b", "a"):
+        database, store, pool = await started(account)
+        if lease := pool.acquire("m", (), 0, 1768507200.0, []):
+            pool.failed(lease, agproxy.QuotaGone("Used up."), 1768507200.0, 0)
+        await store.save()
+        await database.close()
+    assert lease is None  # a rests still
+
+
 async def test_a_store_that_cannot_be_opened_stops_nothing(serve: Serve, write: Write, gemini: FakeGemini) -> None:
     write("a", proxy=", store: /proc/none/state.sqlite3")
     served = await serve()
@@ -299,7 +315,7 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
     settings = {"max_wait_s": 0, "count": 1} | settings
     accounts = tuple(agproxy.Account(f"a{i}", "k", gemini.url) for i in range(settings.pop("count")))
-    chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
+    chain = {"gemini-2.5-pro": ("nobody-knows-it", "gemini-2.5-flash")}
     config = agproxy.Config(accounts, fallback=chain, strategy="fill_first", **settings)
     client = await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
     gemini.script = list(script)
