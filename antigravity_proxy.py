@@ -7078,7 +7078,8 @@ class Gateway(App):
 
     async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
         """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
-        if self._config.auth == "off" and (not is_loopback(http.remote or "") or "origin" in http.headers):
+        here = is_loopback(http.remote) or http.remote == self._config.bind
+        if self._config.auth == "off" and (not here or "origin" in http.headers):
             raise Forbidden(f"Only programs on this machine may do that. Call from it, or {ASK_FOR_A_KEY}.")
         if http.method != (method := "POST" if what in ("pool", "reload") else "GET"):
             raise MethodNotAllowed(f"{http.method} is not served here. Use {method}.", headers={"Allow": method})

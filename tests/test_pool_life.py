@@ -252,6 +252,16 @@ async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aioh
     assert (await (await client.post("/agproxy/reload")).json())["error"]["code"] == "config_invalid"
 
 
+@pytest.mark.parametrize(("host", "status"), [("192.0.2.7", 200), ("192.0.2.8", 403), ("0.0.0.0", 403)])
+async def test_who_calls_from_the_address_that_is_listened_on_is_this_machine(
+    host: str, status: int, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy.HttpRequest, "remote", "192.0.2.7")
+    config = agproxy.Config((agproxy.Account("a", "k"),), host=host, allow_lan_access=True, auth_mode="off")
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
+    assert (await client.get("/agproxy/status")).status == status
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["before the answer", "in a stream"])
 async def test_a_client_that_leaves_gives_its_account_back(
     stream: bool, serve: Serve, write: Write, gemini: FakeGemini
