@@ -7073,6 +7073,7 @@ class Gateway(App):
 
     async def _serve_whole(self, http: HttpRequest, trace: Trace) -> HttpResponse:
         work = self._embed if trace.route == "embeddings" else self._count
+        trace.affinity = zlib.crc32(trace.id.encode())  # no prompt cache knows them: any account by its weight
         with Unbegun(self._running, http.task):
             return await work(parse_body(await http.read()), trace)
 

@@ -378,6 +378,16 @@ async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_ov
     assert (answer.status, answer.headers["X-Account-Email"]) == (200, "d")
 
 
+async def test_what_no_prompt_cache_knows_is_spread_over_the_accounts(gemini: FakeGemini, aiohttp_client: Any) -> None:
+    accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
+    client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(accounts))))
+    for route in ("embeddings", "responses/input_tokens"):
+        gemini.keys.clear()
+        for _ in range(30):
+            assert (await client.post(f"/v1/{route}", json={"model": "gpt-4o", "input": "x"})).status == 200
+        assert set(gemini.keys) == {"key-a", "key-b"}
+
+
 async def test_a_mixed_pool_gets_a_body_of_each_form(gemini: FakeGemini, aiohttp_client: Any) -> None:
     from fake_gemini import account_of
 
