@@ -5932,10 +5932,12 @@ class Upstream:
         """
         asked = trace.mapped_model
         chain = self._chain(asked, trace.model)
+        turn = Turn(self.pool, trace, barred, self._config.max_wait_s, self.clock)
         for model in chain:
             trace.mapped_model = model
+            turn.begin(model, last=model == chain[-1])
             try:
-                answer = await self._ask(trace, attempt, mends, barred, last=model == chain[-1])
+                answer = await self._ask(turn, trace, attempt, mends)
             except PoolExhausted as error:
                 if model == chain[-1] or error.status not in (404, 429, 503):
                     raise
@@ -5955,8 +5957,7 @@ class Upstream:
                 self._tell_once("models.fallback: %s", error.message)
         return list(chain)
 
-    async def _ask(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred, *, last: bool) -> T:
-        turn = Turn(self.pool, trace, barred, self._config.max_wait_s, last, self.clock)
+    async def _ask(self, turn: Turn, trace: Trace, attempt: Attempt[T], mends: Mends) -> T:
         for number in range(1, ATTEMPTS_MAX + 1):
             lease = await turn.lease()
             try:
@@ -6133,15 +6134,15 @@ def enveloped(account: Account, project: str, model: str, method: str, body: byt
 
 
 class Turn:
-    """Whom one request asks for one model, one after another, and how long it waits for them."""
+    """Whom one request asks for one model after another, and how long it waits for them in all."""
 
-    def __init__(
-        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, last: bool, clock: Clock
-    ) -> None:
-        self._pool, self._trace, self._model = pool, trace, trace.mapped_model
-        self._patience_s, self._last, self._clock = patience_s, last, clock
-        self._barred, self._tried = barred, set(barred)
-        self._refusals: dict[str, UpstreamError] = dict(barred)
+    def __init__(self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, clock: Clock) -> None:
+        self._pool, self._trace, self._barred = pool, trace, barred
+        self._patience_s, self._clock = patience_s, clock
+
+    def begin(self, model: str, *, last: bool) -> None:
+        self._model, self._last, self._tried = model, last, set(self._barred)
+        self._refusals: dict[str, UpstreamError] = dict(self._barred)
         self._same: Seat | None = None
         self._mended = False
         self._spare = True

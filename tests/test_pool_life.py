@@ -363,6 +363,20 @@ async def test_choices_do_not_wait_for_those_that_wait_for_them(
     assert (response.status, (await response.json())["error"]["code"]) == (429, "insufficient_quota")
 
 
+async def test_a_request_waits_no_longer_where_models_fall_back(
+    gemini: FakeGemini, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "POLL_S", 0.02)
+    accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=1),)
+    chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
+    app = await agproxy.create_app(agproxy.Config(accounts, fallback=chain, max_wait_s=0.05))
+    assert app._upstream.pool.acquire("m", (), 0, 0, [])  # and nobody gives it back
+    client = await aiohttp_client(GatewayServer(app))
+    response = await client.post("/v1/chat/completions", json=PRO)
+    waits = [step["waited_s"] for step in (await response.json())["error"]["decisions"]]
+    assert (response.status, waits) == (503, [0.04, 0])
+
+
 async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_over(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
