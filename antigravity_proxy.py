@@ -130,7 +130,7 @@ RELOAD_CHECK_S = 1.0
 JOURNAL_MAX = 1000
 TWINS_MIN = 3
 STATES_MAX = 2000  # of accounts times models
-SAID_CHARS = 4000  # of a conversation's beginning, by which it is known
+SAID_CHARS = 4000  # of a system prompt, and of the first message, by which a conversation is known
 QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
 STRATEGIES = ("affinity", "round_robin", "fill_first")
 ATTEMPTS_MAX = 3
@@ -2664,10 +2664,13 @@ def affinity_of(client: str, session: str, request: Request) -> int:
 
     Without the client's name for the session, by what was said first.
     """
-    said = [session] if session else list(request.system)
-    for part in request.messages[0].parts if request.messages and not session else ():
+    if session:
+        return zlib.crc32(encoded(f"{client}\n{session}"))
+    said = []
+    for part in request.messages[0].parts if request.messages else ():
         said.append(part.text if isinstance(part, Text) else part.data if isinstance(part, Media) else "")
-    return zlib.crc32(encoded("\n".join([client, *said])[:SAID_CHARS]))
+    tool = "\n".join([client, *request.system])[:SAID_CHARS]  # apart, for it may be long and always the same
+    return zlib.crc32(encoded(tool + "\n".join(said)[:SAID_CHARS]))
 
 
 class SignatureMemory:

@@ -90,6 +90,8 @@ def test_requests_of_one_conversation_share_a_number() -> None:
     assert number("hello") == number("hello", "and then?")
     assert number("hello", session="x") == number("other", session="x", system="t")
     assert len({number("hello"), number("hi"), number("hello", client="ci"), number("hello", system="t")}) == 4
+    tool = "You are a tool with long instructions. " * 1000
+    assert number("hello", system=tool) == number("hello", "and then?", system=tool) != number("hi", system=tool)
     assert agproxy.affinity_of("", "", agproxy.Request("m", ())) == agproxy.affinity_of(
         "", "", agproxy.Request("n", ())
     )
