@@ -6100,8 +6100,10 @@ class Upstream:
                 told = await self._ask_service(account, header, f"/{told.get('name')}", None)
             project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
         if not isinstance(project, str) or not project:
-            reasons = [str(tier.get("reasonMessage")) for tier in told.get("ineligibleTiers") or ()]
-            why = f" ({'; '.join(reasons)})" if reasons else ""
+            said = ("reasonCode", "reasonMessage", "validationUrl", "message")
+            refused = (*(told.get("ineligibleTiers") or ()), told.get("error") or {})
+            reasons = [" ".join(str(one[key]) for key in said if one.get(key)) for one in refused]
+            why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
             raise CredentialRefused(f"The service has no project for {account.name}{why}. Set its `project`.")
         return project
 

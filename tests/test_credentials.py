@@ -196,13 +196,28 @@ async def test_an_account_without_a_project_is_let_in_where_it_may(
     assert gemini.asked[:3] == ["loadCodeAssist", "onboardUser", "operations/1"]
 
 
+TIER = {"allowedTiers": [{"id": "free-tier", "isDefault": True}]}
+VALIDATE = {"reasonMessage": "Validate it:", "validationUrl": "https://validate.example"}
+
+
 @pytest.mark.parametrize("kind", ["cloudcode"], indirect=True)
-async def test_without_any_project_the_reason_is_told_and_none_invented(start: Start, gemini: FakeGemini) -> None:
-    gemini.service = {"loadCodeAssist": {"ineligibleTiers": [{"reasonMessage": "Too young."}]}}
+@pytest.mark.parametrize(
+    ("service", "why"),
+    [
+        ({"loadCodeAssist": {"ineligibleTiers": [{"reasonMessage": "Too young."}]}}, " (Too young.)"),
+        ({"loadCodeAssist": {"ineligibleTiers": [VALIDATE]}}, " (Validate it: https://validate.example)"),
+        ({"loadCodeAssist": {"ineligibleTiers": [{"reasonCode": "DASHER_USER"}]}}, " (DASHER_USER)"),
+        ({"loadCodeAssist": TIER, "onboardUser": {"done": True, "error": {"code": 9, "message": "No."}}}, " (No.)"),
+    ],
+)
+async def test_without_any_project_the_reason_is_told_and_none_invented(
+    service: dict[str, Any], why: str, start: Start, gemini: FakeGemini
+) -> None:
+    gemini.service = service
     client = await start("a", max_wait_s=0)
     response = await client.post(CHAT, json=HELLO)
     assert response.status == 502
-    assert "no project for a (Too young.). Set its `project`" in (await response.json())["error"]["message"]
+    assert f"no project for a{why}. Set its `project`" in (await response.json())["error"]["message"]
 
 
 async def test_embeddings_are_asked_of_those_that_make_them(gemini: FakeGemini, aiohttp_client: Any, kind: str) -> None:
