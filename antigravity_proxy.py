@@ -7122,6 +7122,8 @@ class Gateway(App):
             config = await asyncio.to_thread(self._source.load)
             if (config.bind, config.port) != (self._config.bind, self._config.port):
                 raise ConfigError("Where it listens changed (host, port, allow_lan_access). Restart it for that.")
+            if config.store != self._config.store:
+                raise ConfigError("Where responses are kept changed (proxy.store). Restart it for that.")
         except ConfigError as error:
             log.warning("the config stays as it was: %s", error)
             raise
@@ -8235,13 +8237,13 @@ def banner(config: Config, running_max: float) -> str:
     return "\n".join(lines)
 
 
-def stored_at(config: Config) -> str:
-    """Where responses are kept: where the config says, else with the user's other state."""
+def stored(config: Config) -> Config:
+    """The config with the place where responses are kept: where it says, else with the user's other state."""
     if config.store in ("memory", "off"):
-        return config.store
+        return config
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     try:
-        return str(Path(config.store or f"{state}/agproxy/state.sqlite3").expanduser())
+        return replace(config, store=str(Path(config.store or f"{state}/agproxy/state.sqlite3").expanduser()))
     except RuntimeError:
         text = "There is no such home directory. Set proxy.store to the full path of a file, to memory, or to off."
         raise Unusable(text, "config_invalid") from None
@@ -8273,9 +8275,9 @@ async def run_until_signal(config: Config, path: Path | None, load: Callable[[],
     """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills. Raises OSError."""
     stop = asyncio.Event()
     on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
-    source = Source(path, load, asyncio.Event()) if path and not config.demo else None
+    source = Source(path, lambda: stored(load()), asyncio.Event()) if path and not config.demo else None
     async with contextlib.AsyncExitStack() as stack:
-        config = await with_demo(replace(config, store=stored_at(config)), stack)
+        config = await with_demo(stored(config), stack)
         running_max = raise_file_limit()
         app = await create_app(config, running_max, source, drain_s)
         port = await listen(app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s)

@@ -156,6 +156,8 @@ async def test_a_changed_file_is_read_by_itself_and_a_bad_one_changes_nothing(
     write("a", proxy=", allow_lan_access: true, auth_mode: off")
     told = await command(base_url, "reload")
     assert "Where it listens changed" in told.output
+    write("a", proxy=", store: off")
+    assert "Where responses are kept changed" in (await command(base_url, "reload")).output
     (tmp_path / "accounts.yaml").write_text("accounts: [{name: a, api_key: k}]\nproxy: {port: 9}\n")
     assert "Where it listens changed" in (await command(base_url, "reload")).output
     (tmp_path / "accounts.yaml").unlink()  # as some editors do for a moment
