@@ -6179,7 +6179,7 @@ class Turn:
             wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
             if wait_s > self._patience_s:
                 raise self.exhausted()
-            await self._wait(wait_s)
+            await self._wait(min(wait_s, RELOAD_CHECK_S))  # by then a reload, or a person, may have ended the rest
 
     async def _wait(self, wait_s: float) -> None:
         self._patience_s -= wait_s

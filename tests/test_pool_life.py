@@ -4,7 +4,9 @@ import asyncio
 import json
 import re
 import signal
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +379,21 @@ async def test_a_request_waits_no_longer_where_models_fall_back(
     response = await client.post("/v1/chat/completions", json=PRO)
     waits = [step["waited_s"] for step in (await response.json())["error"]["decisions"]]
     assert (response.status, waits) == (503, [0.04, 0])
+
+
+async def test_who_waits_for_a_rest_sees_that_it_was_ended(
+    gemini: FakeGemini, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "RELOAD_CHECK_S", 0.01)
+    account = agproxy.Account("a", "k", gemini.url)
+    app = await agproxy.create_app(agproxy.Config((account,), max_wait_s=600))
+    client, pool = await aiohttp_client(GatewayServer(app)), app._upstream.pool
+    for end in (lambda: pool.steer("reset", "a", ""), lambda: pool.update([replace(account, weight=2)], "affinity", 0)):
+        gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 300s."), said("x")]
+        asked = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
+        await until(lambda: "rests" in json.dumps(pool.status(time.time())))
+        end()
+        assert (await asyncio.wait_for(asked, 5)).status == 200
 
 
 async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_over(
