@@ -2354,7 +2354,7 @@ class AccountPool:
         self._limited = any(use.limits for use in self._uses.values())
 
     def _unlearn(self, changed: Mapping[str, Seat]) -> None:
-        """What refusals taught of limits and twins is not so of an account that is gone or another one by now."""
+        """What refusals taught of limits and twins is not so of an account that is gone, another one by now, or reset."""
         owners = {owner for seat in changed.values() for owner in seat.owners}
         for (owner, _), use in self._uses.items():
             use.learned = {} if owner in owners else use.learned
@@ -2583,6 +2583,7 @@ class AccountPool:
         else:
             for owner in seat.owners:
                 self._forget(owner, model)
+            self._unlearn({} if model else {name: seat})
         return True
 
     def _forget(self, owner: str, model: str, spare: Collection[str] = ()) -> None:

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -390,7 +390,15 @@ def test_limits_that_a_reload_brings_hold_at_once_also_for_models_that_were_aske
     assert pool.name() == "a"
 
 
-def test_what_refusals_taught_of_an_account_is_not_so_of_another_key() -> None:
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda pool: pool.update([replace(A, api_key="new"), B], "fill_first", 0),
+        lambda pool: pool.steer("reset", "a", "") and pool.steer("reset", "c", ""),
+    ],
+    ids=["a reload", "a reset"],
+)
+def test_what_refusals_taught_of_an_account_is_forgotten(end: Callable[[Pool], object]) -> None:
     pool = Pool([A, B, C], "fill_first")
     for now in (NOON, NOON + 100, NOON + 200):
         pool.refuse("a", TWO_A_MINUTE, now=now)
@@ -401,7 +409,8 @@ def test_what_refusals_taught_of_an_account_is_not_so_of_another_key() -> None:
             error.quota = "requests_per_minute"
             pool.refuse(name, error, now=now)
     assert [row["seems_to_share_with"] for row in pool.status(NOON + 600)] == [[], ["c"], ["b"]]
-    pool.update([replace(A, api_key="new"), B], "fill_first", 0)
+    assert pool.status(NOON)[0]["models"][0]["limits"] == {"requests_per_minute": 2}
+    end(pool)
     told = pool.status(NOON + 600)
     assert (told[0]["models"][0]["limits"], told[1]["seems_to_share_with"]) == ({}, [])
 
