@@ -2344,7 +2344,7 @@ class AccountPool:
             if seat.account != account:
                 self._forget(account.name, "", spare=("paused",))
                 seat.account, seat.owners = account, owners
-                known[account.name] = seat
+                known[account.name] = seat  # beside those that are gone
             self._seats.append(seat)
         for name in known.keys() - {account.name for account in accounts}:
             self._forget(name, "")
@@ -2369,8 +2369,8 @@ class AccountPool:
     ) -> Lease | None:
         """The best account by the strategy that is not in `tried`, does not rest and is not busy; None where there is none.
 
-        Who was refused asks `again`, and probes nobody where another is ready. By affinity each `key` has an order of its own, which other accounts do not change. What is known of each account
-        goes into `seen`. The lease must be released.
+        Who was refused asks `again`, and probes nobody where another is ready. By affinity each `key` has an order of its
+        own, which other accounts do not change. What is known of each account goes into `seen`. The lease must be released.
         Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
         """
         self._begin_day(now)
@@ -2548,7 +2548,7 @@ class AccountPool:
     def exhausted(self, model: str, refusals: Mapping[str, UpstreamError], now: float) -> PoolExhausted:
         """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
 
-        What lasts is the class only where no account is soon free: its day's quota, its credentials, that it has no such model.
+        What lasts (a day's quota, credentials, that there is no such model) is the class only where no account is soon free.
         """
         if not self._seats:
             return PoolExhausted("No account is configured. Add one under accounts.", Overloaded("no account"), None)
