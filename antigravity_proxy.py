@@ -3952,6 +3952,10 @@ RESPONSE_ECHOES: Mapping[str, Any] = (
     | {"parallel_tool_calls": True, "store": True, "metadata": {}}
 )
 
+# Like invalid_prompt these end a turn of Codex's, which sends it again at any other code of response.failed.
+# Source: https://github.com/openai/codex/blob/main/codex-rs/codex-api/src/sse/responses.rs
+FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
+
 
 def error_body(error: GatewayError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
@@ -4301,7 +4305,10 @@ class ResponseRenderer:
             return self._last()
         told = error_body(error)["error"]
         flat = {key: told[key] for key in ("code", "message", "param")}
-        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        code = (
+            "rate_limit_exceeded" if error.status == 429 else "server_error" if error.status > 429 else "invalid_prompt"
+        )
+        code = error.code if error.code in FINAL_CODES else code
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
         return self._frame("error", flat | {"error": told}) + self._last()
 

@@ -407,10 +407,20 @@ async def test_a_background_response_is_cancelled(
     assert (events[-2]["type"], events[-2]["response"]["status"]) == ("response.incomplete", "cancelled")
 
 
-async def test_a_background_response_fails(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
-    gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow down.")]
+@pytest.mark.parametrize(
+    ("step", "code"),
+    [
+        (error(429, "RESOURCE_EXHAUSTED", "Slow down."), "rate_limit_exceeded"),
+        (error(429, "RESOURCE_EXHAUSTED", "Quota exceeded, limit: 0"), "insufficient_quota"),
+        (error(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the limit."), "context_length_exceeded"),
+        (error(400, "INVALID_ARGUMENT", "No."), "invalid_prompt"),
+        (error(403, "PERMISSION_DENIED", "No."), "server_error"),
+    ],
+)
+async def test_a_background_response_fails(step: Any, code: str, ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
+    gemini.script = [step] * 3
     made = await finished(ai, (await ai.responses.create(model="gpt-4o", input="hi", background=True)).id)
-    assert (made.status, made.error.code) == ("failed", "rate_limit_exceeded")
+    assert (made.status, made.error.code) == ("failed", code)
 
 
 async def test_what_runs_is_deleted(ai: openai.AsyncOpenAI, gemini: FakeGemini) -> None:
