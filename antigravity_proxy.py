@@ -4878,7 +4878,8 @@ class ResponseStore:
                 found.append(self._stored(row[1:]))
                 wanted = found[-1].previous
                 unused += [(now, found[-1].id)] if row[0] < now - USED_S else []
-            connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
+            with contextlib.suppress(sqlite3.OperationalError):  # what can be read is told where nothing can be written
+                connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
 
         return await self._database.run(read)
@@ -7327,7 +7328,11 @@ class Gateway(App):
             del self._jobs[kept.id], self._running[task]
 
         job.task.add_done_callback(over)
-        await kept.save()
+        if not await kept.save():
+            text = "The response cannot be kept, and nobody could ask for it. Try again, or leave out 'background'."
+            if answer := self._running.get(job.task):
+                answer.break_off(Cancelled(text))
+            raise StoreTrouble(text)
         return job
 
     async def _recall(self, body: Any, trace: Trace) -> list[Any]:
@@ -7424,7 +7429,7 @@ class Gateway(App):
         if http.method in ("POST", "DELETE") and job:
             if answer := self._running[job.task]:  # what was said so far stays in the response
                 answer.break_off(Cancelled("The response was cancelled. Ask again for another."))
-            await asyncio.wait([job.task])  # for then that is kept
+            await job.end()
         if http.method == "DELETE":
             await self._store.delete(id)
             return json_response({"id": id, "object": "response", "deleted": True}, trace)
@@ -7490,7 +7495,7 @@ class Kept:
     payloads: Mapping[str, bytes]
     _store: ResponseStore
     _model: Callable[[], str]
-    _given: Sequence[Any]
+    given: Sequence[Any]  # what only its first row has, until that is written
     _state: StoredState = "over"
 
     def object(self) -> bytes:
@@ -7502,12 +7507,12 @@ class Kept:
         running = self.renderer.response["status"] in ("queued", "in_progress")
         self._state = state or ("running" if running else "over")
         signatures = [signature_entry(part, self._model()) for part in self.renderer.signed]
-        given, self._given = self._given, ()
+        given, self.given = self.given, ()
         try:
             await self._store.save(self.id, self._state, (self.object(), dump_bytes(signatures), events), given)
             return True
         except StoreTrouble as error:
-            self._given = given  # the next save begins anew
+            self.given = given  # the next save begins anew
             log.warning("%s cannot be kept: %s", self.id, error.message)
             return False
 
@@ -7544,7 +7549,7 @@ class Job:
             events = b"".join([*self._frames, *frames])
             saved, self._whole = await self.kept.save(events=events), True
             self._add(frames)
-            while not saved:  # else it would read as running for ever
+            while not saved and not self.kept.given:  # else it would read as running for ever
                 await asyncio.sleep(DATABASE_BUSY_S)
                 saved = await self.kept.save(events=events)
         finally:
@@ -7568,6 +7573,11 @@ class Job:
         self._frames += frames
         self._grown.set()
         self._grown = asyncio.Event()
+
+    async def end(self) -> None:
+        """Waits until the response is over, and kept where it can be."""
+        while not (self._whole or self.task.done()):
+            await self._grown.wait()
 
     async def follow(self, at: int) -> AsyncIterator[bytes]:
         """The frames from one on, as they come."""

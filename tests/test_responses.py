@@ -551,6 +551,30 @@ async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_pol
     assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
 
 
+async def test_what_cannot_be_written_is_still_read_and_cancelled_but_not_begun_in_the_background(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
+    monkeypatch.setattr(agproxy, "USED_S", 0.0)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.script, gemini.silence_s = [said("one"), said("two")], 20
+    made = await ask(client, background=True)
+    await until(lambda: gemini.bodies)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
+        held.execute("BEGIN IMMEDIATE")
+        assert (await fetch(client, made["id"]))[0] == 200
+        async with asyncio.timeout(5):
+            status, cancelled = await fetch(client, f"{made['id']}/cancel", "POST")
+        assert (status, cancelled["status"]) == (200, "cancelled")
+        await asyncio.sleep(0.2)
+        response = await client.post("/v1/responses", json=ASK | {"background": True})
+        assert (response.status, (await response.json())["error"]["code"]) == (503, "server_is_overloaded")
+    async with asyncio.timeout(5):
+        while (await fetch(client, made["id"]))[1].get("status") != "cancelled":  # noqa: ASYNC110  # another task's
+            await asyncio.sleep(0.05)
+    assert len(gemini.bodies) < 3
+
+
 async def test_a_background_response_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
     client: TestClient, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
