@@ -4892,7 +4892,8 @@ class ResponseStore:
 
     async def delete(self, id: str) -> None:
         await self._database.run(lambda kept: kept.execute("DELETE FROM responses WHERE id = ?", (id,)))
-        await self._database.run(lambda kept: kept.execute("PRAGMA wal_checkpoint(TRUNCATE)"))  # nor in the journal
+        checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"  # nor in the journal; read to its end, or no other can commit
+        await self._database.run(lambda kept: kept.execute(checkpoint).fetchall())
 
 
 @dataclass(slots=True)

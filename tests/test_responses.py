@@ -685,6 +685,15 @@ async def test_what_was_deleted_is_not_on_the_disk(start: Start, gemini: FakeGem
     assert not any(b"forget-this-word" in (tmp_path / name).read_bytes() for name in os.listdir(tmp_path))
 
 
+async def test_some_are_deleted_while_others_are_kept(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.echo = True
+    old = [await ask(client) for _ in range(8)]
+    deleted = asyncio.gather(*(fetch(client, one["id"], "DELETE") for one in old))
+    new = await asyncio.gather(*(ask(client) for _ in old))
+    assert [status for status, _ in await deleted] == [200] * 8
+    assert [(await fetch(client, one["id"]))[0] for one in new] == [200] * 8
+
+
 # ---- signatures that a client carries
 
 
