@@ -4713,7 +4713,8 @@ class Database:
             with self._opened as connection:
                 return step(connection)
         except sqlite3.Error as error:
-            self._busy_until = time.monotonic() + DATABASE_BUSY_S * isinstance(error, sqlite3.OperationalError)
+            waited = getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY  # a full disk is told at once
+            self._busy_until = time.monotonic() + DATABASE_BUSY_S * waited
             raise StoreTrouble(f"The store cannot be used ({error}). Try again, or look at proxy.store.") from None
 
     def _open(self) -> sqlite3.Connection:

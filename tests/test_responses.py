@@ -633,6 +633,17 @@ async def test_what_is_made_in_the_background_takes_no_request_its_place(
     assert (await fetch(client, f"{made['id']}/cancel", "POST"))[1]["status"] == "cancelled"
 
 
+async def test_what_a_full_disk_holds_is_read_without_a_pause(tmp_path: Path) -> None:
+    database = agproxy.Database(tmp_path / "s")
+    store = agproxy.ResponseStore(database)
+    await store.save("resp_1", "over", (b"{}", b"[]", b""), ("", None, b"[]"))
+    await database.run(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchall())
+    with pytest.raises(agproxy.StoreTrouble, match="disk is full"):
+        await store.save("resp_2", "over", (b"{}", b"[]", b""), ("", None, b"x" * 99_999))
+    assert await store.get("resp_1", "")
+    await database.close()
+
+
 async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini) -> None:
     gemini.script, gemini.silence_s = [said("one")], 5
     made = await ask(client, background=True)
