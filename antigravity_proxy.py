@@ -4531,6 +4531,8 @@ def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
         content = item.get("content") or []
         parts = [{"type": name, "text": content}] if isinstance(content, str) else content
         made["content"] = [render_input_part(part, name) for part in parts]
+    elif isinstance(item.get("output"), list):
+        made["output"] = [render_input_part(part, "input_text") for part in item["output"]]
     return made
 
 
@@ -4538,7 +4540,8 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part as Responses has it, though chat's parts are taken too."""
     match part:
         case {"type": "text" | "input_text" | "output_text"}:
-            return {**({"annotations": [], "logprobs": []} if name == "output_text" else {}), **part, "type": name}
+            known = {key: value for key, value in part.items() if value is not None}
+            return {**({"annotations": [], "logprobs": []} if name == "output_text" else {}), **known, "type": name}
         case {"type": "image_url", "image_url": {"url": _} as image}:
             return {"type": "input_image", "detail": image.get("detail") or "auto", "image_url": image["url"]}
         case {"type": "input_image" | "image_url"}:

@@ -291,11 +291,13 @@ async def test_every_kind_of_input_is_listed_as_openai_would(client: TestClient,
         {"role": "user", "content": [{"type": "text", "text": "a"}, image]},
         {"role": "user", "content": [{"type": "input_file", "file_data": "aGk=", "filename": "a.txt"}]},
         {"role": "assistant", "content": "b", "id": None},
+        {"role": "assistant", "content": [{"type": "text", "text": "c", "annotations": None}]},
         {"type": "reasoning", "id": "rs_1", "summary": [], "content": None, "encrypted_content": None},
         {"type": "function_call", "call_id": "c1", "name": "ls", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c1", "output": "x", "id": None},
         {"type": "custom_tool_call", "call_id": "c2", "name": "patch", "input": "raw"},
         {"type": "custom_tool_call_output", "call_id": "c2", "output": "y"},
+        {"type": "function_call_output", "call_id": "c1", "output": [{"type": "text", "text": "z"}, image]},
     ]
     gemini.script = [said("one"), said("two")]
     made = await ask(client, input=sent)
