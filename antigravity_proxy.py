@@ -1786,7 +1786,7 @@ def parse_item(item: Fields) -> Message | None:
         custom = kind == "custom_tool_call"
         text = item.text("input" if custom else "arguments") or ""
         names = (item.needed_text("call_id"), item.needed_text("name"))
-        return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace"), custom=custom),))
+        return Message("assistant", (ToolCall(*names, text, namespace=item.text("namespace") or None, custom=custom),))
     if kind in ("function_call_output", "custom_tool_call_output"):
         output = tuple(parse_content(item, parse_part, "output"))
         return Message("tool", (ToolResult(item.needed_text("call_id"), output),))
