@@ -4819,7 +4819,7 @@ class ResponseStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._secret = b""
+        self._secret, self._spare = b"", secrets.token_bytes(32)
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
 
     async def secret(self) -> bytes:
@@ -4829,7 +4829,11 @@ class ResponseStore:
             connection.execute("INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),))
             return bytes(connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0])
 
-        self._secret = self._secret or await self._database.run(read)
+        try:
+            self._secret = self._secret or await self._database.run(read)
+        except StoreTrouble as error:
+            log.warning("signatures that clients carry are of use for now only: %s", error.message)
+            return self._spare
         return self._secret
 
     async def save(self, id: str, state: StoredState, made: Sequence[bytes], given: Sequence[Any] = ()) -> None:

@@ -746,6 +746,21 @@ async def test_a_client_carries_the_signatures(
     assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
 
 
+async def test_a_client_that_carries_needs_no_store_that_can_be_written(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.script = [said("one"), signed_call(), said("done")]
+    await ask(client)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
+        held.execute("BEGIN IMMEDIATE")
+        made = await ask(client, **SEALED)
+        result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
+        await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
+    assert gemini.bodies[2]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
+
+
 @pytest.mark.parametrize("carried", [False, True], ids=["kept here", "carried"])
 async def test_the_signatures_of_a_background_response_are_those_of_its_model(
     carried: bool, start: Start, gemini: FakeGemini, tmp_path: Path
