@@ -4261,15 +4261,15 @@ class ResponseRenderer:
         first = "" if self._sequence else self._frame("created", {"response": self.response})
         return first + self._frame(status, {"response": self.response})
 
-    def replay(self, response: dict[str, Any]) -> str:
-        """The stream of a response that is over."""
+    def replay(self, response: dict[str, Any], at: int) -> str:
+        """The stream of a response that is over; its end stands behind what the client has, whatever that was."""
         self.response = response | dict.fromkeys(("usage", "completed_at", "error", "incomplete_details"))
         self.response["output"] = []
         frames = self.begin("in_progress")
         for item in response["output"]:
             *_, text = delta_form(item)
             frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
-        self.response = response
+        self.response, self._sequence = response, max(self._sequence, at)
         return frames + self._last()
 
     def whole(self, reply: Reply) -> dict[str, Any]:
@@ -7459,8 +7459,9 @@ class Gateway(App):
         if one.state == "running":
             raise BadRequest("This response cannot be followed from here. Ask without 'stream' until it is over.")
         head = Head(one.id, one.response["created_at"], one.response["model"])
-        data = one.events or encoded(ResponseRenderer(head, {}).replay(one.response))
-        return bytes_response(b"".join(split_frames(data)[at:]), trace, kind="text/event-stream")
+        frames = split_frames(one.events or encoded(ResponseRenderer(head, {}).replay(one.response, at)))
+        first = at if one.events else min(at, len(frames) - 2)
+        return bytes_response(b"".join(frames[first:]), trace, kind="text/event-stream")
 
 
 @dataclass(slots=True)

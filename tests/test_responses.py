@@ -460,6 +460,9 @@ async def test_a_client_that_leaves_is_not_waited_for(client: TestClient, gemini
         await asyncio.sleep(0.01)
     assert (kept["status"], kept["error"]["code"]) == ("failed", "server_error")
     assert findings({key: value for key, value in kept.items() if key != "usage"}, "Response") == []
+    for after in (2, 50):  # more than is kept of it
+        rest = frames(await (await client.get(f"/v1/responses/{id}?stream=true&starting_after={after}")).text())
+        assert [(event["type"], event["sequence_number"]) for event in rest[:-1]] == [("response.failed", after + 1)]
 
 
 async def test_two_gateways_share_a_file(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
