@@ -4821,6 +4821,7 @@ class ResponseStore:
         self._database = database
         self._secret, self._spare = b"", secrets.token_bytes(32)
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
+        self.made: set[str] = set()  # which responses this gateway makes just now
 
     async def secret(self) -> bytes:
         """The key for what clients carry for this gateway, and for all others with the same file."""
@@ -4883,6 +4884,8 @@ class ResponseStore:
             now, unused = time.time(), []
             wanted: str | None = encoded(id).decode()
             while wanted and len(found) < length_max and (row := connection.execute(sql, (wanted, client)).fetchone()):
+                if row[-1] == self._database.keeper and wanted not in self.made:
+                    break  # its end could not be written
                 found.append(self._stored(row[1:]))
                 wanted = found[-1].previous
                 unused += [(now, found[-1].id)] if row[0] < now - USED_S else []
@@ -7514,6 +7517,7 @@ class Kept:
 
     async def save(self, state: StoredState | None = None, events: bytes = b"") -> bool:
         """Writes what the response has become, and whether it could; a disk that refuses costs nobody an answer."""
+        self._store.made.add(self.id)
         running = self.renderer.response["status"] in ("queued", "in_progress")
         self._state = state or ("running" if running else "over")
         signatures = [signature_entry(part, self._model()) for part in self.renderer.signed]
@@ -7530,6 +7534,7 @@ class Kept:
         """Tells the store that nobody goes on with a response that has begun."""
         if self._state == "running":
             await self.save("lost")
+        self._store.made.discard(self.id)
 
 
 class Job:

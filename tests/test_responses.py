@@ -556,6 +556,24 @@ async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_pol
     assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
 
 
+async def test_a_stream_whose_end_could_not_be_written_is_not_kept(
+    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
+    client = await start(store=str(tmp_path / "s"))
+    gemini.script, gemini.pause_s = [said("one"), said("two")], 20
+    async with client.post("/v1/responses", json=ASK | {"stream": True}) as response:
+        id = f"resp_{response.headers['X-Request-Id'][4:]}"
+        assert (await fetch(client, id))[1]["status"] == "in_progress"
+        with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
+            held.execute("BEGIN IMMEDIATE")
+            gemini.go_on.set()
+            assert "response.completed" in await response.text()
+    await asyncio.sleep(0.2)
+    assert (await fetch(client, id))[0] == 404
+    assert (await ask(client, previous_response_id=id))["error"]["code"] == "previous_response_not_found"
+
+
 async def test_what_cannot_be_written_is_still_read_and_cancelled_but_not_begun_in_the_background(
     start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
