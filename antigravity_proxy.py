@@ -344,7 +344,7 @@ HOSTED = "web_search|file_search|code_interpreter|image_generation|computer|loca
 HOSTED_TOOLS = re.compile(rf"{HOSTED}|web_search\w+|computer\w+|mcp|programmatic_tool_calling")
 WEB_SEARCH = re.compile(r"web_search\w*")
 # Responses input items that only such a tool makes; in a replayed history they are passed over.
-HOSTED_ITEMS = re.compile(rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|compaction")
+HOSTED_ITEMS = re.compile(rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction")
 
 ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
@@ -1790,6 +1790,10 @@ def parse_item(item: Fields) -> Message | None:
     if kind in ("function_call_output", "custom_tool_call_output"):
         output = tuple(parse_content(item, parse_part, "output"))
         return Message("tool", (ToolResult(item.needed_text("call_id"), output),))
+    if kind == "agent_message":  # by which Codex's agents talk to each other
+        item.change("type", "emulated", "told as the user's words")
+        said = parse_content(item, parse_part)
+        return Message("user", (Text(f"Message of the agent {item.needed_text('author')}:"), *said))
     if kind == "reasoning":
         text = "".join(part.text("text") or "" for part in item.objects("summary"))
         return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
@@ -2006,6 +2010,9 @@ def parse_part(part: Fields) -> Text | Media:
         return Text(part.text("text") or "")
     if kind == "refusal":
         return Text(part.text("refusal") or "")
+    if kind == "encrypted_content":
+        part.change("type", "dropped", "only OpenAI can read it")
+        return Text("")
     if kind in ("image_url", "input_image"):
         return parse_image(part)
     if kind == "input_audio":

@@ -101,7 +101,7 @@ DOCUMENTED = {
         truncation metadata user safety_identifier prompt_cache_key prompt_cache_retention prompt_cache_options
         service_tier max_tool_calls context_management moderation client_metadata prompt""",
     "items": """message function_call function_call_output custom_tool_call custom_tool_call_output reasoning
-        additional_tools item_reference compaction hosted other input_image input_file""",
+        additional_tools item_reference agent_message compaction hosted other input_image input_file""",
 }
 IN_THE_MODULE = {
     "chat": agproxy.CHAT_FIELDS,
