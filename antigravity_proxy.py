@@ -4910,8 +4910,14 @@ class ResponseStore:
 
     async def delete(self, id: str) -> None:
         await self._database.run(lambda kept: kept.execute("DELETE FROM responses WHERE id = ?", (id,)))
-        checkpoint = "PRAGMA wal_checkpoint(TRUNCATE)"  # nor in the journal; read to its end, or no other can commit
-        await self._database.run(lambda kept: kept.execute(checkpoint).fetchall())
+
+        def truncate(connection: sqlite3.Connection) -> None:
+            """Nor is it in the journal then, unless another program goes on reading that; nobody waits for it."""
+            pragmas = ("busy_timeout = 100", "wal_checkpoint(TRUNCATE)", f"busy_timeout = {1000 * DATABASE_BUSY_S:.0f}")
+            for pragma in pragmas:
+                connection.execute(f"PRAGMA {pragma}").fetchall()  # read to its end, or no other can commit
+
+        await self._database.run(truncate)
 
 
 @dataclass(slots=True)

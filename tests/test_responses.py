@@ -535,6 +535,20 @@ async def test_nobody_waits_for_a_file_that_another_program_holds(
     assert (await ask(client))["status"] == "completed"
 
 
+async def test_deleting_waits_for_no_program_that_reads_the_file(
+    start: Start, gemini: FakeGemini, tmp_path: Path
+) -> None:
+    client = await start(store=str(tmp_path / "s"))
+    gemini.echo = True
+    made = await ask(client)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as reading:
+        reading.execute("BEGIN")
+        reading.execute("SELECT id FROM responses").fetchall()
+        await ask(client)
+        async with asyncio.timeout(3):
+            assert (await fetch(client, made["id"], "DELETE"))[0] == 200
+
+
 async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_polls(
     start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
