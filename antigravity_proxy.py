@@ -7353,7 +7353,7 @@ class Gateway(App):
             del self._jobs[kept.id], self._running[task]
 
         job.task.add_done_callback(over)
-        if not await kept.save():
+        if not await kept.save() and not request.stream:  # who reads its stream has it all the same
             text = "The response cannot be kept, and nobody could ask for it. Try again, or leave out 'background'."
             if answer := self._running.get(job.task):
                 answer.break_off(Cancelled(text))
