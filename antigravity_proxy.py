@@ -4312,10 +4312,11 @@ class ResponseRenderer:
             return self._last()
         told = error_body(error)["error"]
         flat = {key: told[key] for key in ("code", "message", "param")}
-        code = (
-            "rate_limit_exceeded" if error.status == 429 else "server_error" if error.status > 429 else "invalid_prompt"
-        )
-        code = error.code if error.code in FINAL_CODES else code
+        code = "server_error" if error.status >= 500 else "invalid_prompt"
+        if error.status == 429:
+            code = "rate_limit_exceeded"
+        if error.code in FINAL_CODES:
+            code = error.code
         self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
         return self._frame("error", flat | {"error": told}) + self._last()
 

@@ -80,12 +80,18 @@ def slow(pause_ms: int, chunks: int) -> Workload:
     return replace(asked, concurrency=1000, requests=1000, window_s=3.0)
 
 
+def paced(at_once: int, pause_ms: int) -> Workload:
+    targets = (Target("cpu", "µs/chunk", 1.3, 0.85),)
+    title = f"paced stream, {pause_ms} ms, {at_once} at once"
+    asked = Workload("paced", title, targets, concurrency=at_once, requests=at_once, afresh=True)
+    return replace(asked, chunks=100, pause_ms=pause_ms)
+
+
 def large(content: str, title: str, size: int, requests: int, must: float, aim: float) -> Workload:
     targets = (Target("cpu", "µs/request", must, aim),)
     return Workload(content, title, targets, content, size, requests=requests, afresh=True)
 
 
-PACED = (Target("cpu", "µs/chunk", 1.3, 0.85),)
 START = (Target("start", "CPU ms", 1.6, 1.2), Target("idle", "RSS MiB", 1.4, 1.1))
 
 WORKLOADS = (
@@ -96,15 +102,7 @@ WORKLOADS = (
     burst(16, 240),
     burst(128, 256),
     burst(1000, 1000),
-    replace(
-        chat(64, 64),
-        name="paced",
-        title="paced stream, 20 ms, 64 at once",
-        targets=PACED,
-        chunks=100,
-        pause_ms=20,
-        afresh=True,
-    ),
+    paced(64, 20),
     slow(50, 120),
     slow(200, 30),
     large("conversation", "200 KB: 200 messages, 40 tools", 200, 60, must=10.0, aim=3.0),
