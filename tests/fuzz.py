@@ -121,7 +121,7 @@ def check_answer(events: list[agproxy.Event], forms: Iterable[Callable[[], agpro
     for form in forms:
         frames("".join(map(form().render, events)))
         if isinstance(events[-1], agproxy.Ended):
-            strict_json(agproxy.dump_bytes(form().whole(agproxy.collect(events))))
+            strict_json(agproxy.dump_bytes(form().whole(events)))
 
 
 def findings(body: Any, model: str, dialect: agproxy.Dialect) -> list[Any]:
@@ -340,7 +340,7 @@ def check_broken(case: tuple[str, str], r: Random) -> None:
         follow_broken(door, body, r)
     except agproxy.GatewayError as error:
         assert error.status in (400, 404) and error.message, f"{error.status} {error.message}"
-        strict_json(agproxy.dump_bytes(agproxy.error_body(error)))
+        strict_json(agproxy.dump_bytes(agproxy.openai_error(error)))
 
 
 def follow_broken(door: str, body: Any, r: Random) -> None:

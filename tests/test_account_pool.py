@@ -319,8 +319,8 @@ def test_an_exhausted_pool_has_the_class_of_the_last_refusal_that_is_soon_over(
     for name, error in (("a", first), ("b", last)):
         pool.refuse(name, error)
     told = pool.exhausted(M, {"a": first, "b": last}, NOON)
-    assert (told.status, told.code) == (status, (last if last.rests == "nobody" else first).code)
-    assert told.retry_after_s == (3 if last.rests == "nobody" else 20)
+    assert (told.status, told.code) == (status, (last if last.scope == "nobody" else first).code)
+    assert told.retry_after_s == (3 if last.scope == "nobody" else 20)
     assert "a: first" in told.message
     assert f"b: {last.message}" in told.message
 

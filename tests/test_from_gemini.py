@@ -158,9 +158,9 @@ ERRORS = read_yaml(Path(__file__).parent / "errors.yaml")
 @pytest.mark.parametrize("row", ERRORS, ids=[row["about"] for row in ERRORS])
 def test_the_class_of_an_error_and_its_wait(row: dict[str, Any]) -> None:
     made = agproxy.classify_error(row["status"], row["body"], row.get("retry_after", ""))
-    assert (type(made).__name__, made.rests, made.limit) == (row["class"], row["rests"], row.get("limit"))
+    assert (type(made).__name__, made.scope, made.limit) == (row["class"], row["rests"], row.get("limit"))
     assert row.get("says", "") in made.message
-    if made.rests == "nobody":
+    if made.scope == "nobody":
         assert made.retry_after_s == row.get("wait")
     else:
         assert made.quota == row.get("quota", "model")

@@ -155,7 +155,7 @@ def test_chat(case: dict[str, Any]) -> None:
         assert sent[-1]["error"]["code"] == error
         assert findings(sent[-1], "ErrorResponse") == []
         return
-    made = renderer.whole(agproxy.collect(events))
+    made = renderer.whole(events)
     assert findings(made, "CreateChatCompletionResponse") == []
     assert [message_shape(choice) for choice in made["choices"]] == case["chat"]
     assert sent.pop() == "[DONE]"
@@ -175,7 +175,7 @@ def test_completions(case: dict[str, Any]) -> None:
     if error := case.get("error"):
         assert sent[-1]["error"]["code"] == error
         return
-    made = agproxy.CompletionRenderer(HEAD, {}).whole(agproxy.collect(events))
+    made = agproxy.CompletionRenderer(HEAD, {}).whole(events)
     assert findings(made, "CreateCompletionResponse") == []
     assert [[choice["text"], choice["finish_reason"]] for choice in made["choices"]] == case["completions"]
     assert sent.pop() == "[DONE]"
@@ -200,7 +200,7 @@ def test_responses(case: dict[str, Any]) -> None:
     assert (last["incomplete_details"] or {}).get("reason") == expected.get("reason")
     assert [e["item"] for e in sent if e["type"] == "response.output_item.done"] == last["output"]
     if "error" not in case:
-        made = agproxy.ResponseRenderer(HEAD, {}).whole(agproxy.collect(events))
+        made = agproxy.ResponseRenderer(HEAD, {}).whole(events)
         assert made.pop("choices")[0]["finish_reason"] == case["chat"][0]["finish"]
         assert made == last
         assert findings(made, "Response") == []
@@ -222,8 +222,8 @@ def test_images_are_written_into_the_text_where_that_is_asked_for() -> None:
     head = replace(HEAD, images_in_text=True)
     events = streamed(CASES["inline_image"]["chunks"], in_one)
     wanted = "Here: ![image](data:image/png;base64,aW1hZ2U=)Done."
-    message = agproxy.ChatRenderer(head, {}).whole(agproxy.collect(events))["choices"][0]["message"]
+    message = agproxy.ChatRenderer(head, {}).whole(events)["choices"][0]["message"]
     assert (message["content"], "images" in message) == (wanted, False)
-    sent = frames(agproxy.ChatRenderer(head, {}).render_all(events))
+    sent = frames(agproxy.ChatRenderer(head, {}).frames(events))
     deltas = [chunk["choices"][0]["delta"] for chunk in sent[:-1] if chunk["choices"]]
     assert "".join(delta.get("content") or "" for delta in deltas) == wanted

@@ -247,5 +247,5 @@ async def test_of_links_none_is_fetched_on_once_one_is_refused(gemini: FakeGemin
 def test_images_of_a_stream_are_counted_without_its_audio() -> None:
     media = [agproxy.Media(mime, "AAAA") for mime in ("image/png", "audio/mp3", "image/png")]
     renderer = agproxy.ChatRenderer(agproxy.Head("0" * 24, 0, "m"), {})
-    frames = renderer.render_all(agproxy.PartStart(0, one) for one in media)
+    frames = renderer.frames(agproxy.PartStart(0, one) for one in media)
     assert re.findall(r'"images":\[{"type":"image_url","index":(\d)', frames) == ["0", "1"]

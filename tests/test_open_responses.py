@@ -29,7 +29,7 @@ EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 def sent(case: dict[str, Any], body: dict[str, Any]) -> list[dict[str, Any]]:
     seal = (lambda part: "sealed") if body else None
     renderer = agproxy.ResponseRenderer(agproxy.replace(HEAD, seal=seal), body)
-    *events, done = frames(renderer.render_all(streamed(case["chunks"], in_one)))
+    *events, done = frames(renderer.frames(streamed(case["chunks"], in_one)))
     assert done == "[DONE]"
     return events
 
@@ -70,7 +70,7 @@ def test_the_sdk_makes_of_the_events_what_they_end_with(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if "error" not in case])
 def test_the_object_is_one_of_theirs(name: str) -> None:
     renderer = agproxy.ResponseRenderer(HEAD, BODY)
-    made = renderer.whole(agproxy.collect(streamed(CASES[name]["chunks"], in_one)))
+    made = renderer.whole(streamed(CASES[name]["chunks"], in_one))
     assert open_findings_of(made) == []
     Response.model_validate_json(json.dumps(made), strict=True)
 

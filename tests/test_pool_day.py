@@ -137,11 +137,13 @@ class Judge:
                 self.rests.pop(key, None)
             return
         self.figures[f"refused: {type(error).__name__}"] += 1
-        if error.rests == "nobody":
+        if error.scope == "nobody":
             return
-        owner = "p1" if PROJECTS[account] == "p1" and error.rests == "project" else account
-        key = (owner, "" if error.rests == "account" else model, error.quota)
-        rest_s = error.retry_after_s or {"day": agproxy.next_midnight(now) - now}.get(error.quota[-3:], error.rest_s)
+        owner = "p1" if PROJECTS[account] == "p1" and error.scope == "project" else account
+        key = (owner, "" if error.scope == "account" else model, error.quota)
+        rest_s = error.retry_after_s or {"day": agproxy.next_midnight(now) - now}.get(
+            error.quota[-3:], error.cooldown_s
+        )
         rest_s = max(1.0, rest_s)
         least = max(now + rest_s, self.rests.get(key, (0.0, 0.0))[0])
         grown = 3600.0 if error.retry_after_s is None and error.quota[-3:] != "day" else rest_s  # from probe to probe

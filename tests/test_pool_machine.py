@@ -37,8 +37,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = agproxy.AccountPool(ACCOUNTS)
         self.leases: list[agproxy.Lease] = []
 
-    def resting(self, lease: agproxy.Lease) -> list[agproxy.Rest]:
-        return [rest for rest in self.pool._rests_of(lease.seat, lease.model) if rest.holds(self.now)]
+    def resting(self, lease: agproxy.Lease) -> list[agproxy.Cooldown]:
+        return [rest for rest in self.pool._rests_of(lease.entry, lease.model) if rest.holds(self.now)]
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -56,7 +56,9 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert lease.account.name not in tried
         assert lease.account in self.accounts
-        assert not before & {id(rest) for rest in self.pool._rests_of(lease.seat, model)}, "a resting account was asked"
+        assert not before & {id(rest) for rest in self.pool._rests_of(lease.entry, model)}, (
+            "a resting account was asked"
+        )
         self.leases.append(lease)
 
     @precondition(lambda self: self.leases)
@@ -75,8 +77,8 @@ class PoolMachine(RuleBasedStateMachine):
         lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
         made = error()
         self.pool.failed(lease, made, self.now, chance)
-        known = lease.seat in self.pool._seats and lease.seat.account is lease.account  # else it is another one
-        assert made.rests == "nobody" or not known or self.resting(lease), "who was refused does not rest"
+        known = lease.entry in self.pool._seats and lease.entry.account is lease.account  # else it is another one
+        assert made.scope == "nobody" or not known or self.resting(lease), "who was refused does not rest"
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())

@@ -192,7 +192,7 @@ def check_chat(events: list[agproxy.Event], body: dict[str, Any]) -> None:
         assert openai_findings(chunk, "CreateChatCompletionStreamResponse") == []
         state.handle_chunk(ChatCompletionChunk.construct(**chunk))
     if ended:
-        made = agproxy.ChatRenderer(HEAD, body).whole(agproxy.collect(events))
+        made = agproxy.ChatRenderer(HEAD, body).whole(events)
         assert openai_findings(made, "CreateChatCompletionResponse") == []
         final = state.current_completion_snapshot.model_dump()
         assert [choice_shape(choice) for choice in final["choices"]] == [choice_shape(c) for c in made["choices"]]
@@ -225,7 +225,7 @@ def test_any_completions_stream_collects_to_the_whole_answer(r: Random) -> None:
             one = texts.setdefault(choice["index"], ["", None])
             assert one[1] is None
             texts[choice["index"]] = [one[0] + choice["text"], choice["finish_reason"]]
-    made = agproxy.CompletionRenderer(HEAD, body).whole(agproxy.collect(events))
+    made = agproxy.CompletionRenderer(HEAD, body).whole(events)
     assert openai_findings(made, "CreateCompletionResponse") == []
     assert {c["index"]: [c["text"], c["finish_reason"]] for c in made["choices"]} == texts
     assert sent[-1]["usage"] == made["usage"]
@@ -246,7 +246,7 @@ def test_any_responses_stream_ends_in_the_whole_answer(r: Random) -> None:
     last = sent[-1]["response"]
     assert [event["item"] for event in sent if event["type"] == "response.output_item.done"] == last["output"]
     if isinstance(events[-1], agproxy.Ended):
-        made = agproxy.ResponseRenderer(HEAD, body).whole(agproxy.collect(events))
+        made = agproxy.ResponseRenderer(HEAD, body).whole(events)
         assert len(made.pop("choices")) == 1
         assert made == last
         assert openai_findings(made, "Response") == []

@@ -11,10 +11,8 @@ TREE = tree_of_the_file()
 BANNERS = [
     (n, m[1], m[2]) for n, line in enumerate(SOURCE.splitlines(), 1) if (m := re.match(r"# (\d+)\. (.+)$", line))
 ]
-PURE = {"Tables", "Errors", "Config", "Vocabulary", "From the client", "Model mapping", "Account pool", "To Gemini"} | {
-    "From Gemini",
-    "To the client",
-    "Monitoring",
+PURE = {"Errors", "JSON", "Vocabulary", "Config", "Doors", "Chat", "Responses", "Embeddings", "Models"} | {
+    *("To Gemini", "From Gemini", "Signatures", "Accounts", "Journal"),
 }
 IMPURE_NAMES = {"aiohttp", "web", "asyncio", "time", "random", "secrets", "open", "os", "sys", "logging"}
 
