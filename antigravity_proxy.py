@@ -10151,8 +10151,8 @@ def remedy_of(error: UpstreamError, kind: str) -> str:
     remedies = {
         "restriction|are blocked": "Let this machine and the Generative Language API pass in the key's restrictions.",
         "location is not supported": "Use a machine or a proxy (proxy.upstream_proxy) in a region that Gemini serves.",
-        "billing": "Attempts on billing for the key's project.",
-        "has not been used|is disabled": "Attempts on the Generative Language API for the key's project.",
+        "billing": "Turn on billing for the key's project.",
+        "has not been used|is disabled": "Turn on the Generative Language API for the key's project.",
     }
     found = (
         remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE)

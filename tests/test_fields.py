@@ -231,8 +231,8 @@ def answered(table: str, body: Any, request: agproxy.Request, made: agproxy.Buil
     ids = itertools.count(1)
     reader = agproxy.GeminiReader(lambda: f"call_{next(ids)}", made.tools, parallel_calls=request.parallel_calls)
     said = {"candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}]}
-    reply = agproxy.collect(reader.whole(json.dumps(said).encode()))
-    whole = RENDERERS[API.get(table, table)](HEAD, body).whole(reply)
+    events = reader.whole(json.dumps(said).encode())
+    whole = RENDERERS[API.get(table, table)](HEAD, body).whole(events)
     return whole | whole["choices"][0]
 
 

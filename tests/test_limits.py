@@ -127,14 +127,14 @@ async def test_a_stream_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
 ) -> None:
     url = await start(gemini.url, heartbeat_s=0.1)
     gemini.silence_s, gemini.pause_s, gemini.script = silence_s, 0.03, [said("a", "b")]
-    rendered = agproxy.ChatRenderer.render_all
+    rendered = agproxy.ChatRenderer.frames
 
     def fails(renderer: Any, events: Any) -> str:
         if silence_s or isinstance(events[-1], agproxy.Ended):
             raise KeyError("a mistake")
         return rendered(renderer, events)
 
-    monkeypatch.setattr(agproxy.ChatRenderer, "render_all", fails)
+    monkeypatch.setattr(agproxy.ChatRenderer, "frames", fails)
     async with session.post(url + CHAT, json=STREAM) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
             await response.text()

@@ -113,7 +113,7 @@ class PoolMachine(RuleBasedStateMachine):
     def every_rest_ends_and_has_one_probe(self) -> None:
         for rests in self.pool._rests.values():
             for rest in rests.values():
-                assert math.isinf(rest.until) or rest.until <= self.now + agproxy.REST_S_MAX + 5.0 * 50
+                assert math.isinf(rest.until) or rest.until <= self.now + agproxy.COOLDOWN_END_S_MAX + 5.0 * 50
                 assert rest.prober is None or not rest.prober.ended
         assert all(seat.busy >= 0 for seat in self.pool._seats)
 

@@ -617,14 +617,14 @@ async def test_what_cannot_be_written_is_still_read_and_cancelled_but_not_begun_
 async def test_a_background_response_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
     client: TestClient, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rendered = agproxy.ResponseRenderer.render_all
+    rendered = agproxy.ResponseRenderer.frames
 
     def fails(renderer: Any, events: Any) -> str:
         if isinstance(events[-1], agproxy.Ended):
             raise KeyError("words".upper())
         return rendered(renderer, events)
 
-    monkeypatch.setattr(agproxy.ResponseRenderer, "render_all", fails)
+    monkeypatch.setattr(agproxy.ResponseRenderer, "frames", fails)
     gemini.script, gemini.pause_s = [said("a", "b")], 0.03
     async with client.post("/v1/responses", json=ASK | {"background": True, "stream": True}) as response:
         with pytest.raises(aiohttp.ClientPayloadError):
