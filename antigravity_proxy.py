@@ -25,10 +25,11 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     17 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
     18 Upstream        what Gemini is asked, and the one retry loop
     19 Media           linked files, from public addresses only
-    20 Kept responses  recall, keep, background, replay
-    21 Web             aiohttp.web: auth, routes, handlers
-    22 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    23 Command line    what a person types
+    20 Kept responses  recall, keep, replay: what outlives its request
+    21 Exchanges       the one path of every answer: streamed, whole, in the background
+    22 Web             aiohttp.web: routes, middlewares, handlers, the listener
+    23 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
+    24 Command line    what a person types
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import difflib
+import errno
 import functools
 import gc
 import hashlib
@@ -64,6 +66,7 @@ from collections.abc import (
     Collection,
     Coroutine,
     Iterable,
+    Iterator,
     Mapping,
     Sequence,
 )
@@ -78,11 +81,13 @@ from typing import (
     BinaryIO,
     Literal,
     NoReturn,
+    Protocol,
     TypeVar,
     assert_never,
+    cast,
     dataclass_transform,
 )
-from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
 
 import click
 
@@ -109,10 +114,15 @@ if TYPE_CHECKING:
     import ssl
 
     import aiohttp
+    from aiohttp import StreamReader, web
+
+    Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 else:
     asyncio, aiohttp, sqlite3 = map(_Lazy, ("asyncio", "aiohttp", "sqlite3"))
+    web = _Lazy("aiohttp.web")
 
 T = TypeVar("T")
+Answered = TypeVar("Answered", covariant=True)
 
 
 @dataclass_transform(frozen_default=True)
@@ -172,6 +182,7 @@ class GatewayError(Exception):
     remedy: Remedy = "give_up"
     advice: str = "Try again."
     waits: bool = False  # Retry-After is told
+    retry_helps: bool = True
     falls_back: bool = False  # another model of models.fallback may answer
 
     def __init_subclass__(
@@ -227,6 +238,9 @@ class MethodNotAllowed(BadRequest, status=405, code="method_not_supported"): ...
 
 
 class BodyTooLarge(BadRequest, status=413, code="request_too_large"): ...
+
+
+class ExpectationFailed(BadRequest, status=417, code="expectation_failed"): ...
 
 
 class BodyTooSlow(BadRequest, status=408, code="request_timeout"): ...
@@ -482,7 +496,7 @@ def objects_in(value: Any) -> list[Any]:
     return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
 
 
-def with_payloads(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
+def put_back(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
     """The body with the base64 that was cut out of it."""
     if not payloads:
         return body
@@ -1198,6 +1212,7 @@ class Config:
     reserve: float = setting(
         read_number(0, 0.9), default=0.0
     )  # share of each limit left alone while others can answer
+    max_requests: int = setting(read_number(1, 1 << 20, int), default=1000)
     store: str | None = setting(read_store, default=None)
     fetch_media: bool = setting(read_flag, default=True)
     media_hosts: tuple[str, ...] = setting(read_hosts, default=())
@@ -2078,6 +2093,17 @@ class Head:
     """How a signed part's signature is given to the client, where it asked for that."""
 
 
+@value
+class Listed:
+    id: str
+    owner: str
+
+
+def openai_models(listed: Sequence[Listed], one: bool) -> Any:
+    data = [{"id": m.id, "object": "model", "created": 0, "owned_by": m.owner} for m in listed]
+    return data[0] if one else {"object": "list", "data": data}
+
+
 class Renderer(ABC):
     """Events to one front format: a translation, not a machine."""
 
@@ -2093,6 +2119,22 @@ class Renderer(ABC):
     @abstractmethod
     def whole(self, events: Sequence[Event]) -> Any:
         """The object of a whole answer. Raises the GatewayError of a Failed event."""
+
+
+Past = Sequence[Any]
+
+
+@value
+class Door:
+    path: str
+    fields: Fates
+    parse: Callable[[Any, Past | None], list[Request]]
+    renderer: Callable[[Head, Any], Renderer]
+    error: Callable[[GatewayError], dict[str, Any]] = openai_error
+    models: Callable[[Sequence[Listed], bool], Any] = openai_models
+    counts: Callable[[int], Any] | None = None
+    keeps: bool = False
+    long_field: str = "messages"
 
 
 # ==============================================================================
@@ -2552,7 +2594,7 @@ RESPONSE_FIELDS: Fates = {
 }
 
 
-def read_body(body: Any) -> tuple[list[Request], Fates]:
+def requests_of(body: Any) -> tuple[list[Request], Fates]:
     """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
     given = (
         {key for key, value in body.items() if value is not None}
@@ -3179,6 +3221,27 @@ def render_embeddings(
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
 
 
+CHAT = Door(
+    "/v1/chat/completions", CHAT_FIELDS, lambda body, past: [parse_chat(body)], ChatRenderer
+)
+COMPLETIONS = Door(
+    "/v1/completions",
+    COMPLETION_FIELDS,
+    lambda body, past: parse_completion(body),
+    CompletionRenderer,
+)
+RESPONSES = Door(
+    "/v1/responses",
+    RESPONSE_FIELDS,
+    lambda body, past: [parse_response(body, past)],
+    ResponseRenderer,
+    counts=lambda n: {"object": "response.input_tokens", "input_tokens": n},
+    keeps=True,
+    long_field="input",
+)
+DOORS = (CHAT, COMPLETIONS, RESPONSES)
+
+
 # ==============================================================================
 # 9. Models
 # ==============================================================================
@@ -3409,7 +3472,11 @@ class Built:
     """By the name that Gemini knows them by, those whose calls are not simply calls of that name."""
 
 
-def build_generate_content(request: Request, traits: Traits, dialect: Dialect = "gemini") -> Built:
+def build_generate_content(
+    request: Request, traits: Traits, dialect: Dialect = "gemini", reduce_schemas: bool = False
+) -> Built:
+    if reduce_schemas:
+        traits = replace(traits, json_schema=False)
     """Source: https://ai.google.dev/api/generate-content#request-body"""
     return Builder(request, traits, dialect).build()
 
@@ -4373,8 +4440,10 @@ class GeminiReader:
         tools: Mapping[str, Tool] | None = None,
         *,
         parallel_calls: bool = True,
+        secret: str = "",
+        stops: bool = False,
     ) -> None:
-        self.secret = ""  # the key that was sent: an error may repeat it
+        self.secret = secret  # the key that was sent: an error may repeat it
         self.stops = (
             False  # whether stop sequences were sent: one may be the first that the model says
         )
@@ -4939,7 +5008,7 @@ def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
     return [signature_key(part), model, *told]
 
 
-def seal(entry: list[Any], secret: bytes) -> str:
+def seal_entry(entry: list[Any], secret: bytes) -> str:
     """An entry of the memory as a client carries it: of no effect once it is changed, or where another gateway made it."""
     body = encoded(dumps(entry))
     return (
@@ -4947,7 +5016,7 @@ def seal(entry: list[Any], secret: bytes) -> str:
     )
 
 
-def unseal(text: str, secret: bytes) -> list[Any] | None:
+def unseal_entry(text: str, secret: bytes) -> list[Any] | None:
     """The entry that was sealed; None for anything that this gateway did not seal."""
     try:
         data = base64.urlsafe_b64decode(text.removeprefix(SEAL_VERSION))
@@ -5665,6 +5734,23 @@ class Tally:
         return f"{requests} ({self.failed} failed), {tokens}; accounts: {accounts}"
 
 
+class Journal:
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self._entries: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
+
+    def add(self, trace: Trace, status: int, now: float) -> None:
+        self.tally.add(trace, status)
+        if trace.steps:
+            self._entries.append((trace, status, now))
+
+    def find(self, id: str) -> dict[str, Any] | None:
+        for trace, status, ended in self._entries:
+            if trace.id == id:
+                return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
+        return None
+
+
 @functools.lru_cache(1024)
 def masked(name: str) -> str:
     """An e-mail with its first letter and domain left; any other name as it is."""
@@ -5867,7 +5953,14 @@ class ResponseStore:
         self._database = database
         self._secret, self._spare = b"", secrets.token_bytes(32)
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
-        self.made: set[str] = set()  # which responses this gateway makes just now
+        self.made: set[str] = set()
+
+    def leave(self, id: str) -> None:
+        self.made.discard(id)
+
+    def _x(self) -> None:
+        ...
+        #  # which responses this gateway makes just now
 
     async def secret(self) -> bytes:
         """The key for what clients carry for this gateway, and for all others with the same file."""
@@ -5892,6 +5985,7 @@ class ResponseStore:
     ) -> None:
         """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
         the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
+        self.made.add(id)
         keeper = {"running": self._database.keeper, "over": None, "lost": ""}[state]
         insert = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
         update = """UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
@@ -6085,13 +6179,25 @@ class Credentials:
     `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
     """
 
-    def __init__(
-        self, post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]], clock: Clock
-    ) -> None:
-        self._post = post
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self._post = self._post_form
         self._clock = clock
+        self._config = config
+        self._projects: dict[str, str] = {}
+        self._shared = Shared()
         self._tokens: dict[tuple[str, ...], Token] = {}
         self._renewals = Shared()
+
+    def adopt(self, config: Config) -> None:
+        self._config = config
+        self._projects.clear()
+
+    def forget_project(self, account: Account) -> None:
+        self._projects.pop(account.name, None)
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        return open_session(self._config.timeouts)
 
     async def header(self, account: Account, refused: str = "") -> dict[str, str]:
         """`refused` is a token that the upstream did not take. Raises CredentialRefused, AccountBarred and TokenTrouble."""
@@ -6156,8 +6262,81 @@ class Credentials:
             raise token_error(account, status, told)
         return told
 
-    def close(self) -> None:
+    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
+        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
+        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
+        async with sent as response:
+            return response.status, parse_json(await response.read())
+
+    async def project(self, account: Account, header: Mapping[str, str]) -> str:
+        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
+        if account.kind != "cloudcode":
+            return account.project
+        if known := account.project or self._projects.get(account.name):
+            return known
+        try:
+            found = await self._shared.do(
+                ("project", account.name), lambda: self._find_project(account, header)
+            )
+        except (AttributeError, TypeError):
+            raise UpstreamBroken(
+                "What answers at base_url is not Code Assist. Check base_url."
+            ) from None
+        self._projects[account.name] = found
+        return found
+
+    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
+        """Raises CredentialRefused with what keeps the account out."""
+        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
+        told = await self._ask_service(account, header, ":loadCodeAssist", about)
+        project = told.get("cloudaicompanionProject")
+        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
+        if not project and tiers and not told.get("currentTier"):
+            told = await self._ask_service(
+                account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about}
+            )
+            for _ in range(12):
+                if told.get("done"):
+                    break
+                await asyncio.sleep(5.0)
+                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
+            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
+        if not isinstance(project, str) or not project:
+            said = ("reasonCode", "reasonMessage", "validationUrl", "message")
+            refused = (*(told.get("ineligibleTiers") or ()), told.get("error") or {})
+            reasons = [" ".join(str(one[key]) for key in said if one.get(key)) for one in refused]
+            why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
+            raise CredentialRefused(
+                f"The service has no project for {account.name}{why}. Set its `project`."
+            )
+        return project
+
+    async def _ask_service(
+        self, account: Account, header: Mapping[str, str], path: str, body: Any
+    ) -> dict[str, Any]:
+        method = "GET" if body is None else "POST"
+        url, proxy = (
+            f"{account.base_url}/v1internal{path}",
+            proxy_for(account.base_url, account.proxy or self._config.upstream_proxy),
+        )
+        for _ in range(2):
+            sent = self._session.request(
+                method, url, json=body, headers=header, proxy=proxy, allow_redirects=False
+            )
+            async with asyncio.timeout(TOKEN_S_MAX), sent as response:
+                answer = parse_json(await response.read())
+            if response.status != 401:
+                break
+            header = await self.header(account, header["Authorization"])
+        if response.status != 200 or not isinstance(answer, dict):
+            raise classify_error(response.status, answer)
+        return answer
+
+    async def close(self) -> None:
         self._renewals.close()
+        self._shared.close()
+        if "_session" in self.__dict__:
+            await self._session.close()
 
 
 def login_url(account: Account, redirect: str, state: str, verifier: str) -> str:
@@ -6784,609 +6963,88 @@ def proxy_for(url: str, given: str | None) -> str | None:
 # 18. Upstream
 # ==============================================================================
 
-RELOAD_CHECK_S = 1.0
-MODELS_FRESH_S = 3600.0
+MODELS_FRESH_S = 3600.0  # new models are seen within an hour
 MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
-ONBOARD_POLLS_MAX = 12
-ONBOARD_POLL_S = 5.0
-EMBEDDINGS_A_CALL = 100
-Attempt = Callable[[Lease], Awaitable[T]]
-Mends = Callable[[UpstreamError], bool] | None
+EMBEDDINGS_A_CALL = 100  # Gemini's own limit of batchEmbedContents
+RELOAD_CHECK_S = 1.0  # a reload, or a person, is noticed within a second
+PAUSE_S = (0.2, 1.0)  # before the same account is asked again, where nobody says how long
+
 Barred = Mapping[str, UpstreamError]
-NUMBERS = (secrets.token_hex(8), itertools.count(1))
+
+START = secrets.token_hex(8)
+NUMBERS = itertools.count(1)
 quoted_model = functools.lru_cache(256)(quote)
-WISHED = "%s is not listed by the upstream; %s is asked instead"
 
 
-class Answer:
-    """One answer that has begun: its first events are known, so nobody retries any more.
-
-    Raises the error that they end with: nobody has seen them yet.
-    """
-
-    def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
-        if first and isinstance(first[-1], Failed):
-            raise first[-1].error
-        self.first = first
-        self.last: Event | None = first[-1] if first and reader is None else None
-        self.on_close: Callable[[Event | None], None] | None = None
-        """Told at the end what the last event was, None where the client left before it."""
-        self._incoming = incoming
-        self._reader = reader
-        self._late: UpstreamError | None = None
-        self._alarm: asyncio.TimerHandle | None = None
-
-    def end_by(self, seconds: float) -> None:
-        """Breaks the answer off when it lasts longer."""
-        error = UpstreamTimeout(
-            "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
-        )
-        self._alarm = asyncio.get_running_loop().call_later(seconds, self.break_off, error)
-
-    def break_off(self, error: UpstreamError) -> None:
-        """Ends the answer; unless it was whole, its last event says why."""
-        self._late = error
-        self._incoming.abort()
-
-    async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
-        """Hands the events of each read to the sink as they come; those that end the answer are returned."""
-        reader, self.first = self._reader, []
-        if reader is None:
-            return []
-        failed: list[Event] = []
-
-        def feed(data: bytes) -> None:
-            events = reader.feed(data)
-            if reader.error:
-                failed.extend(events)
-                self._incoming.abort()  # nobody waits for what is behind
-            elif events:
-                sink(events)
-
-        try:
-            await self._incoming.flow(feed)
-        except TimeoutError:
-            text = "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
-            self._late = self._late or UpstreamTimeout(text)
-        except (aiohttp.ClientError, OSError):
-            pass  # the reader knows whether the answer was whole
-        events = failed or reader.close(self._late)
-        self.last = events[-1] if events else None
-        return events
-
-    async def whole(self) -> Answer:
-        """The same answer, read to its end. Raises the error that it ends with."""
-        try:
-            events = list(self.first)
-            events += await self.flow(events.extend)
-        finally:
-            self.close()
-        return Answer(events, self._incoming, None)
-
-    def pause(self) -> None:
-        self._incoming.pause()
-
-    def resume(self) -> None:
-        self._incoming.resume()
-
-    def close(self) -> None:
-        if self._alarm:
-            self._alarm.cancel()
-        self._incoming.abort()
-        if self.on_close:
-            self.on_close(self.last)
-            self.on_close = None
+def next_id() -> str:
+    """24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a request."""
+    return f"{START}{next(NUMBERS):08x}"
 
 
-class Merged:
-    """Several answers as one: choices numbered through, usage added up; the first failure ends them all."""
-
-    def __init__(self, answers: Sequence[Answer]) -> None:
-        self._answers = answers
-        self._usage = Usage()
-        self.first = [
-            event
-            for choice, answer in enumerate(answers)
-            for event in self._relay(choice, answer.first)
-        ]
-        self._tasks: list[asyncio.Task[list[Event]]] = []
-
-    def _relay(self, choice: int, events: list[Event]) -> list[Event]:
-        """The events under the number of their choice; the usage that ends them is kept for the end of all."""
-        if events and isinstance(events[-1], Ended):
-            self._usage += events[-1].usage
-            events = events[:-1]
-        return [renumbered(event, choice) for event in events]
-
-    async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
-        """As an Answer's; the events come interleaved."""
-
-        async def relay(choice: int, answer: Answer) -> list[Event]:
-            last = await answer.flow(lambda events: sink(self._relay(choice, events)))
-            return self._relay(choice, last)
-
-        self.first = []
-        self._tasks = [
-            asyncio.create_task(relay(choice, answer))
-            for choice, answer in enumerate(self._answers)
-        ]
-        for done in asyncio.as_completed(self._tasks):
-            events = await done
-            if events and isinstance(events[-1], Failed):
-                self.close()  # else the others would write behind the end
-                return events
-            sink(events)
-        return [Ended(self._usage)]
-
-    def break_off(self, error: UpstreamError) -> None:
-        for answer in self._answers:
-            answer.break_off(error)
-
-    def pause(self) -> None:
-        for answer in self._answers:
-            answer.pause()
-
-    def resume(self) -> None:
-        for answer in self._answers:
-            answer.resume()
-
-    def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        for answer in self._answers:
-            answer.close()
+# ---- the wire
 
 
-def close_answer(asked: asyncio.Task[Answer]) -> None:
-    """Nobody waits for it any more."""
-    if not asked.cancelled() and not asked.exception():
-        asked.result().close()
+class Wire:
+    """Calls of an account's upstream: its transport, its credential, and the envelope that its kind wants."""
 
-
-def renumbered(event: Event, choice: int) -> Event:
-    return event if isinstance(event, Started | Ended | Failed) else replace(event, choice=choice)
-
-
-class Upstream:
-    """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
-
-    def __init__(self, config: Config) -> None:
-        self.clock: Clock = time.time
-        self.pool = AccountPool(())
-        self.credentials = Credentials(self._post_form, lambda: self.clock())
+    def __init__(self, config: Config, credentials: Credentials, *, direct: bool = True) -> None:
+        self.credentials = credentials
+        self._direct = direct
         self._opened: dict[
             tuple[str, str | None, Timeouts], DirectTransport | ProxiedTransport
         ] = {}
-        self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
-        self._projects: dict[str, str] = {}
-        self._shared = Shared()
-        self._models: tuple[str, ...] | None = None
-        self._listing: asyncio.Task[None] | None = None
-        self._tell_once = functools.lru_cache(1024)(log.warning)
-        self.rested = asyncio.Event()  # set when an account was sent to rest for long
-        self.signatures = SignatureMemory()
-        self.skew_s = 0.0
-        self.media = MediaFetcher(config)
-        self._config = config
         self.adopt(config)
 
-    @functools.cached_property
-    def _session(self) -> aiohttp.ClientSession:
-        """For tokens and projects; whoever has keys alone never loads aiohttp."""
-        return open_session(self._config.timeouts)
-
     def adopt(self, config: Config) -> None:
-        """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
-        self.pool.update(config.accounts, config.strategy, config.reserve)
-        self._transports.clear()
-        self._config = self.media.config = config
-        self._projects.clear()
-        self._models_until = 0.0
-        self._map_model = functools.lru_cache(1024)(
-            lambda name, listed: map_model(name, config, listed)
-        )
-        self._traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
+        """Goes on with another config; calls that run are finished over the transports of the old one."""
+        self._config = config
+        self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
 
-    def _to(self, account: Account) -> DirectTransport | ProxiedTransport:
-        """The transport to an account's upstream."""
-        transport = self._transports.get((account.base_url, account.proxy))
-        if transport is None:
-            url, wait = account.base_url, self._config.timeouts
-            proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
-            if (transport := self._opened.get((url, proxy, wait))) is None:
-                direct = proxy is None and DIRECT
-                transport = (
-                    DirectTransport(url, wait) if direct else ProxiedTransport(url, proxy, wait)
-                )
-            self._transports[url, account.proxy] = self._opened[url, proxy, wait] = transport
+    def transport_to(self, account: Account) -> DirectTransport | ProxiedTransport:
+        known = self._transports.get((account.base_url, account.proxy))
+        if known is not None:
+            return known
+        url, timeouts = account.base_url, self._config.timeouts
+        proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
+        transport = self._opened.get((url, proxy, timeouts))
+        if transport is None and proxy is None and self._direct:
+            transport = DirectTransport(url, timeouts)
+        elif transport is None:
+            transport = ProxiedTransport(url, proxy, timeouts)
+        self._transports[url, account.proxy] = self._opened[url, proxy, timeouts] = transport
         return transport
 
-    async def close(self) -> None:
-        self._shared.close()
-        self.credentials.close()
-        for opened in (*self._opened.values(), self.media):
-            await opened.close()
-        if "_session" in self.__dict__:
-            await self._session.close()
-
-    # ---- models
-
-    async def resolve(self, name: str) -> str:
-        """The upstream's name for a model. Raises ModelNotFound."""
-        known = self._models is not None and time.monotonic() < self._models_until
-        mapped = self._map_model(name, self._models if known else await self.models())
-        if mapped.wished:
-            self._tell_once(WISHED, mapped.wished, mapped.model)
-        return mapped.model
-
-    async def models(self) -> tuple[str, ...] | None:
-        """What the upstream lists, fetched at the first need and renewed beside the requests; None while unknown."""
-        if time.monotonic() >= self._models_until:
-            self._models_until = time.monotonic() + MODELS_RETRY_S
-            self._listing = self._shared.start(("models", id(self._config)), self._list_models)
-        if self._models is None and self._listing:
-            await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
-        return self._models
-
-    async def _list_models(self) -> None:
-        """What any account lists: they may differ in the models that they have. One that fails may have had some of them."""
-        config, listed_s = self._config, MODELS_FRESH_S
-        asked = [account for account in config.accounts if account.kind == "gemini"]
-        listed: dict[str, None] = {}
-        answers = await asyncio.gather(*map(self.models_of, asked), return_exceptions=True)
-        for account, found in zip(asked, answers, strict=True):
-            if isinstance(found, tuple):
-                listed |= dict.fromkeys(found)
-            else:
-                log.debug("the models of %s cannot be listed: %s", account.name, found)
-                if not isinstance(found, CredentialRefused):
-                    listed |= dict.fromkeys(self._models or ())
-                    listed_s = MODELS_RETRY_S
-        if listed and self._config is config:  # else other accounts may have other ones
-            self._models = tuple(listed)
-            self._models_until = time.monotonic() + listed_s
-
-    async def models_of(self, account: Account) -> tuple[str, ...]:
-        """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
-        try:
-            with UpstreamErrors(self._to(account).proxy):
-                async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
-                    return await (
-                        self._pages_of(account)
-                        if account.kind == "gemini"
-                        else self._known_of(account)
-                    )
-        except MISSHAPEN:
-            raise UpstreamBroken(
-                "What answers at base_url is not Gemini. Check base_url."
-            ) from None
-
-    async def _known_of(self, account: Account) -> tuple[str, ...]:
-        """Neither Vertex nor v1internal has a list; counting the tokens of a word proves the credentials for nothing."""
-        model = STATIC_MODELS[1]
-        body = countable(
-            account.kind, model, b'{"contents":[{"role":"user","parts":[{"text":"hi"}]}]}'
-        )
-        answer = await json_of(await self._post(account, model, "countTokens", body))
-        return STATIC_MODELS[:3] if answer["totalTokens"] else ()
-
-    async def _pages_of(self, account: Account) -> tuple[str, ...]:
-        """Source: https://ai.google.dev/api/models#method:-models.list"""
-        names: list[str] = []
-        page = ""
-        for _ in range(MODEL_PAGES_MAX):
-            path = f"/v1beta/models?pageSize=1000&pageToken={quote(page)}"
-            headers = {"x-goog-api-key": account.api_key, "User-Agent": USER_AGENT}
-            incoming = await self._to(account).send(path, headers, None)
-            self.skew_s = clock_skew(incoming.headers.get("date"), time.time())
-            answer = await json_of(incoming)
-            for model in answer["models"]:
-                if {"generateContent", "embedContent"} & set(
-                    model.get("supportedGenerationMethods", ())
-                ):
-                    names.append(model["name"].removeprefix("models/"))
-            page = answer.get("nextPageToken") or ""
-            if not page:
-                break
-        return tuple(names)
-
-    # ---- answers
-
-    async def ask_all(self, requests: Sequence[Request], trace: Trace) -> Merged:
-        """The answers to all requests as one, begun in all of them. Raises what the first failed one raised.
-
-        Where an account takes few at once, each is read to its end: it would wait for those that wait for its account.
-        """
-        limits = [account.max_concurrency for account in self.pool.accounts]
-        room = asyncio.Semaphore(sum(limit or CHOICES_MAX for limit in limits) or 1)
-
-        async def begin(request: Request) -> Answer:
-            async with room:
-                answer = await self.ask(request, trace, sse=True)
-                return await answer.whole() if any(limits) else answer
-
-        tasks = [asyncio.create_task(begin(request)) for request in requests]
-        try:
-            return Merged(await asyncio.gather(*tasks))
-        except BaseException:
-            for task in tasks:
-                task.cancel()
-                task.add_done_callback(close_answer)
-            raise
-
-    async def ask(self, request: Request, trace: Trace, *, sse: bool) -> Answer:
-        """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
-        generation = Generation(request, sse, self.signatures.recall, self._traits_of)
-        if self.pool.accounts:  # so that what is said of it is told even where nobody can be asked
-            self._tell_changes(generation.form(trace.mapped_model, self.pool.accounts[0]), trace)
-        total_s = self._config.timeouts.total_s
-        asked = self._retry(
-            trace, functools.partial(self._generate, generation, trace), generation.mends, {}
-        )
-        if not total_s:
-            return await asked
-        try:
-            async with asyncio.timeout(total_s):
-                answer = await asked
-        except TimeoutError:
-            raise UpstreamTimeout(
-                "No answer began within proxy.timeouts.total_s. Raise it, or try again."
-            ) from None
-        answer.end_by(total_s - (time.monotonic() - trace.started))
-        return answer
-
-    async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
-        """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
-        vectors: list[list[float]] = []
-        tokens, model = 0, trace.mapped_model
-        others = [account.name for account in self.pool.accounts if account.kind != "gemini"]
-        barred = dict.fromkeys(
-            others, ModelGone("makes no embeddings, only accounts of kind gemini do")
-        )
-        while len(vectors) < len(request.texts):
-            texts = request.texts[len(vectors) : len(vectors) + EMBEDDINGS_A_CALL]
-            answer = await self._retry(
-                trace, functools.partial(self._batch_embed, request, texts), None, barred
-            )
-            if (
-                trace.mapped_model != model and vectors
-            ):  # those of two models cannot be compared: all are made anew
-                vectors, tokens, model = [], 0, trace.mapped_model
-                continue
-            model = trace.mapped_model
-            vectors += read_embeddings(answer, len(texts))
-            tokens += usage_of(answer["usageMetadata"]).prompt
-        return vectors, tokens
-
-    async def _retry(self, trace: Trace, attempt: Attempt[T], mends: Mends, barred: Barred) -> T:
-        """The one retry loop: over the model and those that `models.fallback` names, while nobody can answer for one.
-
-        Raises PoolExhausted, or the error that every account would give. Who is `barred` is not asked, for the reason given
-        there; what `mends` changed the body for is tried on the same account.
-        """
-        asked = trace.mapped_model
-        chain = self._chain(asked, trace.model)
-        turn = Attempts(self.pool, trace, barred, self._config.max_wait_s, self.clock)
-        for model in chain:
-            trace.mapped_model = model
-            turn.begin(model, last=model == chain[-1])
-            try:
-                answer = await self._ask(turn, trace, attempt, mends)
-            except PoolExhausted as error:
-                if model == chain[-1] or not error.falls_back:
-                    raise
-            else:
-                if model != asked:
-                    trace.changes += 1  # no account could answer for the model that was asked for
-                return answer
-        raise AssertionError("a chain has a last model")
-
-    def _chain(self, asked: str, name: str) -> list[str]:
-        """A model, and those that are asked instead: by its own name, else by the client's. Who is unknown is passed over."""
-        chain = {asked: None}
-        for model in self._config.fallback.get(asked) or self._config.fallback.get(name, ()):
-            try:
-                chain[self._map_model(model, self._models).model] = None
-            except ModelNotFound as error:
-                self._tell_once("models.fallback: %s", error.message)
-        return list(chain)
-
-    async def _ask(self, turn: Attempts, trace: Trace, attempt: Attempt[T], mends: Mends) -> T:
-        for number in range(1, ATTEMPTS_MAX + 1):
-            lease = await turn.lease()
-            try:
-                return await self._try(lease, trace, attempt, turn.step)
-            except UpstreamError as error:
-                mended = mends is not None and number < ATTEMPTS_MAX and mends(error)
-                if error.remedy == "give_up" and not mended:
-                    raise
-                turn.refused(
-                    lease, error.with_traceback(None), mended
-                )  # the pool keeps it, but not its frames' body
-        raise turn.exhausted()
-
-    async def _try(self, lease: Lease, trace: Trace, attempt: Attempt[T], step: Step) -> T:
-        """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
-        trace.attempts += 1
-        trace.account, step.account = lease.account, lease.account.name
-        try:
-            result = await attempt(lease)
-        except BaseException as error:
-            told: object = error
-            if isinstance(error, GatewayError):
-                told = error.message = functools.reduce(
-                    without_secret, secrets_of(lease.account), error.message
-                )
-            step.answer = f"{type(error).__name__}: {told}"
-            self._ended(lease, error)
-            raise
-        step.answer = "answered"
-        self.pool.succeeded(lease, self.clock())
-        if isinstance(result, Answer):
-            result.on_close = functools.partial(self._ended, lease)
-        else:
-            told = result.get("usageMetadata") if isinstance(result, dict) else None
-            self._ended(lease, Ended(usage_of(told)) if isinstance(told, dict) else None)
-        return result
-
-    def _ended(self, lease: Lease, by: Event | BaseException | None) -> None:
-        """Gives the lease back: `by` an answer's last event, what was raised before it, or nothing of either."""
-        error = by.error if isinstance(by, Failed) else by
-        if not isinstance(
-            error, UpstreamError
-        ):  # all is well, the client left, or what it sent cannot be used
-            return self.pool.release(
-                lease, by.usage.prompt if isinstance(by, Ended) else 0, self.clock()
-            )
-        if isinstance(error, CredentialRefused | ModelGone):
-            self._projects.pop(lease.account.name, None)  # it may be another one by now
-        self.pool.failed(lease, error, self.clock(), random.random())
-        if isinstance(error, QuotaGone):
-            self.rested.set()
-
-    def _tell_changes(self, form: RequestBody, trace: Trace) -> None:
-        """Raises BadRequest where something is lost that may not be."""
-        trace.changes = len(form.changes)
-        if trace.strict:
-            refuse_dropped(form.changes)
-
-    async def _generate(self, generation: Generation, trace: Trace, lease: Lease) -> Answer:
-        account = lease.account
-        form = generation.form(lease.model, account)
-        self._tell_changes(form, trace)
-        sse = (
-            generation.sse or account.kind == "cloudcode"
-        )  # which refuses what is not streamed sooner
-        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        with UpstreamErrors(self._to(account).proxy):
-            incoming = await self._post(account, lease.model, method, form.body)
-            try:
-                return await first_events(
-                    incoming, generation.reader(form, account), sse, generation.sse
-                )
-            except BaseException:
-                incoming.abort()
-                raise
-
-    async def count(self, request: Request, trace: Trace) -> int:
-        """How many tokens a request is. Raises as `ask`. Source: https://ai.google.dev/api/tokens"""
-        generation = Generation(request, False, self.signatures.recall, self._traits_of)
-
-        async def attempt(lease: Lease) -> dict[str, Any]:
-            form = generation.form(lease.model, lease.account)
-            return await self._unary(
-                lease, "countTokens", countable(lease.account.kind, lease.model, form.body)
-            )
-
-        answer = await self._retry(trace, attempt, None, {})
-        return count_of(answer.get("totalTokens"))
-
-    async def _batch_embed(
-        self, request: EmbeddingRequest, texts: Sequence[str], lease: Lease
-    ) -> dict[str, Any]:
-        """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-        body = dump_bytes(build_embeddings(texts, lease.model, request.dimensions))
-        answer = await self._unary(lease, "batchEmbedContents", body)
-        told = answer.get("usageMetadata")
-        if not isinstance(told, dict) or not usage_of(told).prompt:
-            answer["usageMetadata"] = {
-                "promptTokenCount": sum(len(text) // 4 + 1 for text in texts)
-            }
-        return answer
-
-    async def _unary(self, lease: Lease, method: str, body: bytes) -> dict[str, Any]:
-        with UpstreamErrors(self._to(lease.account).proxy):
-            answer = await json_of(await self._post(lease.account, lease.model, method, body))
-        if not isinstance(answer, dict):
-            raise UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
-        return answer
-
-    # ---- the wire
-
-    async def _post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
-        """The head of an answer; where a token is refused, that of a second try with a fresh one."""
-        transport, refused = self._to(account), ""
+    async def post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
+        """The head of an answer. Where a token is refused, that of a second try with a fresh one. Raises UpstreamError."""
+        transport, refused = self.transport_to(account), ""
         while True:
             header = await self.credentials.header(account, refused)
-            project = (
-                await self._project(account, header)
-                if account.kind == "cloudcode"
-                else account.project
-            )
-            path, sent = enveloped(account, project, model, method, body)
-            about = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
-            incoming = await transport.send(path, header | about, sent)
+            project = await self.credentials.project(account, header)
+            path, data = enveloped(account, project, model, method, body)
+            headers = {**header, "Content-Type": "application/json", "User-Agent": USER_AGENT}
+            incoming = await transport.send(path, headers, data)
             if incoming.status != 401 or account.kind == "gemini" or refused:
                 return incoming
             incoming.abort()
             refused = header["Authorization"]
 
-    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
-        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
-        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
-        async with sent as response:
-            return response.status, parse_json(await response.read())
-
-    async def _project(self, account: Account, header: Mapping[str, str]) -> str:
-        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
-        if known := account.project or self._projects.get(account.name):
-            return known
-        try:
-            found = await self._shared.do(
-                ("project", account.name), lambda: self._find_project(account, header)
-            )
-        except (AttributeError, TypeError):
-            raise UpstreamBroken(
-                "What answers at base_url is not Code Assist. Check base_url."
-            ) from None
-        self._projects[account.name] = found
-        return found
-
-    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
-        """Raises CredentialRefused with what keeps the account out."""
-        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
-        told = await self._ask_service(account, header, ":loadCodeAssist", about)
-        project = told.get("cloudaicompanionProject")
-        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
-        if not project and tiers and not told.get("currentTier"):
-            told = await self._ask_service(
-                account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about}
-            )
-            for _ in range(ONBOARD_POLLS_MAX):
-                if told.get("done"):
-                    break
-                await asyncio.sleep(ONBOARD_POLL_S)
-                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
-            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
-        if not isinstance(project, str) or not project:
-            said = ("reasonCode", "reasonMessage", "validationUrl", "message")
-            refused = (*(told.get("ineligibleTiers") or ()), told.get("error") or {})
-            reasons = [" ".join(str(one[key]) for key in said if one.get(key)) for one in refused]
-            why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
-            raise CredentialRefused(
-                f"The service has no project for {account.name}{why}. Set its `project`."
-            )
-        return project
-
-    async def _ask_service(
-        self, account: Account, header: Mapping[str, str], path: str, body: Any
-    ) -> dict[str, Any]:
-        method = "GET" if body is None else "POST"
-        url, proxy = f"{account.base_url}/v1internal{path}", self._to(account).proxy
-        for _ in range(2):
-            sent = self._session.request(
-                method, url, json=body, headers=header, proxy=proxy, allow_redirects=False
-            )
-            async with asyncio.timeout(TOKEN_S_MAX), sent as response:
-                answer = parse_json(await response.read())
-            if response.status != 401:
-                break
-            header = await self.credentials.header(account, header["Authorization"])
-        if response.status != 200 or not isinstance(answer, dict):
-            raise classify_error(response.status, answer)
+    async def call(self, account: Account, model: str, method: str, body: bytes) -> dict[str, Any]:
+        """The object that a method answers. Raises UpstreamError."""
+        answer = await json_of(await self.post(account, model, method, body))
+        if not isinstance(answer, dict):
+            raise UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
         return answer
+
+    async def get(self, account: Account, path: str) -> Incoming:
+        headers = {"x-goog-api-key": account.api_key, "User-Agent": USER_AGENT}
+        return await self.transport_to(account).send(path, headers, None)
+
+    async def close(self) -> None:
+        await self.credentials.close()
+        for transport in self._opened.values():
+            await transport.close()
 
 
 def enveloped(
@@ -7403,168 +7061,383 @@ def enveloped(
         return f"/v1/{place}/models/{quoted_model(model)}:{method}", body
     if method == "countTokens":
         return f"/v1internal:{method}", body
-    about = dump_bytes({"model": model, "project": project})
-    return f"/v1internal:{method}", b'%b,"request":%b}' % (about[:-1], body)
-
-
-class Attempts:
-    """Whom one request asks for one model after another, and how long it waits for them in all."""
-
-    def __init__(
-        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, clock: Clock
-    ) -> None:
-        self._pool, self._trace, self._barred = pool, trace, barred
-        self._patience_s, self._clock = patience_s, clock
-
-    def begin(self, model: str, *, last: bool) -> None:
-        self._model, self._last, self._tried = model, last, set(self._barred)
-        self._refusals: dict[str, UpstreamError] = dict(self._barred)
-        self._same: PoolEntry | None = None
-        self._mended = False
-        self._spare = True
-
-    async def lease(self) -> Lease:
-        """The next account, once it may be asked. Raises PoolExhausted.
-
-        The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
-        same one, once; else the soonest of those that rest, if that is soon: then also one that was refused before.
-        """
-        self.step = step = Step(self._model)
-        self._trace.steps.append(step)
-        while True:
-            step.seen.clear()
-            key, now = self._trace.affinity, self._clock()
-            again = len(self._refusals) > len(self._barred)
-            if not self._mended and (
-                lease := self._pool.acquire(self._model, self._tried, key, now, step.seen, again)
-            ):
-                return lease
-            if same := self._same:
-                if not self._mended:
-                    self._spare = False
-                    await self._wait(self._pause_s(self._refusals[same.account.name]))
-                self._same, self._mended = None, False
-                if lease := self._pool.again(same, self._model, self._clock()):
-                    return lease
-                continue
-            lasting = (name for name in self._tried if self._refusals[name].scope == "nobody")
-            self._tried = {*lasting, *self._barred}
-            wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
-            if wait_s > self._patience_s:
-                raise self.exhausted()
-            await self._wait(
-                min(wait_s, RELOAD_CHECK_S)
-            )  # by then a reload, or a person, may have ended the rest
-
-    async def _wait(self, wait_s: float) -> None:
-        self._patience_s -= wait_s
-        self.step.wait_s += wait_s
-        await asyncio.sleep(wait_s)
-
-    def _pause_s(self, error: UpstreamError) -> float:
-        """Before the same account is asked again: as long as it says, where no other model could answer sooner."""
-        told_s = error.retry_after_s if self._last else None
-        return random.uniform(0.2, 1.0) if told_s is None or told_s > self._patience_s else told_s
-
-    def refused(self, lease: Lease, error: UpstreamError, mended: bool) -> None:
-        """The account is not asked again by this request, unless its body was `mended` or the fault was not its own."""
-        self._refusals[lease.account.name] = error
-        self._tried.add(lease.account.name)
-        self._mended = mended
-        self._same = (
-            lease.entry if mended or (error.remedy == "same_account" and self._spare) else None
-        )
-
-    def exhausted(self) -> PoolExhausted:
-        return self._pool.exhausted(self._model, self._refusals, self._clock())
-
-
-@value
-class RequestBody:
-    """A request's body as one model and one dialect want it, and what could not be carried into it."""
-
-    body: bytes
-    changes: tuple[Change, ...]
-    tools: Mapping[str, Tool]
-
-
-def next_id() -> str:
-    """24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a request."""
-    return f"{NUMBERS[0]}{next(NUMBERS[1]):08x}"
-
-
-@dataclass(slots=True)
-class Generation:
-    """One answer to be had: its forms, each made at the first need of it, and the readers of what comes."""
-
-    request: Request
-    sse: bool
-    recall: Callable[[Request, str], Request]
-    traits_of: Callable[[str], Traits]
-    unsigned: bool = False
-    reduced: bool = False
-    forms: dict[tuple[str, Dialect], RequestBody] = field(default_factory=dict)
-
-    def form(self, model: str, account: Account) -> RequestBody:
-        dialect: Dialect = "gemini" if account.kind == "gemini" else "vertex"
-        form = self.forms.get((model, dialect))
-        if form is None:
-            signed = self.recall(self.request, model)
-            request = with_signatures(signed, unsigned) if self.unsigned else signed
-            traits = self.traits_of(model)
-            traits = replace(traits, json_schema=False) if self.reduced else traits
-            built = build_generate_content(request, traits, dialect)
-            body = with_payloads(dump_bytes(built.body), request.payloads)
-            form = self.forms[model, dialect] = RequestBody(
-                body, request.changes + built.changes, built.tools
-            )
-        return form
-
-    def mends(self, error: UpstreamError) -> bool:
-        """Whether the body was changed so that the same account may be asked again: each thing once."""
-        mended = False
-        if isinstance(error, SignatureRefused) and not self.unsigned:
-            self.unsigned = mended = True
-        elif isinstance(error, SchemaRefused) and not self.reduced:
-            self.reduced = mended = any(
-                b'JsonSchema":' in form.body for form in self.forms.values()
-            )
-        if mended:
-            self.forms.clear()
-        return mended
-
-    def reader(self, form: RequestBody, account: Account) -> GeminiReader:
-        kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
-        made = kind(
-            lambda: f"call_{next_id()}", form.tools, parallel_calls=self.request.parallel_calls
-        )
-        made.secret, made.stops = account.api_key, bool(self.request.stop)
-        return made
-
-
-class UpstreamErrors:
-    """Raises what goes wrong on the way to Gemini as an UpstreamError."""
-
-    def __init__(self, proxy: str | None) -> None:
-        self._proxy = proxy
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, TimeoutError):
-            raise UpstreamTimeout(
-                "Gemini did not answer in time. Try again, or raise proxy.timeouts."
-            ) from None
-        if error is not None and isinstance(error, (aiohttp.ClientError, OSError)):
-            raise UpstreamBroken(connection_problem(error, self._proxy)) from None
+    envelope = dump_bytes({"model": model, "project": project})
+    return f"/v1internal:{method}", b'%b,"request":%b}' % (envelope[:-1], body)
 
 
 async def json_of(incoming: Incoming) -> Any:
-    """What an answer says. Raises what a status other than 200 means, and the transport's errors."""
+    """The JSON of an answer. Raises what a status other than 200 means, and the transport's errors."""
     answer = parse_json(await incoming.read())
     if incoming.status != 200:
         raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
     return answer
+
+
+# ---- models
+
+
+class Catalog:
+    """The models that the accounts' upstreams list, and which of them a client's name means."""
+
+    def __init__(self, config: Config, wire: Wire) -> None:
+        self._wire = wire
+        self._shared = Shared()
+        self._listed: tuple[str, ...] | None = None
+        self._listing: asyncio.Task[None] | None = None
+        self._warn_once = functools.lru_cache(1024)(log.warning)
+        self.skew_s = 0.0  # seconds by which this machine's clock is ahead of an upstream's
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        self._config = config
+        self._fresh_until = 0.0
+        self._map = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
+        self.traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
+
+    def close(self) -> None:
+        self._shared.close()
+
+    async def resolve(self, name: str) -> str:
+        """The upstream's name for a model. Raises ModelNotFound."""
+        fresh = self._listed is not None and time.monotonic() < self._fresh_until
+        mapped = self._map(name, self._listed if fresh else await self.listed())
+        if mapped.wished:
+            text = "%s is not listed by the upstream; %s is asked instead"
+            self._warn_once(text, mapped.wished, mapped.model)
+        return mapped.model
+
+    def chain(self, model: str, name: str) -> list[str]:
+        """A model, then those that models.fallback names for it, or else for the client's name; unknown ones are left out."""
+        chain = {model: None}
+        for other in self._config.fallback.get(model) or self._config.fallback.get(name, ()):
+            try:
+                chain[self._map(other, self._listed).model] = None
+            except ModelNotFound as error:
+                self._warn_once("models.fallback: %s", error.message)
+        return list(chain)
+
+    async def listed(self) -> tuple[str, ...] | None:
+        """The listed models, fetched at the first need and renewed beside the requests; None while unknown."""
+        if time.monotonic() >= self._fresh_until:
+            self._fresh_until = time.monotonic() + MODELS_RETRY_S
+            self._listing = self._shared.start(("models", id(self._config)), self._list)
+        if self._listed is None and self._listing:
+            await asyncio.wait({self._listing}, timeout=MODELS_WAIT_S)
+        return self._listed
+
+    async def _list(self) -> None:
+        """Asks every account, for they may differ in their models; one that fails may have had those that were known."""
+        config, fresh_s = self._config, MODELS_FRESH_S
+        accounts = [account for account in config.accounts if account.kind == "gemini"]
+        names: dict[str, None] = {}
+        answers = await asyncio.gather(*map(self.models_of, accounts), return_exceptions=True)
+        for account, answer in zip(accounts, answers, strict=True):
+            if isinstance(answer, tuple):
+                names |= dict.fromkeys(answer)
+                continue
+            log.debug("the models of %s cannot be listed: %s", account.name, answer)
+            if not isinstance(answer, CredentialRefused):
+                names |= dict.fromkeys(self._listed or ())
+                fresh_s = MODELS_RETRY_S
+        if names and self._config is config:  # else other accounts may have other ones
+            self._listed = tuple(names)
+            self._fresh_until = time.monotonic() + fresh_s
+
+    async def models_of(self, account: Account) -> tuple[str, ...]:
+        """The models that one account lists. Raises UpstreamError.
+
+        Vertex and v1internal have no list: where they count the tokens of a word, the best known models stand for it.
+        """
+        ask = self._pages_of if account.kind == "gemini" else self._known_of
+        try:
+            async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
+                return await ask(account)
+        except TimeoutError:
+            raise UpstreamTimeout(
+                "Gemini did not answer in time. Try again, or raise proxy.timeouts."
+            ) from None
+        except MISSHAPEN:
+            raise UpstreamBroken(
+                "What answers at base_url is not Gemini. Check base_url."
+            ) from None
+
+    async def _known_of(self, account: Account) -> tuple[str, ...]:
+        model = STATIC_MODELS[1]
+        contents = b'{"contents":[{"role":"user","parts":[{"text":"hi"}]}]}'
+        body = countable(account.kind, model, contents)
+        answer = await self._wire.call(account, model, "countTokens", body)
+        return STATIC_MODELS[:3] if answer["totalTokens"] else ()
+
+    async def _pages_of(self, account: Account) -> tuple[str, ...]:
+        """Source: https://ai.google.dev/api/models#method:-models.list"""
+        names: list[str] = []
+        page = ""
+        for _ in range(MODEL_PAGES_MAX):
+            path = f"/v1beta/models?pageSize=1000&pageToken={quote(page)}"
+            incoming = await self._wire.get(account, path)
+            self.skew_s = clock_skew(incoming.headers.get("date"), time.time())
+            answer = await json_of(incoming)
+            for model in answer["models"]:
+                methods = model.get("supportedGenerationMethods", ())
+                if {"generateContent", "embedContent"} & set(methods):
+                    names.append(model["name"].removeprefix("models/"))
+            page = answer.get("nextPageToken") or ""
+            if not page:
+                break
+        return tuple(names)
+
+
+def clock_skew(date: str | None, now: float) -> float:
+    """Seconds by which this machine's clock is ahead of an answer's Date header; 0 without one."""
+    from email.utils import parsedate_to_datetime
+
+    try:
+        return now - parsedate_to_datetime(date or "").timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
+
+
+# ---- answers
+
+
+class Answer:
+    """One answer that has begun, pulled by `async for`: a list of events for each read, until Ended or Failed.
+
+    Its first events are known, so nobody retries any more. Raises the error that they end with: nobody has seen them.
+    """
+
+    __slots__ = ("_alarm", "_first", "_incoming", "_late", "_reader", "last", "on_close")
+
+    def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
+        if first and isinstance(first[-1], Failed):
+            raise first[-1].error
+        self.last = first[-1] if first else None
+        self.on_close: Callable[[Event | None], None] | None = None  # is given the last event
+        self._first = first
+        self._incoming = incoming
+        self._reader = reader  # None once the answer is read to its end
+        self._late: UpstreamError | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def __aiter__(self) -> Answer:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        if events := self._first:
+            self._first = []
+            return events
+        while reader := self._reader:
+            data = await self._read()
+            events = reader.feed(data) if data else reader.close(self._late)
+            if not data or reader.error:
+                self._reader = None
+                self._incoming.abort()  # nobody waits for what is behind
+            if events:
+                self.last = events[-1]
+                return events
+        raise StopAsyncIteration
+
+    async def _read(self) -> bytes:
+        """The bytes of the next read, none at the end."""
+        try:
+            return await self._incoming.more()
+        except UpstreamTimeout as error:
+            self._late = self._late or error
+        except (UpstreamBroken, OSError, aiohttp.ClientError) as error:
+            if isinstance(error, TimeoutError):
+                self._late = self._late or UpstreamTimeout(
+                    "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
+                )
+            # the reader knows whether the answer was whole
+        return b""
+
+    def end_by(self, seconds: float) -> None:
+        """Breaks the answer off when it lasts longer."""
+        text = "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
+        loop = asyncio.get_running_loop()
+        self._alarm = loop.call_later(seconds, self.break_off, UpstreamTimeout(text))
+
+    def break_off(self, error: UpstreamError) -> None:
+        """Ends the answer; unless it was whole, its last event says why."""
+        self._late = error
+        self._incoming.abort()
+
+    async def whole(self) -> Answer:
+        """The same answer, read to its end. Raises the error that it ends with."""
+        try:
+            events = [event async for some in self for event in some]
+        finally:
+            self.close()
+        return Answer(events, self._incoming, None)
+
+    def close(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._incoming.abort()
+        if self.on_close:
+            over = isinstance(self.last, Ended | Failed)
+            self.on_close(self.last if over else None)
+            self.on_close = None
+
+
+class Merged:
+    """Several answers as one: choices numbered through, usage added up; the first failure ends them all."""
+
+    def __init__(self, answers: Sequence[Answer]) -> None:
+        self._answers = answers
+        self._usage = Usage()
+        self._reads: dict[asyncio.Task[list[Event]], int] | None = None  # by choice
+
+    def __aiter__(self) -> Merged:
+        return self
+
+    async def __anext__(self) -> list[Event]:
+        """The events of all answers that were read meanwhile, under the numbers of their choices."""
+        if self._reads is None:
+            self._reads = {}
+            for choice in range(len(self._answers)):
+                self._read(choice)
+        if not self._reads:
+            raise StopAsyncIteration
+        done, _ = await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
+        events: list[Event] = []
+        for task in sorted(done, key=self._reads.__getitem__):
+            choice = self._reads.pop(task)
+            events += self._renumbered(choice, task.result())
+            if events and isinstance(events[-1], Failed):
+                self.close()  # else the others would write behind the end
+                return events
+            if not isinstance(self._answers[choice].last, Ended):
+                self._read(choice)
+        return events if self._reads else [*events, Ended(self._usage)]
+
+    def _read(self, choice: int) -> None:
+        assert self._reads is not None
+        self._reads[asyncio.create_task(anext_of(self._answers[choice]))] = choice
+
+    def _renumbered(self, choice: int, events: list[Event]) -> list[Event]:
+        if isinstance(events[-1], Ended):
+            self._usage += events[-1].usage
+            events = events[:-1]
+        return [renumbered(event, choice) for event in events]
+
+    def break_off(self, error: UpstreamError) -> None:
+        for answer in self._answers:
+            answer.break_off(error)
+
+    def close(self) -> None:
+        for task in self._reads or ():
+            task.cancel()
+        self._reads = {}
+        for answer in self._answers:
+            answer.close()
+
+
+async def anext_of(answer: Answer) -> list[Event]:
+    return await anext(answer)
+
+
+def renumbered(event: Event, choice: int) -> Event:
+    if isinstance(event, Started | Ended | Failed):
+        return event
+    return replace(event, choice=choice)
+
+
+def close_answer(asked: asyncio.Task[Answer]) -> None:
+    """Ends an answer for which nobody waits any more."""
+    if not asked.cancelled() and not asked.exception():
+        asked.result().close()
+
+
+# ---- the retry loop
+
+
+class Question(Protocol[Answered]):
+    """A call of Gemini that the retry loop makes of one account after another, whatever its body comes from."""
+
+    barred: Barred
+    """Accounts that cannot answer it, and why."""
+
+    async def ask(self, lease: Lease) -> Answered:
+        """Makes one attempt. Raises UpstreamError."""
+
+    def mends(self, error: UpstreamError) -> bool:
+        """Changes the body so that the same account may be asked again; false where that cannot help."""
+
+
+@value
+class RequestBody:
+    """A request's body as one model wants it, and what could not be carried into it."""
+
+    data: bytes
+    changes: tuple[Change, ...]
+    tools: Mapping[str, Tool]
+
+
+class Generation:
+    """The question of a translated request: a body for each model, made at the first need of it."""
+
+    barred: Barred = {}  # noqa: RUF012  # nobody writes to it
+
+    def __init__(self, request: Request, wire: Wire, catalog: Catalog, trace: Trace) -> None:
+        self.request = request
+        self.recall: Callable[[Request, str], Request] = lambda request, _: request
+        self._wire, self._catalog, self._trace = wire, catalog, trace
+        self._bodies: dict[str, RequestBody] = {}
+        self._unsigned = False
+        self._reduced = False
+
+    def body_for(self, model: str) -> RequestBody:
+        """Builds the body. Raises BadRequest where something is lost that may not be."""
+        body = self._bodies.get(model)
+        if body is None:
+            request = self.recall(self.request, model)
+            if self._unsigned:
+                request = with_signatures(request, unsigned)
+            traits = self._catalog.traits_of(model)
+            built = build_generate_content(request, traits, reduce_schemas=self._reduced)
+            data = put_back(dump_bytes(built.body), request.payloads)
+            body = RequestBody(data, request.changes + built.changes, built.tools)
+            self._bodies[model] = body
+        self._trace.changes = len(body.changes)
+        if self._trace.strict:
+            refuse_dropped(body.changes)
+        return body
+
+    def mends(self, error: UpstreamError) -> bool:
+        """Leaves out signatures, or reduces schemas, after a refusal of them: each once."""
+        mended = False
+        if isinstance(error, SignatureRefused) and not self._unsigned:
+            self._unsigned = mended = True
+        elif isinstance(error, SchemaRefused) and not self._reduced:
+            mended = any(b'JsonSchema":' in body.data for body in self._bodies.values())
+            self._reduced = mended
+        if mended:
+            self._bodies.clear()
+        return mended
+
+    async def ask(self, lease: Lease) -> Answer:
+        account, body = lease.account, self.body_for(lease.model)
+        streamed = self.request.stream
+        sse = streamed or account.kind == "cloudcode"  # which refuses what is not streamed sooner
+        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
+        incoming = await self._wire.post(account, lease.model, method, body.data)
+        try:
+            return await first_events(incoming, self._reader(body, account), sse, streamed)
+        except BaseException:
+            incoming.abort()
+            raise
+
+    def _reader(self, body: RequestBody, account: Account) -> GeminiReader:
+        kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
+        request = self.request
+        return kind(
+            lambda: f"call_{next_id()}",
+            body.tools,
+            parallel_calls=request.parallel_calls,
+            secret=account.api_key,
+            stops=bool(request.stop),
+        )
 
 
 async def first_events(
@@ -7582,18 +7455,303 @@ async def first_events(
         return Answer(events, incoming, None)
     while data := await incoming.more():
         if events := reader.feed(data):
+            incoming.headers = {}  # a stream may last long
             return Answer(events, incoming, reader)
     return Answer(reader.close(), incoming, None)
 
 
-def clock_skew(date: str | None, now: float) -> float:
-    """Seconds by which this machine's clock is ahead of an answer's Date header; 0 without one."""
-    from email.utils import parsedate_to_datetime
+class TokenCount:
+    """The question how many tokens a request is. Source: https://ai.google.dev/api/tokens"""
 
-    try:
-        return now - parsedate_to_datetime(date or "").timestamp()
-    except (ValueError, OverflowError):
-        return 0.0
+    barred: Barred = {}  # noqa: RUF012
+
+    def __init__(self, generation: Generation, wire: Wire) -> None:
+        self._generation, self._wire = generation, wire
+
+    async def ask(self, lease: Lease) -> dict[str, Any]:
+        body = self._generation.body_for(lease.model).data
+        body = countable(lease.account.kind, lease.model, body)
+        return await self._wire.call(lease.account, lease.model, "countTokens", body)
+
+    def mends(self, error: UpstreamError) -> bool:
+        return False
+
+
+class Embedding:
+    """The question of one batch of texts. Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+
+    def __init__(
+        self, texts: Sequence[str], dimensions: int | None, wire: Wire, barred: Barred
+    ) -> None:
+        self._texts, self._dimensions, self._wire, self.barred = texts, dimensions, wire, barred
+
+    async def ask(self, lease: Lease) -> dict[str, Any]:
+        body = dump_bytes(build_embeddings(self._texts, lease.model, self._dimensions))
+        answer = await self._wire.call(lease.account, lease.model, "batchEmbedContents", body)
+        usage = answer.get("usageMetadata")
+        if not isinstance(usage, dict) or not usage_of(usage).prompt:
+            estimate = sum(len(text) // 4 + 1 for text in self._texts)
+            answer["usageMetadata"] = {"promptTokenCount": estimate}
+        return answer
+
+    def mends(self, error: UpstreamError) -> bool:
+        return False
+
+
+class Attempts:
+    """The accounts that one request asks for one model after another, and how long it waits for them in all."""
+
+    def __init__(
+        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, clock: Clock
+    ) -> None:
+        self._pool, self._trace, self._barred = pool, trace, barred
+        self._patience_s, self._clock = patience_s, clock
+
+    def begin(self, model: str, *, last: bool) -> None:
+        self._model, self._last, self._tried = model, last, set(self._barred)
+        self._refusals: dict[str, UpstreamError] = dict(self._barred)
+        self._same: PoolEntry | None = None  # may be asked once more
+        self._mended = False
+        self._spare = True  # the one further attempt for a fault that is not the account's is left
+
+    async def lease(self) -> Lease:
+        """The next account, once it may be asked. Raises PoolExhausted.
+
+        The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
+        same one, once; else the soonest of those in cooldown, if that is soon: then also one that was refused before.
+        """
+        self.step = step = Step(self._model)
+        self._trace.steps.append(step)
+        while True:
+            if not self._mended and (lease := self._untried()):
+                return lease
+            if self._same is None:
+                await self._wait_for_any()
+            elif lease := await self._again(self._same):
+                return lease
+
+    def _untried(self) -> Lease | None:
+        self.step.seen.clear()
+        again = len(self._refusals) > len(self._barred)
+        key, now = self._trace.affinity, self._clock()
+        return self._pool.acquire(self._model, self._tried, key, now, self.step.seen, again)
+
+    async def _again(self, same: PoolEntry) -> Lease | None:
+        if not self._mended:
+            self._spare = False
+            await self._wait(self._pause_s(self._refusals[same.account.name]))
+        self._same, self._mended = None, False
+        return self._pool.again(same, self._model, self._clock())
+
+    async def _wait_for_any(self) -> None:
+        """Waits for the end of a cooldown, of those that were asked before too. Raises PoolExhausted."""
+        lasting = (name for name in self._tried if self._refusals[name].scope == "nobody")
+        self._tried = {*lasting, *self._barred}
+        wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
+        if wait_s > self._patience_s:
+            raise self.exhausted()
+        await self._wait(min(wait_s, RELOAD_CHECK_S))
+
+    async def _wait(self, wait_s: float) -> None:
+        self._patience_s -= wait_s
+        self.step.wait_s += wait_s
+        await asyncio.sleep(wait_s)
+
+    def _pause_s(self, error: UpstreamError) -> float:
+        """Seconds before the same account is asked again: as it says, where no other model could answer sooner."""
+        wait_s = error.retry_after_s if self._last else None
+        if wait_s is None or wait_s > self._patience_s:
+            return random.uniform(*PAUSE_S)
+        return wait_s
+
+    def refused(self, lease: Lease, error: UpstreamError, mended: bool) -> None:
+        """This request asks the account no more, unless its body was `mended` or the fault was not the account's."""
+        self._refusals[lease.account.name] = error
+        self._tried.add(lease.account.name)
+        self._mended = mended
+        once_more = mended or (error.remedy == "same_account" and self._spare)
+        self._same = lease.entry if once_more else None
+
+    def exhausted(self) -> PoolExhausted:
+        return self._pool.exhausted(self._model, self._refusals, self._clock())
+
+
+class Upstream:
+    """The accounts' Gemini, as the doors see it: answers, vectors, counts, by the one retry loop."""
+
+    def __init__(self, config: Config, *, direct: bool = True) -> None:
+        self.clock: Clock = time.time
+        self.pool = AccountPool(())
+        self.signatures = SignatureMemory()
+        self.wire = Wire(config, Credentials(config, lambda: self.clock()), direct=direct)
+        self.catalog = Catalog(config, self.wire)
+        self.long_cooldown = (
+            asyncio.Event()
+        )  # set when an account is in cooldown for the rest of a day
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Goes on with another config; accounts that are the same keep their state, and what runs is finished."""
+        self._config = config
+        self.pool.update(config.accounts, config.strategy, config.reserve)
+        for part in (self.wire, self.wire.credentials, self.catalog):
+            part.adopt(config)
+
+    async def close(self) -> None:
+        self.catalog.close()
+        await self.wire.close()
+
+    async def ask(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
+        """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
+        if len(requests) == 1 and requests[0].n == 1:
+            return await self._begin(requests[0], trace)
+        return await self._begin_all([one for each in requests for one in choices_of(each)], trace)
+
+    async def _begin_all(self, requests: Sequence[Request], trace: Trace) -> Merged:
+        """The answers to all requests, begun in all of them. Raises what the first failed one raised.
+
+        Where an account takes few at once, each is read to its end: it would wait for those that wait for its account.
+        """
+        limits = [account.max_concurrency for account in self.pool.accounts]
+        room = asyncio.Semaphore(sum(limit or CHOICES_MAX for limit in limits) or 1)
+
+        async def begin(request: Request) -> Answer:
+            async with room:
+                answer = await self._begin(replace(request, stream=True), trace)
+                return await answer.whole() if any(limits) else answer
+
+        tasks = [asyncio.create_task(begin(request)) for request in requests]
+        try:
+            return Merged(await asyncio.gather(*tasks))
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+                task.add_done_callback(close_answer)
+            raise
+
+    async def _begin(self, request: Request, trace: Trace) -> Answer:
+        total_s = self._config.timeouts.total_s
+        asked = self._retry(self._generation(request, trace), trace)
+        if not total_s:
+            return await asked
+        try:
+            async with asyncio.timeout(total_s):
+                answer = await asked
+        except TimeoutError:
+            text = "No answer began within proxy.timeouts.total_s. Raise it, or try again."
+            raise UpstreamTimeout(text) from None
+        answer.end_by(total_s - (time.monotonic() - trace.started))
+        return answer
+
+    def _generation(self, request: Request, trace: Trace) -> Generation:
+        """The question, with its changes counted even where nobody can be asked. Raises BadRequest by `strict`."""
+        generation = Generation(request, self.wire, self.catalog, trace)
+        generation.recall = self.signatures.recall
+        generation.body_for(trace.mapped_model)
+        return generation
+
+    async def count(self, request: Request, trace: Trace) -> int:
+        """The number of tokens of a request. Raises as `ask`."""
+        question = TokenCount(self._generation(request, trace), self.wire)
+        return count_of((await self._retry(question, trace)).get("totalTokens"))
+
+    async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
+        """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
+        vectors: list[list[float]] = []
+        tokens, model = 0, trace.mapped_model
+        others = [account.name for account in self.pool.accounts if account.kind != "gemini"]
+        refusal = ModelGone("makes no embeddings, only accounts of kind gemini do")
+        while len(vectors) < len(request.texts):
+            texts = request.texts[len(vectors) : len(vectors) + EMBEDDINGS_A_CALL]
+            batch = Embedding(texts, request.dimensions, self.wire, dict.fromkeys(others, refusal))
+            answer = await self._retry(batch, trace)
+            if trace.mapped_model != model and vectors:
+                # vectors of two models cannot be compared: all are made anew
+                vectors, tokens, model = [], 0, trace.mapped_model
+                continue
+            model = trace.mapped_model
+            vectors += read_embeddings(answer, len(texts))
+            tokens += usage_of(answer["usageMetadata"]).prompt
+        return vectors, tokens
+
+    # ---- the one retry loop
+
+    async def _retry(self, question: Question[Answered], trace: Trace) -> Answered:
+        """Asks for the model, then for those of models.fallback, while no account can answer for one.
+
+        Raises PoolExhausted, or the error that every account would give.
+        """
+        model = trace.mapped_model
+        chain = self.catalog.chain(model, trace.model)
+        patience_s = self._config.max_wait_s
+        attempts = Attempts(self.pool, trace, question.barred, patience_s, self.clock)
+        for trace.mapped_model in chain:
+            last = trace.mapped_model == chain[-1]
+            attempts.begin(trace.mapped_model, last=last)
+            try:
+                answer = await self._ask_accounts(question, attempts, trace)
+            except PoolExhausted as error:
+                if last or not error.falls_back:
+                    raise
+            else:
+                if trace.mapped_model != model:
+                    trace.changes += 1  # another model answers than the one that was asked for
+                return answer
+        raise AssertionError("a chain has a last model")
+
+    async def _ask_accounts(
+        self, question: Question[Answered], attempts: Attempts, trace: Trace
+    ) -> Answered:
+        for number in range(1, ATTEMPTS_MAX + 1):
+            lease = await attempts.lease()
+            try:
+                return await self._attempt(question, lease, attempts.step, trace)
+            except UpstreamError as error:
+                mended = number < ATTEMPTS_MAX and question.mends(error)
+                if error.remedy == "give_up" and not mended:
+                    raise
+                # the pool keeps the error, but not its frames, which hold the body
+                attempts.refused(lease, error.with_traceback(None), mended)
+        raise attempts.exhausted()
+
+    async def _attempt(
+        self, question: Question[Answered], lease: Lease, step: Step, trace: Trace
+    ) -> Answered:
+        """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
+        trace.attempts += 1
+        trace.account, step.account = lease.account, lease.account.name
+        try:
+            answer = await question.ask(lease)
+        except BaseException as error:
+            text: object = error
+            if isinstance(error, GatewayError):
+                secret_words = secrets_of(lease.account)
+                text = functools.reduce(without_secret, secret_words, error.message)
+                error.message = str(text)
+            step.answer = f"{type(error).__name__}: {text}"
+            self._release(lease, error)
+            raise
+        step.answer = "answered"
+        self.pool.succeeded(lease, self.clock())
+        if isinstance(answer, Answer):
+            answer.on_close = functools.partial(self._release, lease)
+        else:
+            usage = answer.get("usageMetadata") if isinstance(answer, dict) else None
+            self._release(lease, Ended(usage_of(usage)) if isinstance(usage, dict) else None)
+        return answer
+
+    def _release(self, lease: Lease, end: Event | BaseException | None) -> None:
+        """Gives the lease back; `end` is an answer's last event, what was raised before it, or None."""
+        error = end.error if isinstance(end, Failed) else end
+        now = self.clock()
+        if not isinstance(error, UpstreamError):  # all is well, or the client left
+            tokens = end.usage.prompt if isinstance(end, Ended) else 0
+            return self.pool.release(lease, tokens, now)
+        if isinstance(error, CredentialRefused | ModelGone):
+            self.wire.credentials.forget_project(lease.account)  # it may be another one by now
+        self.pool.failed(lease, error, now, random.random())
+        if isinstance(error, QuotaGone):
+            self.long_cooldown.set()
 
 
 # ==============================================================================
@@ -7737,7 +7895,162 @@ def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[A
 # 20. Kept responses
 # ==============================================================================
 
-JOBS_MAX = 64
+# An item's id, by which the response that it belongs to is found.
+ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{24})i?[0-9a-f]{4}")
+
+
+class KeptResponse:
+    """The place of one response in the store: it is written when the answer begins, and when it is over."""
+
+    __slots__ = (
+        "_first_row",
+        "_payloads",
+        "_state",
+        "_store",
+        "_trace",
+        "frames",
+        "id",
+        "renderer",
+        "saved",
+    )
+
+    def __init__(
+        self,
+        store: ResponseStore,
+        renderer: ResponseRenderer,
+        payloads: Mapping[str, bytes],
+        trace: Trace,
+        first_row: Sequence[Any],
+    ) -> None:
+        self.id: str = renderer.response["id"]
+        self.renderer = renderer
+        self.saved = False  # whether the last row that was written is what it is by now
+        self.frames: list[bytes] = []  # of a background response, all that were rendered
+        self._store, self._payloads, self._trace = store, payloads, trace
+        self._first_row = first_row  # what only its first row has, until that is written
+        self._state: StoredState = "over"
+
+    @property
+    def written(self) -> bool:
+        return not self._first_row
+
+    def object(self) -> bytes:
+        """The response as far as it is made."""
+        return put_back(dump_bytes(self.renderer.response), self._payloads)
+
+    async def save(self, state: StoredState | None = None) -> None:
+        """Writes what the response has become; a store that cannot costs nobody an answer."""
+        running = self.renderer.response["status"] in ("queued", "in_progress")
+        self._state = state or ("running" if running else "over")
+        model = self._trace.mapped_model
+        signatures = [signature_entry(part, model) for part in self.renderer.signed]
+        events = b"" if self._state == "running" else b"".join(self.frames)
+        row = (self.object(), dump_bytes(signatures), events)
+        first_row, self._first_row = self._first_row, ()
+        try:
+            await self._store.save(self.id, self._state, row, first_row)
+            self.saved = True
+        except StoreTrouble as error:
+            self._first_row = first_row  # the next save begins anew
+            self.saved = False
+            log.warning("%s cannot be kept: %s", self.id, error.message)
+
+    async def leave(self) -> None:
+        """Tells the store that nobody goes on with a response that has begun."""
+        if self._state == "running":
+            await self.save("lost")
+        self._store.leave(self.id)
+
+
+class KeptResponses:
+    """The responses that conversations go on with, each for the key that it was made for."""
+
+    def __init__(self, store: ResponseStore, signatures: SignatureMemory, *, keeps: bool) -> None:
+        self.store = store
+        self._signatures = signatures
+        self._keeps = keeps
+
+    def place_for(
+        self, renderer: ResponseRenderer, body: Any, payloads: Mapping[str, bytes], trace: Trace
+    ) -> KeptResponse | None:
+        """The place of a new response; None where it is not to be kept."""
+        response = renderer.response
+        response["store"] = self._keeps and body.get("store") is not False
+        if not response["store"]:
+            return None
+        items = put_back(dump_bytes(render_input(body["input"], trace.id[4:])), payloads)
+        first_row = (trace.client, response["previous_response_id"], items)
+        return KeptResponse(self.store, renderer, payloads, trace, first_row)
+
+    async def recall(self, body: Any, client: str) -> list[Any] | None:
+        """The items that a body goes on with; those that it only names are put into it. None where nothing is kept.
+
+        Raises BadRequest.
+        """
+        if not self._keeps:
+            return None
+        fields = body if isinstance(body, dict) else {}
+        previous, items = fields.get("previous_response_id"), fields.get("input")
+        past: list[Any] = []
+        if isinstance(previous, str) and previous:
+            past = await self._past(previous, client)
+        if isinstance(items, list):
+            known = {item["id"]: item for item in past if "id" in item}
+            for i, item in enumerate(items):
+                items[i] = await self._referred(item, known, client)
+        return past
+
+    async def _referred(self, item: Any, known: dict[str, Any], client: str) -> Any:
+        """The item that a reference names, where it is kept; else what came."""
+        if not isinstance(item, dict) or not is_reference(item):
+            return item
+        id = str(item.get("id"))
+        if id not in known and (match := ITEM_ID.fullmatch(id)):
+            response = await self.store.get(f"resp_{match[1]}", client)
+            if response:
+                known |= {one["id"]: one for one in self._items_of(response)}
+        return known.get(id, item)
+
+    async def _past(self, previous: str, client: str) -> list[Any]:
+        """The items of a response and of all before it. Raises BadRequest."""
+        chain = await self.store.chain(previous, client)
+        if not chain:
+            raise not_kept(previous)
+        if chain[0].previous:
+            raise not_kept(chain[0].previous)
+        if chain[-1].state == "running":
+            text = f"'previous_response_id' names '{previous}', which is not over."
+            text += " Wait for its end, or cancel it."
+            raise BadRequest(text, code="invalid_value", param="previous_response_id")
+        return [item for response in chain for item in self._items_of(response)]
+
+    def _items_of(self, response: StoredResponse) -> list[Any]:
+        """The items of one turn, input and output; the signatures of its answer are remembered again."""
+        self._signatures.learn(response.signatures)
+        return [*parse_json(response.input), *response.response["output"]]
+
+    async def sealing(
+        self, body: Any, requests: Sequence[Request], trace: Trace
+    ) -> Callable[[ToolCall | Text], str] | None:
+        """Learns the signatures that a client brings back; gives a seal for new ones, where it asks for them."""
+        messages = requests[0].messages
+        parts = (part for message in messages for part in message.parts)
+        carried = [
+            part.signature for part in parts if isinstance(part, Thinking) and part.signature
+        ]
+        wanted = "reasoning.encrypted_content" in (body.get("include") or ())
+        if not (wanted or carried):
+            return None
+        secret = await self.store.secret()
+        entries = [unseal_entry(text, secret) for text in carried]
+        self._signatures.learn(entry for entry in entries if entry)
+        if not wanted:
+            return None
+        return lambda part: seal_entry(signature_entry(part, trace.mapped_model), secret)
+
+
+def is_reference(item: Mapping[str, Any]) -> bool:
+    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
 
 
 def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
@@ -7746,488 +8059,845 @@ def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
     return {**response, "status": "failed", "error": {"code": "server_error", "message": text}}
 
 
-@dataclass(slots=True)
-class Kept:
-    """The place of one response in the store: it is written when the answer begins, and when it is over."""
-
-    id: str
-    renderer: ResponseRenderer
-    payloads: Mapping[str, bytes]
-    _store: ResponseStore
-    _model: Callable[[], str]
-    given: Sequence[Any]  # what only its first row has, until that is written
-    _state: StoredState = "over"
-
-    def object(self) -> bytes:
-        """The response as far as it is made."""
-        return with_payloads(dump_bytes(self.renderer.response), self.payloads)
-
-    async def save(self, state: StoredState | None = None, events: bytes = b"") -> bool:
-        """Writes what the response has become, and whether it could; a disk that refuses costs nobody an answer."""
-        self._store.made.add(self.id)
-        running = self.renderer.response["status"] in ("queued", "in_progress")
-        self._state = state or ("running" if running else "over")
-        signatures = [signature_entry(part, self._model()) for part in self.renderer.signed]
-        given, self.given = self.given, ()
-        try:
-            await self._store.save(
-                self.id, self._state, (self.object(), dump_bytes(signatures), events), given
-            )
-            return True
-        except StoreTrouble as error:
-            self.given = given  # the next save begins anew
-            log.warning("%s cannot be kept: %s", self.id, error.message)
-            return False
-
-    async def leave(self) -> None:
-        """Tells the store that nobody goes on with a response that has begun."""
-        if self._state == "running":
-            await self.save("lost")
-        self._store.made.discard(self.id)
-
-
-class Job:
-    """A response that is made beside every connection; its frames are kept for whoever follows it."""
-
-    def __init__(
-        self,
-        kept: Kept,
-        upstream: Upstream,
-        request: Request,
-        trace: Trace,
-        running: dict[Any, Any],
-    ) -> None:
-        self.kept, self.trace, self._upstream, self._running = kept, trace, upstream, running
-        self._frames = split_frames(
-            with_payloads(encoded(kept.renderer.begin("queued")), kept.payloads)
-        )
-        self._whole = False
-        self._grown = asyncio.Event()
-        self.task = asyncio.create_task(self._make(request))
-        self.task.add_done_callback(lambda _: self._add([]))
-        running[self.task] = None
-
-    def _render(self, events: list[Event]) -> list[bytes]:
-        self._upstream.signatures.remember(events, self.trace.mapped_model)
-        return split_frames(
-            with_payloads(encoded(self.kept.renderer.frames(events)), self.kept.payloads)
-        )
-
-    async def _make(self, request: Request) -> None:
-        try:
-            last = await self._ask(request, lambda events: self._add(self._render(events)))
-            if last and isinstance(last[-1], Ended):
-                self.trace.usage = last[-1].usage
-            elif last and isinstance(last[-1], Failed):
-                self.trace.error = last[-1].error.code or last[-1].error.type
-            frames = self._render(last)
-            events = b"".join([*self._frames, *frames])
-            saved, self._whole = await self.kept.save(events=events), True
-            self._add(frames)
-            while not saved and not self.kept.given:  # else it would read as running for ever
-                await asyncio.sleep(DATABASE_BUSY_S)
-                saved = await self.kept.save(events=events)
-        finally:
-            await self.kept.leave()
-
-    async def _ask(self, request: Request, sink: Callable[[list[Event]], None]) -> list[Event]:
-        """Hands the events to the sink as they come; those that end the answer, in whatever way, are returned."""
-        try:
-            with Unbegun(self._running, self.task):
-                answer = await self._upstream.ask(request, self.trace, sse=True)
-            with contextlib.closing(answer):
-                self._running[self.task] = answer
-                sink(answer.first)
-                return await answer.flow(sink)
-        except GatewayError as error:
-            return [Failed(error)]
-        except asyncio.CancelledError:
-            return [Failed(STOPPED)]
-
-    def _add(self, frames: list[bytes]) -> None:
-        self._frames += frames
-        self._grown.set()
-        self._grown = asyncio.Event()
-
-    async def end(self) -> None:
-        """Waits until the response is over, and kept where it can be."""
-        while not (self._whole or self.task.done()):
-            await self._grown.wait()
-
-    async def follow(self, at: int) -> AsyncIterator[bytes]:
-        """The frames from one on, as they come."""
-        while True:
-            grown = self._grown
-            if new := self._frames[at:]:
-                at += len(new)
-                yield b"".join(new)
-            elif self._whole:
-                return
-            elif self.task.done():
-                self.task.result()  # raises what kept it from its end: nobody takes a part for the whole
-            else:
-                await grown.wait()
-
-
 def split_frames(data: bytes) -> list[bytes]:
     """The frames of a Responses stream, each at the place of its sequence number."""
     return [frame + b"\n\n" for frame in data.split(b"\n\n")[:-1]]
 
 
-def is_reference(item: Mapping[str, Any]) -> bool:
-    return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
-
-
-# How items are named that are kept, by the response that they belong to.
-ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{24})i?[0-9a-f]{4}")
+def replay_frames(stored: StoredResponse, at: int) -> list[bytes]:
+    """The frames of a response that is over, from the one with this sequence number on."""
+    if stored.events:
+        return split_frames(stored.events)[at:]
+    response = stored.response
+    head = Head(stored.id, response["created_at"], response["model"])
+    frames = split_frames(encoded(ResponseRenderer(head, {}).replay(response, at)))
+    return frames[min(at, len(frames) - 2) :]
 
 
 def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
     """The fields of a URL's query, with numbers as such."""
-    return {
-        key: int(value) if re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
-        for key, value in query.items()
-    }
+
+    def read(value: str) -> Any:
+        return int(value) if re.fullmatch(r"-?\d{1,9}", value, re.ASCII) else value
+
+    return {key: read(value) for key, value in query.items()}
 
 
 def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
-    """A page of a response's input, its last item first unless it is asked for otherwise. Raises BadRequest."""
+    """A page of a response's input, its last item first unless `order` is asc. Raises BadRequest."""
     fields = Fields(numbers_in(query))
-    limit, order, after = (
-        fields.count("limit", 100) or 20,
-        query.get("order", "desc"),
-        query.get("after"),
-    )
+    limit, order = fields.count("limit", 100) or 20, query.get("order", "desc")
     if order not in ("asc", "desc"):
         raise fields.wrong("order", f"is '{order}'", "Send asc or desc")
-    items = items if order == "asc" else items[::-1]
-    ids = [item["id"] for item in items]
-    if after is not None and after not in ids:
-        raise fields.wrong(
-            "after",
-            f"is '{after}', which is no item of this response",
-            "Send an id of the page before",
-        )
-    start = ids.index(after) + 1 if after else 0
-    data, shown = items[start : start + limit], ids[start : start + limit] or [""]
-    more = start + limit < len(items)
-    return {
-        "object": "list",
-        "data": data,
-        "first_id": shown[0],
-        "last_id": shown[-1],
-        "has_more": more,
-    }
+    if order == "desc":
+        items = items[::-1]
+    start = page_start(fields, [item["id"] for item in items], query.get("after"))
+    data = items[start : start + limit]
+    page = {"object": "list", "data": data, "first_id": "", "last_id": ""}
+    if data:
+        page |= {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
+    return page | {"has_more": start + limit < len(items)}
+
+
+def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
+    if after is None:
+        return 0
+    if after not in ids:
+        what = f"is '{after}', which is no item of this response"
+        raise fields.wrong("after", what, "Send an id of the page before")
+    return ids.index(after) + 1
 
 
 # ==============================================================================
-# 21. Web
+# 21. Exchanges
+# ==============================================================================
+
+BACKGROUND_MAX = 64  # responses in the background, each of which holds all its frames
+STORE_RETRY_S = 5.0  # for the end of a background response that could not be written
+STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
+
+# As Codex, Claude Code and OpenCode send them.
+SESSION_HEADERS = (
+    *("session_id", "session-id", "x-session-id", "x-session-affinity", "conversation_id"),
+)
+
+Render = Callable[[list[Event]], bytes]
+Send = Callable[[bytes], Awaitable[None]]
+
+
+@value
+class Source:
+    """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
+
+    path: Path
+    load: Callable[[], Config]
+    asked: asyncio.Event
+
+
+@dataclass(eq=False, slots=True)
+class Gateway:
+    """What all exchanges share, and which of them run."""
+
+    config: Config
+    upstream: Upstream
+    media: MediaFetcher
+    kept: KeptResponses
+    doors: Sequence[Door]
+    source: Source | None = None
+    journal: Journal = field(default_factory=Journal)
+    running: set[Exchange] = field(default_factory=set)
+    backgrounds: dict[str, Background] = field(default_factory=dict)  # by the response's id
+    draining: bool = False
+
+    def log(self, trace: Trace, status: int) -> None:
+        """Keeps what happened for `agproxy why` and the bill, and writes the log line."""
+        now = time.monotonic()
+        self.journal.add(trace, status, now)
+        if log.isEnabledFor(logging.INFO):
+            fields = log_fields(trace, status, now)
+            log.info("%s", log_text(fields), extra={"fields": fields})
+
+    async def drain(self, seconds: float) -> None:
+        """Lets running answers finish; those that take longer end with an error, told in their client's form."""
+        self.draining = True
+        await self._wait(seconds)
+        for exchange in [*self.running]:
+            exchange.break_off(STOPPED)
+        await self._wait(1)
+        for exchange in [*self.running]:
+            exchange.task.cancel()
+        await self._wait(1)
+
+    async def _wait(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while tasks := [exchange.task for exchange in self.running if not exchange.task.done()]:
+            left_s = until - time.monotonic()
+            if left_s <= 0 or not (await asyncio.wait(tasks, timeout=left_s))[0]:
+                return
+            await asyncio.sleep(0)  # so that those that are done leave
+
+
+class Exchange:
+    """One request and its answer, on the same path whether it is streamed, whole or made in the background.
+
+    They differ in two calls: `render` makes bytes of events, `send` takes them to where they belong.
+    """
+
+    __slots__ = (
+        *("answer", "door", "error", "gateway", "kept", "payloads", "renderer"),
+        *("streamed", "task", "trace"),
+    )
+
+    def __init__(self, gateway: Gateway, trace: Trace, door: Door, task: asyncio.Task[Any]) -> None:
+        self.gateway, self.trace, self.door = gateway, trace, door
+        self.task = (
+            task  # that is cancelled where the exchange is broken off before its answer has begun
+        )
+        self.payloads: dict[str, bytes] = {}
+        self.streamed = False
+        self.renderer: Renderer | None = None
+        self.kept: KeptResponse | None = None
+        self.answer: Answer | Merged | None = None
+        self.error: GatewayError | None = None  # by which it was broken off
+
+    # ---- from a body to an answer that has begun
+
+    async def read(self, data: bytes, headers: Mapping[str, str]) -> tuple[list[Request], Any]:
+        """The requests of a body, and the body, whose long base64 is cut out. Raises BadRequest."""
+        gateway, door, trace = self.gateway, self.door, self.trace
+        check = is_base64 if door.keeps else seems_base64  # what is kept must be whole
+        data, self.payloads = cut_payloads(data, check)
+        body = parse_body(data)
+        past = await gateway.kept.recall(body, trace.client) if door.keeps else None
+        requests = door.parse(body, past)
+        trace.strict = gateway.config.strict or headers.get("x-agproxy-strict") == "1"
+        trace.model = requests[0].model
+        self.streamed = requests[0].stream
+        trace.affinity = affinity_of(trace.client, session_of(headers, body), requests[0])
+        return requests, body
+
+    async def open(self, requests: Sequence[Request], body: Any) -> None:
+        """Makes the renderer, and the place in the store where the response is to be kept."""
+        gateway, trace, request = self.gateway, self.trace, requests[0]
+        head = Head(
+            trace.id[4:],
+            int(time.time()),
+            trace.model,
+            request.include_usage,
+            gateway.config.images_in_text,
+            time.time,
+        )
+        if self.door.keeps:
+            head = replace(head, seal=await gateway.kept.sealing(body, requests, trace))
+        renderer = self.renderer = self.door.renderer(head, body)
+        if isinstance(renderer, ResponseRenderer):
+            self.kept = gateway.kept.place_for(renderer, body, self.payloads, trace)
+
+    async def ask(self, requests: Sequence[Request], body: Any) -> None:
+        """Fetches linked media, maps the model and asks Gemini. Raises GatewayError."""
+        gateway, trace = self.gateway, self.trace
+        with self.breakable():
+            requests = [await gateway.media.filled(request) for request in requests]
+            if self.payloads:
+                requests = [replace(request, payloads=self.payloads) for request in requests]
+            trace.mapped_model = await gateway.upstream.catalog.resolve(trace.model)
+            try:
+                self.answer = await gateway.upstream.ask(requests, trace)
+            except UpstreamRefused:
+                refuse_damaged(self.door, body, self.payloads)
+                raise
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        """Until an answer has begun: what breaks it off is raised as an error, so that the client is told."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if self.error is None:
+                raise
+            self.task.uncancel()
+            raise self.error from None
+
+    def break_off(self, error: UpstreamError) -> None:
+        """Ends the exchange in whatever phase it is; its client is told why."""
+        if self.answer is not None:
+            self.answer.break_off(error)
+        elif self.error is None:
+            self.error = error
+            self.task.cancel()
+
+    # ---- from the answer to whoever waits for it
+
+    async def run(self, render: Render, send: Send) -> None:
+        """Takes all events of the answer to where they belong. Raises what `render` and `send` raise."""
+        assert self.answer is not None
+        async for events in self.answer:
+            self.gateway.upstream.signatures.remember(events, self.trace.mapped_model)
+            await self.deliver(events, render, send)
+
+    def render(self, events: list[Event]) -> bytes:
+        """The frames of the events of one read."""
+        assert self.renderer is not None
+        return encoded(self.renderer.frames(events))
+
+    async def deliver(self, events: list[Event], render: Render, send: Send) -> None:
+        """Sends the events of one read; what is kept is written before the client reads that it is over."""
+        data = render(events)
+        if self.payloads:
+            data = put_back(data, self.payloads)
+        over = self._note(events[-1])
+        if self.kept and (over or self.trace.first_byte is None):
+            await self.kept.save()
+        if self.trace.first_byte is None:
+            self.trace.first_byte = time.monotonic()
+        await send(data)
+
+    def _note(self, event: Event) -> bool:
+        """Notes the usage or the error of an event that ends the answer; false for any other."""
+        match event:
+            case Ended(usage):
+                self.trace.usage = usage
+            case Failed(error):
+                self.trace.error = error.code or error.type
+            case _:
+                return False
+        return True
+
+    async def close(self) -> None:
+        if self.answer is not None:
+            self.answer.close()
+        if self.kept:
+            await self.kept.leave()
+
+
+def refuse_damaged(door: Door, body: Any, payloads: Mapping[str, bytes]) -> None:
+    """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
+    for mark, payload in payloads.items():
+        if not is_base64(payload):
+            door.parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")), ())
+
+
+def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
+    """The client's own name for a conversation, where it gives one."""
+    names = filter(None, map(headers.get, SESSION_HEADERS))
+    name = next(names, None) or body.get("prompt_cache_key")
+    return name if isinstance(name, str) else ""
+
+
+class Background:
+    """A response that is made beside every connection; its frames are kept for whoever follows it."""
+
+    def __init__(self, exchange: Exchange, requests: Sequence[Request], body: Any) -> None:
+        assert exchange.kept is not None
+        self.exchange, self.kept = exchange, exchange.kept
+        self._renderer = self.kept.renderer
+        self._shown = 0  # frames that followers may have
+        self._over = False
+        self._grown = asyncio.Event()
+        self._render_queued()
+        self.task = exchange.task = asyncio.create_task(self._make(requests, body))
+
+    def _render_queued(self) -> None:
+        frames = put_back(encoded(self._renderer.begin("queued")), self.exchange.payloads)
+        self.kept.frames += split_frames(frames)
+        self._shown = len(self.kept.frames)
+
+    def _render(self, events: list[Event]) -> bytes:
+        """Adds the frames of the events; nothing is sent to one client alone."""
+        frames = put_back(encoded(self._renderer.frames(events)), self.exchange.payloads)
+        self.kept.frames += split_frames(frames)
+        return b""
+
+    async def _show(self, _: bytes) -> None:
+        """Lets followers have what was rendered."""
+        self._shown = len(self.kept.frames)
+        self._grown.set()
+        self._grown = asyncio.Event()
+
+    async def _make(self, requests: Sequence[Request], body: Any) -> None:
+        exchange = self.exchange
+        try:
+            try:
+                await exchange.ask(requests, body)
+                await exchange.run(self._render, self._show)
+            except GatewayError as error:
+                await exchange.deliver([Failed(error)], self._render, self._show)
+            except asyncio.CancelledError:
+                await exchange.deliver([Failed(STOPPED)], self._render, self._show)
+            self._over = True
+            await self._show(b"")
+            while (
+                self.kept.written and not self.kept.saved
+            ):  # else it would read as running for ever
+                await asyncio.sleep(STORE_RETRY_S)
+                await self.kept.save()
+        finally:
+            await exchange.close()
+            await self._show(b"")
+
+    async def end(self) -> None:
+        """Waits until the response is over, and kept where it can be."""
+        while not (self._over or self.task.done()):
+            await self._grown.wait()
+
+    async def follow(self, at: int) -> AsyncIterator[bytes]:
+        """The frames from one on, as they come. Raises what kept the response from its end."""
+        while True:
+            grown = self._grown
+            if frames := self.kept.frames[at : self._shown]:
+                at += len(frames)
+                yield b"".join(frames)
+            elif self._over:
+                return
+            elif self.task.done():
+                self.task.result()  # raises: nobody takes a part for the whole
+            else:
+                await grown.wait()
+
+
+async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> Background:
+    """Begins to make a response beside the connection that asked for it; it has a log line of its own.
+
+    Raises Overloaded, and StoreTrouble where nobody could ask for it later.
+    """
+    gateway, request_trace = exchange.gateway, exchange.trace
+    if len(gateway.backgrounds) >= BACKGROUND_MAX:
+        text = f"{BACKGROUND_MAX} responses are made in the background already. Try again later."
+        raise Overloaded(text)
+    trace = replace(request_trace, steps=[])
+    request_trace.model = ""
+    detached = Exchange(gateway, trace, exchange.door, exchange.task)
+    detached.payloads, detached.streamed = exchange.payloads, exchange.streamed
+    await detached.open(requests, body)
+    background = Background(detached, requests, body)
+    gateway.running.add(detached)
+    gateway.backgrounds[background.kept.id] = background
+    background.task.add_done_callback(functools.partial(finish_background, background))
+    await background.kept.save()
+    if not (background.kept.saved or requests[0].stream):  # its stream can be read all the same
+        text = "The response cannot be kept, and nobody could ask for it."
+        text += " Try again, or leave out 'background'."
+        detached.break_off(Cancelled(text))
+        raise StoreTrouble(text)
+    return background
+
+
+def finish_background(background: Background, task: asyncio.Task[None]) -> None:
+    gateway, exchange = background.exchange.gateway, background.exchange
+    error = None if task.cancelled() else task.exception()
+    if error:
+        log.error("%s failed", exchange.trace.id, exc_info=without_words(error))
+    gateway.log(exchange.trace, 500 if error else 200)
+    gateway.running.discard(exchange)
+    gateway.backgrounds.pop(background.kept.id, None)
+
+
+def without_words(error: BaseException) -> Any:
+    """What the log may tell of a mistake: where it was made, but not its words, which may be a client's."""
+    text = f"{type(error).__name__}, without its words: they may be a client's"
+    return RuntimeError, RuntimeError(text), error.__traceback__
+
+
+# ==============================================================================
+# 22. Web
 # ==============================================================================
 
 DRAIN_S = 30.0
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
 LINGER_S = 10.0  # for the rest of a body that nobody reads
 KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
-FILES_KEPT = 64  # for what is not a request: listeners, the log, idle connections
-UNSENT_BYTES_MAX = 256 << 10
+UNSENT_BYTES_MAX = 256 << 10  # of a client that is slow; then its answer waits
 HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
-REQUEST_LINE = re.compile(r"([A-Z]{1,20}) ([^\x00-\x20\x7f]+) HTTP/1\.([01])")
-CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]+")
-GIVEN_ONCE = ("host", "content-length", "transfer-encoding", "content-type", "authorization")
-CLOSE: Mapping[str, str] = {"Connection": "close"}
+EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+GIVEN_ONCE = ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization")
+KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
+CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
+POOL_ACTIONS = ("reset", "pause", "resume")
+LINE_BYTES_MAX = 8190  # of the request line, and of a header: room for any key or token
+NOT_HTTP = "What came is not HTTP/1.1. Check the client, and that it uses no TLS here."
+ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
+
+# Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
+ENDPOINTS = "|".join([door.path.removeprefix("/v1/") for door in DOORS] + ["models", "embeddings"])
+STACKED = re.compile(
+    rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<endpoint>healthz|responses/input_tokens|{ENDPOINTS})"
+    r"(?:(?<=models)/(?P<model>(?s:.+?))"
+    r"|(?<=responses)/(?P<id>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
+)
 
 
-def parse_head(data: bytes) -> tuple[str, str, bool, dict[str, str]]:
-    """Method, target, whether it is HTTP/1.1, and the headers by names in lower case. Raises ValueError.
-
-    Stricter than it must be: what two programs may read in two ways is no request.
-    Source: https://www.rfc-editor.org/rfc/rfc9112#section-11.2
-    """
-    first, *lines = data.decode("utf-8", "surrogateescape").split("\r\n")
-    line = REQUEST_LINE.fullmatch(first)
-    if line is None:
-        raise ValueError("no request line")
-    headers: dict[str, str] = {}
-    for one in lines:
-        name, value = known_header(one) if len(one) < HEADER_KNOWN_MAX else parse_header(one)
-        if name in headers:
-            if name in GIVEN_ONCE:
-                raise ValueError(f"more than one {name}")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
-    if "host" not in headers and line[3] == "1":
-        raise ValueError("no host")
-    return line[1], line[2], line[3] == "1", headers
+@functools.lru_cache(256)
+def place_of(path: str) -> tuple[str, str]:
+    """The path that is meant by one that is doubled, stacked or lacks /v1, and its name in the log."""
+    match = STACKED.fullmatch(re.sub("/{2,}", "/", path))
+    if match is None:
+        return path, path
+    endpoint, model, id, part = match.groups()
+    if endpoint == "healthz":
+        return "/healthz", endpoint
+    if model:
+        return f"/v1/models/{model}", endpoint
+    if id:
+        return f"/v1/responses/{id}{part or ''}", f"responses/{{id}}{part or ''}"
+    return f"/v1/{endpoint}", endpoint
 
 
-def parse_header(line: str) -> tuple[str, str]:
-    name, colon, value = line.partition(":")
-    name = name.lower()
-    if not colon or not HEADER_NAME.fullmatch(name) or CONTROLS.search(value):
-        raise ValueError("an odd header line")
-    return name, value.strip(" \t")
-
-
-HEADER_KNOWN_MAX = 200
-known_header = functools.lru_cache(256)(
-    parse_header
-)  # a client's lines are mostly those of its last request
-
-
-def body_length(new: bool, headers: Mapping[str, str]) -> int:
-    """How many bytes of body follow a head, -1 where it comes in chunks. Raises ValueError."""
-    coding, length = headers.get("transfer-encoding"), headers.get("content-length", "0")
-    if coding is not None:
-        if coding.lower() != "chunked" or "content-length" in headers or not new:
-            raise ValueError("a transfer-encoding other than chunked alone")
-        return -1
-    if not (length.isascii() and length.isdigit() and len(length) < 16):
-        raise ValueError("an odd content-length")
-    return int(length)
-
-
-@dataclass(slots=True)
-class HttpResponse:
-    """An answer that is not streamed."""
-
-    body: bytes = b""
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class HttpRequest:
-    """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
-
-    __slots__ = (
-        *(
-            "method",
-            "path",
-            "headers",
-            "close",
-            "begun",
-            "ended",
-            "whole",
-            "source",
-            "task",
-            "quiet",
-        ),
-        *(
-            "_query",
-            "_new",
-            "_connection",
-            "_left",
-            "_chunks",
-            "_pieces",
-            "_size",
-            "_come",
-            "_error",
-        ),
-    )
-
-    def __init__(self, connection: ClientConnection, head: bytes) -> None:
-        self.method, target, self._new, self.headers = parse_head(head)
-        path, _, self._query = target.partition("?")
-        self.path = unquote(path if path.startswith("/") else urlsplit(path).path or path)
-        said = self.headers.get("connection", "").lower()
-        self.close = "close" in said or not (self._new or "keep-alive" in said)
-        self.begun = self.ended = False  # whether the head of the answer went out, and its end
-        self.quiet = True  # nothing was written since somebody looked
-        self.task: asyncio.Task[None] | None = None  # who answers it
-        self.source: Answer | Merged | None = (
-            None  # which pauses while the client does not take what was written
-        )
-        self._connection = connection
-        self._left = body_length(self._new, self.headers)
-        self._chunks = (
-            Unframer({"transfer-encoding": "chunked"}, strict=True) if self._left < 0 else None
-        )
-        self.whole = self._left == 0  # whether all of the body is there
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._come: asyncio.Future[None] | None = None
-        self._error: GatewayError | None = None
-
-    @property
-    def query(self) -> dict[str, str]:
-        return dict(parse_qsl(self._query, keep_blank_values=True))
-
-    @property
-    def remote(self) -> str:
-        return str((self._connection.transport.get_extra_info("peername") or [""])[0])
-
-    # ---- its body
-
-    def feed(self, data: bytes) -> bytes:
-        """Takes in what is of the body; returns what is behind it. Raises ValueError."""
-        if self._chunks:
-            piece = self._chunks.feed(data)
-            rest, self.whole = self._chunks.behind, self._chunks.done
-        else:
-            piece, rest = (
-                (data, b"") if len(data) <= self._left else (data[: self._left], data[self._left :])
-            )
-            self._left -= len(piece)
-            self.whole = self._left == 0
-        if not self.begun:  # else nobody will read it
-            self._size += len(piece)
-            self._pieces.append(piece)
-        if self._size > BODY_BYTES_MAX:
-            self._pieces.clear()
-        if self.whole or self._size > BODY_BYTES_MAX:
-            self._wake()
-        return rest
-
-    def fail(self, error: GatewayError) -> None:
-        """The body cannot be read to its end; what its reader is told."""
-        self._error, self.whole, self.close = error, True, True
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._come and not self._come.done():
-            self._come.set_result(None)
-
-    async def read(self) -> bytes:
-        """The body, unpacked, once. Raises BodyTooLarge, BodyTooSlow, and BadRequest for a broken one."""
-        if self._left > BODY_BYTES_MAX:
-            raise too_large()
-        if not self.whole:
-            if (
-                self._new
-                and self.headers.get("expect", "").lower() == "100-continue"
-                and not self._size
-            ):
-                self._connection.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            if max(self._left, self._size) > LARGE_BYTES:
-                keep_buffers()
-            await self._rest_of_body(BODY_S_MAX)
-        if self._error or self._size > BODY_BYTES_MAX:
-            raise self._error or too_large()
-        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
-        self._pieces.clear()
-        packing = self.headers.get("content-encoding", "identity").lower()
-        return data if packing == "identity" else unpacked(data, packing)
-
-    async def _rest_of_body(self, seconds: float) -> None:
-        """Until the body is there or is too large. Raises BodyTooSlow."""
-        self._come = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(seconds):
-                await self._come
-        except TimeoutError:
-            text = (
-                f"The body did not come within {seconds:.0f} s. Send it faster, or a smaller one."
-            )
-            raise BodyTooSlow(text, headers=CLOSE) from None
-
-    async def discard(self) -> None:
-        """Takes the rest of a body that nobody reads, or the client would not hear the answer before it has sent all."""
-        self.close, self._size = True, 0
-        with contextlib.suppress(BodyTooSlow):
-            await self._rest_of_body(LINGER_S)
-
-    # ---- its answer
-
-    def send(self, response: HttpResponse) -> None:
-        """The whole answer. A HEAD's has no body."""
-        self.begun = self.ended = True
-        self.close |= response.headers.pop("Connection", "") == "close" or not self.whole
-        length = {} if response.status == 204 else {"Content-Length": str(len(response.body))}
-        head = self._render_head(response.status, response.headers | length)
-        self._connection.transport.write(head if self.method == "HEAD" else head + response.body)
-
-    def begin(self, headers: Mapping[str, str], data: bytes) -> None:
-        """The head of an answer of unknown length, and what is there of its body."""
-        self.begun, self.quiet = True, False
-        self.headers = {}  # a stream may last long
-        self.close |= not (self._new and self.whole)
-        framing = {"Transfer-Encoding": "chunked"} if self._new else {}
-        self._connection.transport.write(
-            self._render_head(200, {**headers, **framing}) + self._framed(data)
-        )
-
-    def write(self, data: bytes) -> None:
-        """A piece of the body; whoever is gone gets nothing."""
-        self.quiet, transport = False, self._connection.transport
-        if data and not transport.is_closing():
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._new else data)
-
-    def end(self, data: bytes) -> None:
-        """The last piece."""
-        self.ended = True
-        if not self.gone:
-            self._connection.transport.write(
-                self._framed(data) + (b"0\r\n\r\n" if self._new else b"")
-            )
-
-    @property
-    def gone(self) -> bool:
-        return self._connection.transport.is_closing()
-
-    @property
-    def full(self) -> bool:
-        """Whether the client has yet to take what was written before anything else is."""
-        return self._connection.room is not None
-
-    async def taken(self) -> None:
-        """Returns once the client has taken most of what was written."""
-        if self._connection.room:
-            await self._connection.room
-
-    def abort(self) -> None:
-        """Cuts the connection, so that nobody takes a part for the whole."""
-        self._connection.transport.abort()
-
-    def _framed(self, data: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(data), data) if data and self._new else data
-
-    def _render_head(self, status: int, headers: Mapping[str, str]) -> bytes:
-        keep = CLOSE if self.close else {} if self._new else {"Connection": "keep-alive"}
-        return render_head(status, {**keep, **headers})
-
-
-def render_head(status: int, headers: Mapping[str, str]) -> bytes:
-    lines = [
-        f"{name}: {value if value.isprintable() else printable(value)}\r\n"
-        for name, value in headers.items()
+def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
+    """The table of routes. A path in another writing is brought into this one by `place_of`."""
+    get = functools.partial(web.get, expect_handler=expect_later)
+    post = functools.partial(web.post, expect_handler=expect_later)
+    return [
+        get("/healthz", tell_health),
+        get("/v1/models", list_models),
+        get("/v1/models/{name:.+}", show_model),
+        *(post(door.path, answer) for door in doors),
+        *(post(f"{door.path}/input_tokens", count_tokens) for door in doors if door.counts),
+        post("/v1/embeddings", embed),
+        get("/v1/responses/{id}", show_response),
+        get("/v1/responses/{id}/input_items", list_input_items),
+        post("/v1/responses/{id}/cancel", cancel_response),
+        web.delete("/v1/responses/{id}", delete_response, expect_handler=expect_later),
+        get("/agproxy/status", show_status),
+        get("/agproxy/why/{id}", explain_request),
+        post("/agproxy/pool", steer_accounts),
+        post("/agproxy/reload", reload_config),
+        web.route("*", "/{path:.*}", refuse_path, expect_handler=expect_later),
     ]
-    first = f"HTTP/1.1 {status} {reason_of(status)}\r\nDate: {http_date(int(time.time()))}\r\n"
-    return encoded(f"{first}{''.join(lines)}\r\n")
 
 
-def printable(value: str) -> str:
-    """A header's value without what would end it."""
-    return "".join(c if c.isprintable() else "?" for c in value)
+def create_app(
+    config: Config,
+    *,
+    doors: Sequence[Door] = DOORS,
+    source: Source | None = None,
+    drain_s: float = 0.0,
+    direct: bool = True,
+) -> web.Application:
+    """The gateway as an aiohttp application; when that stops, running answers have `drain_s` to finish.
+
+    Without `direct` upstreams are asked by aiohttp's client, as through a proxy.
+    """
+    path = None if config.store in (None, "memory", "off") else Path(config.store)
+    database = Database(path)
+    upstream = Upstream(config, direct=direct)
+    kept = KeptResponses(ResponseStore(database), upstream.signatures, keeps=config.store != "off")
+    gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors)
+
+    async def live(app: web.Application) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            await start(gateway, database, source, stack)
+            yield
+            for exchange in gateway.running:
+                exchange.task.cancel()
+            tasks = [exchange.task for exchange in gateway.running]
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(app: web.Application) -> None:
+        await gateway.drain(drain_s)
+
+    layers = [functools.partial(layer, gateway) for layer in (name_request, let_in)]
+    app = web.Application(middlewares=[web.middleware(layer) for layer in layers])
+    app.add_routes(routes(doors))
+    app.on_shutdown.append(drain)
+    app.cleanup_ctx.append(live)
+    app[gateway_key()] = gateway
+    return app
 
 
 @functools.cache
-def reason_of(status: int) -> str:
-    from http import HTTPStatus
-
-    return HTTPStatus(status).phrase if status != 499 else "Client Closed Request"
+def gateway_key() -> web.AppKey[Gateway]:
+    return web.AppKey("gateway", Gateway)
 
 
-@functools.lru_cache(1)
-def http_date(now: int) -> str:
-    """Source: https://www.rfc-editor.org/rfc/rfc9110#section-5.6.7"""
-    return time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(now))
+@functools.cache
+def exchange_key() -> web.RequestKey[Exchange]:
+    return web.RequestKey("exchange", Exchange)
+
+
+def exchange_of(request: web.Request) -> Exchange:
+    return request[exchange_key()]
+
+
+async def start(
+    gateway: Gateway, database: Database, source: Source | None, stack: contextlib.AsyncExitStack
+) -> None:
+    """Opens what an application needs while it lives; the stack closes it."""
+    upstream = gateway.upstream
+    stack.push_async_callback(database.close)
+    stack.push_async_callback(gateway.media.close)
+    stack.push_async_callback(upstream.close)
+    if source:
+        stack.callback(asyncio.create_task(watch(gateway, source)).cancel)
+        gateway.source = source
+    if database.path:
+        pool_store = PoolStore(database, upstream.pool)
+        await pool_store.load(upstream.clock())
+        stack.push_async_callback(pool_store.save)
+        stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
+
+
+# ---- every request: named, let in or not, told the truth where it fails
+
+
+async def name_request(
+    gateway: Gateway, request: web.Request, handler: Handler
+) -> web.StreamResponse:
+    """Gives a request its name and its place among those that run; what fails is told in its door's form, and logged."""
+    path, route = place_of(request.path)
+    trace = Trace(gateway.config, f"req_{next_id()}", route, time.monotonic())
+    client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
+    if client_id and CLIENT_ID.fullmatch(client_id):
+        trace.client_id = client_id
+    task: Any = asyncio.current_task()
+    exchange = Exchange(gateway, trace, door_at(gateway.doors, path), task)
+    request[exchange_key()] = exchange
+    gateway.running.add(exchange)
+    status = 499  # where the client is gone
+    try:
+        response = await answered(request, exchange, handler)
+        status = response.status
+        return response
+    finally:
+        gateway.running.discard(exchange)
+        gateway.log(trace, status)
+
+
+async def answered(
+    request: web.Request, exchange: Exchange, handler: Handler
+) -> web.StreamResponse:
+    """The answer of a handler, or what it raised in the form of the request's door."""
+    trace = exchange.trace
+    try:
+        return await handler(request)
+    except GatewayError as error:
+        return error_reply(request, error)
+    except RecursionError:
+        return error_reply(request, BadRequest("The body is nested too deep. Send flatter JSON."))
+    except ConnectionError:
+        raise  # the client is gone
+    except Exception as mistake:
+        log.error("%s failed", trace.id, exc_info=without_words(mistake))
+        text = "The gateway failed. Its log says why; please report it."
+        return error_reply(request, GatewayError(text))
+
+
+def door_at(doors: Sequence[Door], path: str) -> Door:
+    """The door in whose form errors at a path are told."""
+    for door in doors:
+        if path.startswith(door.path):
+            return door
+    return doors[0]
+
+
+async def let_in(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Keeps out whom the config keeps out; finds the handler of a path in another writing."""
+    exchange = exchange_of(request)
+    for name in GIVEN_ONCE:
+        if len(request.headers.getall(name, ())) > 1:
+            raise BadRequest(f"The header {name} is given twice. Send it once.")
+    guard(gateway.config, request)
+    if request.method == "OPTIONS":
+        return web.Response(status=204, headers=headers_of(request))
+    path, _ = place_of(request.path)
+    if gateway.config.auth != "all_except_health" or path != "/healthz":
+        exchange.trace.client = client_of(gateway.config, request.headers)
+    check_load(gateway, request)
+    if path == request.path:
+        return await handler(request)
+    return await reroute(request, path)
+
+
+async def reroute(request: web.Request, path: str) -> web.StreamResponse:
+    """Hands a request to the handler of the path that is meant."""
+    url = request.rel_url.with_path(path).with_query(request.query)
+    again = request.clone(rel_url=url)
+    match = await request.app.router.resolve(again)
+    again._match_info = match  # as aiohttp's own normalize_path_middleware does
+    return await match.handler(again)
+
+
+def guard(config: Config, request: web.Request) -> None:
+    """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
+    if config.auth != "off":
+        return
+    host = host_of(f"//{request.headers.get('host', 'localhost')}")
+    literal = config.allow_lan_access and is_address(host)
+    if not (is_loopback(host) or literal or host in config.allowed_hosts):
+        text = f"The Host '{host}' may not be used without a key."
+        text += f" Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
+        raise Forbidden(text, code="host_not_allowed")
+    origin = request.headers.get("origin", "")
+    foreign = re.match(r"https?:|null$", origin, re.IGNORECASE) and not may_call(config, origin)
+    if foreign:
+        text = f"The web page {origin} may not call. Add it to proxy.cors_origins,"
+        raise Forbidden(f"{text} or {ASK_FOR_A_KEY}.", code="origin_not_allowed")
+
+
+def may_call(config: Config, origin: str) -> bool:
+    return is_loopback(host_of(origin)) or origin.lower() in config.cors_origins
+
+
+def client_of(config: Config, headers: Mapping[str, str]) -> str:
+    """The name of the key that a request shows; "" where none is needed. Raises Unauthorized."""
+    if config.auth == "off":
+        return ""
+    keys = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
+    keys += [headers.get(name, "") for name in KEY_HEADERS]
+    sent = [key.encode("utf-8", "surrogateescape") for key in keys]
+    for one in config.api_key:
+        if any(hmac.compare_digest(key, one.key.encode()) for key in sent):
+            return one.name
+    what = "The API key is wrong." if any(keys) else "An API key is missing."
+    raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
+
+
+def check_load(gateway: Gateway, request: web.Request) -> None:
+    """Raises Overloaded while the gateway stops or serves as many requests as it may, and BadRequest for odd expectations."""
+    if gateway.draining:
+        error = Overloaded("The gateway is being stopped. Ask again in a moment.")
+        error.headers = {"Connection": "close"}
+        raise error
+    if len(gateway.running) - len(gateway.backgrounds) > gateway.config.max_requests:
+        text = f"The gateway serves {gateway.config.max_requests} requests at once."
+        raise Overloaded(f"{text} Try again in a moment, or raise proxy.max_requests.")
+    expectation = request.headers.get("expect", "")
+    if expectation and expectation.lower() != "100-continue":
+        raise ExpectationFailed("Only 'Expect: 100-continue' is served. Leave the header out.")
+
+
+async def expect_later(request: web.Request) -> None:
+    """Sends no 100 Continue yet: a client is asked for its body once its key was checked."""
+
+
+def cors_headers(config: Config, request: web.Request) -> dict[str, str]:
+    """Lets a browser's page read the answer: any page where a key is needed, else those allowed."""
+    origin, open_to_all = request.headers.get("origin"), config.auth != "off"
+    if origin is None or not (open_to_all or may_call(config, origin)):
+        return {}
+    headers = {"Access-Control-Allow-Origin": "*" if open_to_all else origin, "Vary": "Origin"}
+    if request.method != "OPTIONS":
+        return headers | {"Access-Control-Expose-Headers": "*"}  # all, for no cookies are allowed
+    asked = request.headers.get("access-control-request-headers", "authorization")
+    return headers | {
+        "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Access-Control-Max-Age": "600",
+        "Access-Control-Allow-Headers": asked,
+    }
+
+
+def headers_of(request: web.Request) -> dict[str, str]:
+    """The headers of every answer, without what would end one."""
+    exchange = exchange_of(request)
+    headers = exchange.trace.headers(time.monotonic())
+    headers |= cors_headers(exchange.gateway.config, request)
+    headers["Server"] = "agproxy"
+    for name, value in headers.items():
+        if not value.isprintable():
+            headers[name] = "".join(c if c.isprintable() else "?" for c in value)
+    return headers
+
+
+# ---- whole answers
+
+
+def reply(
+    request: web.Request, body: bytes, status: int = 200, media_type: str = "application/json"
+) -> web.Response:
+    headers = headers_of(request)
+    headers["Content-Type"] = media_type
+    return web.Response(body=body, status=status, headers=headers)
+
+
+def json_reply(request: web.Request, value: Any) -> web.Response:
+    return reply(request, dump_bytes(value))
+
+
+def error_reply(request: web.Request, error: GatewayError) -> web.Response:
+    """An error in the form of the request's door."""
+    exchange = exchange_of(request)
+    trace, door = exchange.trace, exchange.door
+    if error.code == "context_length_exceeded":
+        error.param = door.long_field
+    body = door.error(error)
+    if error.waits and trace.steps and isinstance(body.get("error"), dict):
+        body["error"]["decisions"] = decisions_of(trace)
+    response = reply(request, dump_bytes(body), error.status)
+    response.headers.update(error.headers)
+    if response.headers.get("Connection") == "close":
+        response.force_close()
+    if error.waits:
+        wait_s = error.retry_after_s or 1.0
+        response.headers["Retry-After"] = str(math.ceil(wait_s))
+        response.headers["Retry-After-Ms"] = str(round(1000 * wait_s))
+    if not error.retry_helps:
+        response.headers["X-Should-Retry"] = "false"
+    return response
+
+
+async def tell_health(request: web.Request) -> web.StreamResponse:
+    return json_reply(request, {"status": "ok", "version": __version__})
+
+
+async def list_models(request: web.Request) -> web.StreamResponse:
+    exchange = exchange_of(request)
+    return json_reply(request, exchange.door.models(await models_of(exchange.gateway), False))
+
+
+async def show_model(request: web.Request) -> web.StreamResponse:
+    """One model: a listed one, or any name that the mapping knows. Raises ModelNotFound."""
+    exchange = exchange_of(request)
+    name = request.match_info["name"]
+    listed = {model.id: model for model in await models_of(exchange.gateway)}
+    model = listed.get(name)
+    if model is None:
+        mapped = await exchange.gateway.upstream.catalog.resolve(name)
+        model = replace(listed.get(mapped, Listed(mapped, "google")), id=name)
+    return json_reply(request, exchange.door.models([model], True))
+
+
+async def models_of(gateway: Gateway) -> list[Listed]:
+    """The upstream's models, and the names that models.map gives them."""
+    listed = await gateway.upstream.catalog.listed() or STATIC_MODELS
+    aliases = [name for name in gateway.config.aliases if "*" not in name and name not in listed]
+    models = [Listed(name, "google") for name in listed]
+    return models + [Listed(name, "agproxy") for name in aliases]
+
+
+async def embed(request: web.Request) -> web.StreamResponse:
+    exchange = exchange_of(request)
+    trace, upstream = exchange.trace, exchange.gateway.upstream
+    trace.affinity = zlib.crc32(trace.id.encode())  # no prompt cache knows it: any account
+    wanted = parse_embeddings(parse_body(await read_body(request)))
+    with exchange.breakable():
+        trace.model = wanted.model
+        trace.mapped_model = await upstream.catalog.resolve(wanted.model)
+        vectors, tokens = await upstream.embed(wanted, trace)
+    trace.usage = Usage(prompt=tokens)
+    return json_reply(request, render_embeddings(wanted, vectors, tokens))
+
+
+async def count_tokens(request: web.Request) -> web.StreamResponse:
+    """The number of tokens that the input of a response would be; all of its fields may be missing."""
+    exchange = exchange_of(request)
+    gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
+    body = parse_body(await read_body(request))
+    with exchange.breakable():
+        if isinstance(body, dict):
+            fields = {key: value for key, value in body.items() if value is not None}
+            body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
+        past = await gateway.kept.recall(body, trace.client)
+        wanted = door.parse(body, past or ())[0]
+        trace.model, trace.affinity = wanted.model, zlib.crc32(trace.id.encode())
+        trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
+        tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
+    assert door.counts is not None
+    return json_reply(request, door.counts(tokens))
+
+
+async def refuse_path(request: web.Request) -> web.StreamResponse:
+    """Refuses what has no route: by the methods that the path has, else by the base URL that is meant."""
+    allowed: set[str] = set()
+    for resource in request.app.router.resources():
+        allowed |= (await resource.resolve(request))[1]
+    methods = ", ".join(sorted(allowed - {"*", "HEAD"}, reverse=False))
+    if methods:
+        text = f"{request.method} is not served at {request.path}. Use {methods}."
+        raise MethodNotAllowed(text, headers={"Allow": methods})
+    base = f"http://{request.headers.get('host', 'localhost')}/v1"
+    text = f"Invalid URL ({request.method} {request.path}). Set the base URL to {base}."
+    raise UnknownUrl(text)
+
+
+# ---- a body
+
+
+async def read_body(request: web.Request) -> bytes:
+    """The body, unpacked. Raises BodyTooLarge, BodyTooSlow, and BadRequest for a broken one."""
+    length, content = request.content_length or 0, request.content
+    if length > BODY_BYTES_MAX:
+        raise too_large()
+    if request.headers.get("expect") and not content.total_bytes:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # so that aiohttp knows that no answer has begun
+    if length > LARGE_BYTES:
+        keep_buffers()
+    if content.is_eof():
+        data = content.read_nowait(-1)
+    else:
+        data = await read_pieces(content)
+    packing = request.headers.get("content-encoding", "identity").lower()
+    return data if packing == "identity" else unpacked(data, packing)
+
+
+async def read_pieces(content: StreamReader) -> bytes:
+    pieces, size = [], 0
+    try:
+        async with asyncio.timeout(BODY_S_MAX):
+            while piece := await content.readany():
+                pieces.append(piece)
+                size += len(piece)
+                if size > BODY_BYTES_MAX:
+                    raise too_large()
+    except TimeoutError:
+        text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
+        raise BodyTooSlow(text, headers={"Connection": "close"}) from None
+    except web.RequestPayloadError:
+        raise BadRequest(NOT_HTTP, headers={"Connection": "close"}) from None
+    return b"".join(pieces)
 
 
 def too_large(when: str = "") -> BodyTooLarge:
-    return BodyTooLarge(
-        f"The body is larger than {BODY_BYTES_MAX >> 20} MB{when}. Send a smaller one."
-    )
+    text = f"The body is larger than {BODY_BYTES_MAX >> 20} MB{when}. Send a smaller one."
+    return BodyTooLarge(text)
 
 
 def unpacked(data: bytes, packing: str) -> bytes:
     """The body as it was before it was packed. Raises BadRequest, BodyTooLarge."""
     if packing not in ("gzip", "x-gzip", "deflate"):
-        raise BadRequest(
-            f"Content-Encoding '{packing[:40]}' is not served. Send the body as it is, or packed by gzip."
-        )
-    raw = packing == "deflate" and not (
-        data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0
-    )  # as some send it
+        text = f"Content-Encoding '{packing[:40]}' is not served."
+        raise BadRequest(f"{text} Send the body as it is, or packed by gzip.")
+    zlib_head = data[:1] == b"\x78" and int.from_bytes(data[:2]) % 31 == 0
+    raw = packing == "deflate" and not zlib_head  # as some send it
     unpack = zlib.decompressobj(-15 if raw else 47)
     try:
         body = unpack.decompress(data, BODY_BYTES_MAX + 1)
@@ -8236,10 +8906,8 @@ def unpacked(data: bytes, packing: str) -> bytes:
     if len(body) > BODY_BYTES_MAX:
         raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
-        raise BadRequest(
-            "The body cannot be unpacked as its Content-Encoding says. Send it as it is.",
-            headers=CLOSE,
-        )
+        text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
+        raise BadRequest(text, headers={"Connection": "close"})
     return body
 
 
@@ -8259,1030 +8927,448 @@ def keep_buffers() -> None:
             libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
 
 
-class App:
-    """Who answers: `handle` raises nothing, `drain` lets running answers finish, `close` ends the rest."""
-
-    async def handle(self, http: HttpRequest) -> HttpResponse:
-        raise NotImplementedError
-
-    async def drain(self) -> None: ...
-    async def close(self) -> None: ...
+# ---- answers of the doors
 
 
-class Server:
-    """What the connections of one listener share: who answers, and how many there may be."""
+class EventStream:
+    """A client's side of a stream.
 
-    def __init__(self, app: App, connections_max: float, stall_s: float) -> None:
-        self.app, self.connections_max, self.stall_s = app, connections_max, stall_s
-        self.connections: set[ClientConnection] = set()
-        self.loop = asyncio.get_running_loop()
-        self._sweep()
+    Its head waits for the first event or heartbeat, so that what fails before has a status of its own.
+    """
 
-    def _sweep(self) -> None:
-        """Closes the connections on which no whole head came for too long; one timer for them all."""
-        for connection in [*self.connections]:
-            if self.loop.time() - connection.since > KEEP_ALIVE_S:
-                connection.transport.close()
-        self._alarm = self.loop.call_later(KEEP_ALIVE_S / 8, self._sweep)
+    __slots__ = ("_alarm", "_beat_s", "_beating", "_quiet", "_request", "ended", "response")
 
-    async def close(self) -> None:
-        """Ends all connections; what was written has a second to be taken."""
-        self._alarm.cancel()
-        for connection in [*self.connections]:
-            connection.transport.close()
-        until = self.loop.time() + 1
-        while self.connections and self.loop.time() < until:
-            await asyncio.sleep(0.005)
-        for connection in [*self.connections]:
-            connection.transport.abort()
+    def __init__(self, request: web.Request, beat_s: float) -> None:
+        self.response: web.StreamResponse | None = None  # once its head went out
+        self.ended = False
+        self._request, self._beat_s = request, beat_s
+        self._quiet = True  # nothing was sent since the heartbeat looked
+        self._beating: asyncio.Task[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
 
-
-class ClientConnection:
-    """A client's connection, one request after another; asyncio's transport calls it as its protocol."""
-
-    __slots__ = ("_deaf", "_request", "_rest", "_server", "_stall", "room", "since", "transport")
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-        self._rest = b""  # what came and belongs to no request yet
-        self._request: HttpRequest | None = None
-        self._stall: asyncio.TimerHandle | None = None
-        self.since = (
-            server.loop.time()
-        )  # when it was made, or its last request was over; never while there is one
-        self._deaf = False
-        self.room: asyncio.Future[None] | None = (
-            None  # done once most of what was written is taken; None where it is
-        )
-
-    def connection_made(self, transport: asyncio.Transport) -> None:
-        self.transport = transport
-        transport.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
-        self._server.connections.add(self)
-        if len(self._server.connections) > self._server.connections_max:
-            text = "As many connections are open as open files allow. Close some, or raise their limit (ulimit -n)."
-            self._refuse(Overloaded(text))
-            transport.close()
-
-    def data_received(self, data: bytes) -> None:
-        request = self._request
-        if self._deaf:
-            return
-        if request and not request.whole:
-            try:
-                data = request.feed(data)
-            except ValueError as error:
-                self._deaf = True
-                return request.fail(not_http(error))
+    async def send(self, data: bytes) -> None:
+        """Returns once the client has taken most of what was sent. Raises ConnectionError where it is gone."""
+        self._quiet = False
+        response = self.response
+        if response is None:
+            headers = headers_of(self._request) | EVENT_STREAM
+            response = self.response = web.StreamResponse(headers=headers)
+            await response.prepare(self._request)
         if data:
-            self._rest = self._rest + data if self._rest else data
-            if not request:
-                self._next()
-            elif len(self._rest) > HEAD_BYTES_MAX:
-                self.transport.pause_reading()
+            await response.write(data)
+        else:
+            self._request.writer.send_headers()
 
-    def _next(self) -> None:
-        """Begins the next request once its head is there."""
-        self._rest = self._rest.lstrip(b"\r\n")
-        head, found, rest = self._rest.partition(b"\r\n\r\n")
-        if len(head) > HEAD_BYTES_MAX:
-            return self._refuse(
-                BadRequest(f"The head is larger than {HEAD_BYTES_MAX >> 10} KiB. Send less of it.")
-            )
-        if not found and head[:1].isalpha() | (not head):
-            return  # there is more to come
-        try:
-            request = HttpRequest(self, head)
-            self._rest = rest if request.whole else request.feed(rest)
-        except ValueError as error:
-            return self._refuse(not_http(error))
-        self._request, self.since = request, math.inf
-        request.task = self._server.loop.create_task(self._serve(request))
+    def start_heartbeat(self) -> None:
+        """From now on a heartbeat may begin the stream, and then an error is told in it."""
+        if self._beat_s:
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_later(self._beat_s, self._beat)
 
-    async def _serve(self, request: HttpRequest) -> None:
-        try:
-            response = await self._server.app.handle(request)
-            if not request.begun:
-                request.send(response)
-            if not request.whole:
-                await request.discard()
-            await (
-                request.taken()
-            )  # or requests in a row of a client that reads nothing would fill the memory
-        except BaseException:
-            self.transport.abort()
+    def _beat(self) -> None:
+        """Looks twice in each `heartbeat_s`, so that a write costs no timer."""
+        loop = asyncio.get_running_loop()
+        waits = self._beating is not None and not self._beating.done()
+        if self._quiet and not waits:  # who does not take what there is needs no heartbeat
+            self._beating = loop.create_task(self._send_heartbeat())
+        self._quiet = True
+        self._alarm = loop.call_later(self._beat_s / 2, self._beat)
+
+    async def _send_heartbeat(self) -> None:
+        with contextlib.suppress(ConnectionError):
+            await self.send(HEARTBEAT)
+
+    async def end(self) -> web.StreamResponse:
+        self.close()
+        if self.response is None:
+            await self.send(b"")
+        assert self.response is not None
+        await self.response.write_eof()
+        self.ended = True
+        return self.response
+
+    def close(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        if self._beating:
+            self._beating.cancel()
+
+    def cut_off(self) -> None:
+        """Cuts the connection of a stream that has not come to its end, so that nobody takes a part for the whole."""
+        if self.response is not None and not self.ended and self._request.transport is not None:
+            self._request.transport.abort()
+
+
+async def answer(request: web.Request) -> web.StreamResponse:
+    """The answer of every door: streamed, whole, or made in the background."""
+    exchange = exchange_of(request)
+    stream = EventStream(request, exchange.gateway.config.heartbeat_s)
+    try:
+        background = await begin(stream, exchange, request)
+        if background:
+            return await answer_detached(stream, background, request)
+        if exchange.streamed:
+            await exchange.run(exchange.render, stream.send)
+            return await stream.end()
+        return await answer_whole(exchange, request)
+    except GatewayError as error:
+        if stream.response is None:
             raise
-        self._request = request.task = None
-        self.since = self._server.loop.time()
-        if request.close:
-            self.transport.close()
-        elif self._rest and not self.transport.is_closing():
-            self.transport.resume_reading()
-            self._next()
-
-    def _refuse(self, error: GatewayError) -> None:
-        """The last answer of a connection; what still comes is not heard."""
-        self._deaf = True
-        body = dump_bytes(openai_error(error))
-        headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **CLOSE}
-        self.transport.write(render_head(error.status, headers) + body)
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-        self._server.loop.call_later(1, self.transport.close)
-
-    def eof_received(self) -> None:
-        """Nothing to do: asyncio closes the transport and calls connection_lost."""
-
-    def connection_lost(self, error: Exception | None) -> None:
-        self._server.connections.discard(self)
-        if self._stall:
-            self._stall.cancel()
-        if (
-            self._request and self._request.task
-        ):  # nobody is asked any more for a client that is gone
-            self._request.task.cancel()
-
-    # ---- a client that is slow
-
-    def pause_writing(self) -> None:
-        self.room = self._server.loop.create_future()
-        self._watch(-1)
-        if self._request and self._request.source:
-            self._request.source.pause()
-
-    def resume_writing(self) -> None:
-        if self._stall:
-            self._stall.cancel()
-        if self.room and not self.room.done():
-            self.room.set_result(None)
-        self.room = None
-        if self._request and self._request.source:
-            self._request.source.resume()
-
-    def _watch(self, unsent: int) -> None:
-        """Cuts off who has taken nothing for `stall_s`."""
-        left = self.transport.get_write_buffer_size()
-        if left == unsent:
-            return self.transport.abort()
-        self._stall = self._server.loop.call_later(self._server.stall_s, self._watch, left)
+        # only heartbeats have begun the stream: the error is told in it
+        await exchange.deliver([Started(), Failed(error)], exchange.render, stream.send)
+        return await stream.end()
+    finally:
+        stream.close()
+        stream.cut_off()
+        await exchange.close()
 
 
-def not_http(error: ValueError) -> BadRequest:
-    return BadRequest(
-        f"What came is not HTTP/1.1 ({error}). Check the client, and that it uses no TLS here."
-    )
+async def begin(stream: EventStream, exchange: Exchange, request: web.Request) -> Background | None:
+    """Begins the answer; the request's own data are let go before a long stream."""
+    requests, body = await exchange.read(await read_body(request), request.headers)
+    if exchange.door.keeps and body.get("background"):
+        return await detach(exchange, requests, body)
+    await exchange.open(requests, body)
+    if exchange.streamed:
+        stream.start_heartbeat()
+    await exchange.ask(requests, body)
+    return None
 
 
-async def listen(
-    app: App,
-    host: str,
-    port: int,
-    stack: contextlib.AsyncExitStack,
-    open_max: float = math.inf,
-    stall_s: float = 120.0,
-) -> int:
-    """Serves until the stack ends, then first lets nobody in any more; the port that it listens on. Raises OSError."""
-    server = Server(app, open_max, stall_s)
-    connect: Any = functools.partial(
-        ClientConnection, server
-    )  # no class of asyncio's, so that --help does not load it
-    stack.push_async_callback(app.close)
-    listener = await server.loop.create_server(connect, host, port, backlog=1024)
-    stack.push_async_callback(server.close)
-    stack.push_async_callback(app.drain)
-    stack.callback(listener.close)
-    for socket in listener.sockets:
-        if (
-            sys.platform == "linux"
-        ):  # what a client does not take for so long ends its connection, streams or not
-            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
-    return int(listener.sockets[0].getsockname()[1])
+async def answer_detached(
+    stream: EventStream, background: Background, request: web.Request
+) -> web.StreamResponse:
+    """What is told of a response that is made in the background: the object so far, or its stream."""
+    if not background.exchange.streamed:
+        return reply(request, background.kept.object())
+    stream.start_heartbeat()
+    return await follow(stream, background, 0)
 
 
-DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
-    "chat/completions": (parse_chat, ChatRenderer),
-    "completions": (parse_completion, CompletionRenderer),
-    "responses": (parse_response, ResponseRenderer),
-}
-STORED = "responses/{id}"
-METHODS = {
-    **dict.fromkeys(("healthz", "models", f"{STORED}/input_items"), "GET"),
-    **dict.fromkeys((*DOORS, "embeddings", "responses/input_tokens", f"{STORED}/cancel"), "POST"),
-    STORED: "GET, DELETE",
-}
-ENDPOINTS = f"models|embeddings|{'|'.join(DOORS)}"
-# Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
-ROUTE = re.compile(
-    rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<route>healthz|responses/input_tokens|{ENDPOINTS})"
-    r"(?:(?<=models)/(?P<id>(?s:.+?))|(?<=responses)/(?P<stored>(?!compact/?$)[^/]+)(?P<part>/input_items|/cancel)?)?/?"
-)
+async def follow(stream: EventStream, background: Background, at: int) -> web.StreamResponse:
+    await stream.send(b"")
+    async for frames in background.follow(at):
+        await stream.send(frames)
+    return await stream.end()
 
 
-@functools.lru_cache(256)
-def match_route(path: str) -> tuple[str, re.Match[str] | None]:
-    """The route of a path, the path itself where it has none; and what is named in it."""
-    match = ROUTE.fullmatch(re.sub("/{2,}", "/", path))
-    if match and match["stored"]:
-        return STORED + (match["part"] or ""), match
-    return match["route"] if match else path, match
+async def answer_whole(exchange: Exchange, request: web.Request) -> web.StreamResponse:
+    assert exchange.renderer is not None
+    whole = WholeAnswer(exchange.renderer)
+    await exchange.run(whole.render, whole.keep)
+    return reply(request, whole.body)
 
 
-CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-ADMIN = re.compile(r"/agproxy/(?P<what>status|why|pool|reload)(?:/(?P<id>[\w.:-]+))?")
-POOL_ACTIONS = ("reset", "pause", "resume")
+class WholeAnswer:
+    """All events of an answer, rendered as one object at its end."""
+
+    def __init__(self, renderer: Renderer) -> None:
+        self.body = b""
+        self._renderer = renderer
+        self._events: list[Event] = []
+
+    def render(self, events: list[Event]) -> bytes:
+        """The object, once its last event is there. Raises the error of a Failed event."""
+        self._events += events
+        if not isinstance(events[-1], Ended | Failed):
+            return b""
+        return dump_bytes(self._renderer.whole(self._events))
+
+    async def keep(self, data: bytes) -> None:
+        self.body += data
 
 
-@value
-class Source:
-    """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
+# ---- responses that are kept
 
-    path: Path
-    load: Callable[[], Config]
-    asked: asyncio.Event
+
+async def stored_for(request: web.Request) -> StoredResponse:
+    """The response that a path names. Raises ResponseNotFound, also where another key made it."""
+    exchange = exchange_of(request)
+    id = request.match_info["id"]
+    stored = await exchange.gateway.kept.store.get(id, exchange.trace.client)
+    if stored is None:
+        text = f"Response with id '{id}' not found. It was not kept here, or not for this key."
+        raise ResponseNotFound(text)
+    if stored.state == "lost":
+        return replace(stored, response=interrupted(stored.response))
+    return stored
+
+
+async def show_response(request: web.Request) -> web.StreamResponse:
+    """A response as it is by now, or by `stream=true` its stream from where the client wants it."""
+    exchange = exchange_of(request)
+    stored = await stored_for(request)
+    background = exchange.gateway.backgrounds.get(stored.id)
+    if request.query.get("stream") == "true":
+        return await replay(request, stored, background)
+    if background:
+        return reply(request, background.kept.object())
+    return json_reply(request, stored.response)
+
+
+async def replay(
+    request: web.Request, stored: StoredResponse, background: Background | None
+) -> web.StreamResponse:
+    exchange = exchange_of(request)
+    after = Fields(numbers_in(request.query)).count("starting_after", low=0)
+    at = 0 if after is None else after + 1
+    if background is None:
+        frames = b"".join(replay_frames(stored, at))
+        return reply(request, frames, media_type="text/event-stream")
+    if request.method == "HEAD":
+        return reply(request, b"")
+    stream = EventStream(request, exchange.gateway.config.heartbeat_s)
+    try:
+        stream.start_heartbeat()
+        return await follow(stream, background, at)
+    finally:
+        stream.close()
+        stream.cut_off()
+
+
+async def list_input_items(request: web.Request) -> web.StreamResponse:
+    stored = await stored_for(request)
+    return json_reply(request, page_of(parse_json(stored.input), request.query))
+
+
+async def cancel_response(request: web.Request) -> web.StreamResponse:
+    exchange = exchange_of(request)
+    stored = await stored_for(request)
+    if not stored.response["background"]:
+        raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
+    background = await break_off(exchange.gateway, stored.id)
+    if background:
+        return reply(request, background.kept.object())
+    return json_reply(request, stored.response)
+
+
+async def delete_response(request: web.Request) -> web.StreamResponse:
+    exchange = exchange_of(request)
+    stored = await stored_for(request)
+    await break_off(exchange.gateway, stored.id)
+    await exchange.gateway.kept.store.delete(stored.id)
+    return json_reply(request, {"id": stored.id, "object": "response", "deleted": True})
+
+
+async def break_off(gateway: Gateway, id: str) -> Background | None:
+    """Ends a response that is made in the background, if it is; what was said so far stays in it."""
+    background = gateway.backgrounds.get(id)
+    if background:
+        text = "The response was cancelled. Ask again for another."
+        background.exchange.break_off(Cancelled(text))
+        await background.end()
+    return background
+
+
+# ---- /agproxy/: what `agproxy status`, `why`, `pool` and `reload` ask
+
+
+def check_operator(request: web.Request) -> Gateway:
+    """The gateway, for a client with a key, or where none is needed for a program of this machine. Raises Forbidden."""
+    exchange = exchange_of(request)
+    config = exchange.gateway.config
+    here = is_loopback(request.remote or "") or request.remote == config.bind
+    if config.auth == "off" and (not here or "origin" in request.headers):
+        text = "Only programs on this machine may do that. Call from it,"
+        raise Forbidden(f"{text} or {ASK_FOR_A_KEY}.")
+    return exchange.gateway
+
+
+async def show_status(request: web.Request) -> web.StreamResponse:
+    upstream = check_operator(request).upstream
+    accounts = upstream.pool.status(upstream.clock())
+    return json_reply(request, {"version": __version__, "accounts": accounts})
+
+
+async def explain_request(request: web.Request) -> web.StreamResponse:
+    id = request.match_info["id"]
+    known = check_operator(request).journal.find(id)
+    if known is None:
+        text = f"No request '{id}' is known, of the last {JOURNAL_MAX}."
+        raise UnknownUrl(f"{text} Name one by its X-Request-Id.")
+    return json_reply(request, known)
+
+
+async def steer_accounts(request: web.Request) -> web.StreamResponse:
+    """Resets, pauses or resumes an account or one model of it."""
+    upstream = check_operator(request).upstream
+    fields = Fields(parse_body(await read_body(request)))
+    action, name = fields.needed_text("action"), fields.needed_text("account")
+    if action not in POOL_ACTIONS:
+        raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
+    model = fields.text("model") or ""
+    accounts = upstream.pool.status(upstream.clock())
+    known = {row["model"] for account in accounts for row in account["models"]}
+    if model and model not in known:
+        model = await upstream.catalog.resolve(model)
+    if not upstream.pool.steer(action, name, model):
+        raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
+    return json_reply(request, {"accounts": upstream.pool.status(upstream.clock())})
+
+
+async def reload_config(request: web.Request) -> web.StreamResponse:
+    gateway = check_operator(request)
+    try:
+        count = await reload(gateway)
+    except ConfigError as error:
+        text = f"{error}\nThe config stays as it was. Mend that."
+        raise BadRequest(text, code="config_invalid") from None
+    return json_reply(request, {"accounts": count})
+
+
+async def reload(gateway: Gateway) -> int:
+    """Reads the config anew and counts its accounts. Raises ConfigError where it is no use, and changes nothing."""
+    old = gateway.config
+    try:
+        if gateway.source is None:
+            raise ConfigError("This gateway has no accounts file that it could read again.")
+        config = await asyncio.to_thread(gateway.source.load)
+        if (config.bind, config.port) != (old.bind, old.port):
+            text = "Where it listens changed (host, port, allow_lan_access). Restart it for that."
+            raise ConfigError(text)
+        if config.store != old.store:
+            text = "Where responses are kept changed (proxy.store). Restart it for that."
+            raise ConfigError(text)
+    except ConfigError as error:
+        log.warning("the config stays as it was: %s", error)
+        raise
+    gateway.config = gateway.media.config = replace(config, host=old.host)
+    gateway.upstream.adopt(gateway.config)
+    log.info("the config was read again: %d accounts", len(config.accounts))
+    return len(config.accounts)
+
+
+async def watch(gateway: Gateway, source: Source) -> None:
+    """Reloads when a file of the config's changes, and when that is asked for."""
+    seen = stamps_of(gateway, source)
+    while True:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(RELOAD_CHECK_S):
+                await source.asked.wait()
+        stamps = stamps_of(gateway, source)
+        if source.asked.is_set() or stamps != seen:
+            source.asked.clear()
+            with contextlib.suppress(ConfigError):  # told by the log
+                await reload(gateway)
+                stamps = [stamps[0], *stamps_of(gateway, source)[1:]]
+            seen = stamps
+
+
+def stamps_of(gateway: Gateway, source: Source) -> list[tuple[int, int] | None]:
+    """The time at which each file of the config was changed, and its length."""
+    credentials = (account.credentials for account in gateway.config.accounts)
+    return [stamp_of(path) for path in (str(source.path), *credentials)]
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
     with contextlib.suppress(OSError):
-        about = os.stat(path)
-        return about.st_mtime_ns, about.st_size
+        stat = os.stat(path)
+        return stat.st_mtime_ns, stat.st_size
     return None
 
 
-@dataclass(eq=False, repr=False)
-class Gateway(App):
-    _config: Config
-    _upstream: Upstream
-    _store: ResponseStore
-    _running_max: float
-    _source: Source | None
-    _drain_s: float
-    tally: Tally = field(default_factory=Tally)
-    _journal: deque[tuple[Trace, int, float]] = field(
-        default_factory=lambda: deque(maxlen=JOURNAL_MAX)
+# ---- the listener
+
+
+def connection_class(stall_s: float) -> type[web.RequestHandler]:
+    """The class of a client's connection, made here so that nothing loads aiohttp before a server is wanted."""
+
+    class ClientConnection(web.RequestHandler):
+        """aiohttp's connection, which tells nobody what a client sent that is not HTTP, and cuts off who takes nothing."""
+
+        __slots__ = ("_stall",)
+
+        def handle_error(
+            self,
+            request: web.BaseRequest,
+            status: int = 500,
+            exc: BaseException | None = None,
+            message: str | None = None,
+        ) -> web.StreamResponse:
+            """aiohttp would repeat the malformed line to the client and log it, with a key that stands in it."""
+            if status != 400:
+                return super().handle_error(request, status, exc, message)
+            log.warning("what a client sent is not HTTP/1.1; it may use TLS on this plain port")
+            body = dump_bytes(openai_error(BadRequest(NOT_HTTP)))
+            response = web.Response(body=body, status=400, content_type="application/json")
+            response.headers["Server"] = "agproxy"
+            response.force_close()
+            return response
+
+        def connection_made(self, transport: asyncio.BaseTransport) -> None:
+            super().connection_made(transport)
+            self._stall: asyncio.TimerHandle | None = None
+            wire = cast("asyncio.Transport", transport)
+            wire.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
+
+        def data_received(self, data: bytes) -> None:
+            """Fails a body whose framing breaks after its handler began to read: aiohttp would let the reader wait."""
+            super().data_received(data)
+            request = self._current_request
+            if request and self._messages and not request.content.is_eof():
+                request.content.set_exception(web.RequestPayloadError("broken framing"))
+                request.content.feed_eof()
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._watch(-1)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._stall:
+                self._stall.cancel()
+
+        def connection_lost(self, exc: BaseException | None) -> None:
+            super().connection_lost(exc)
+            if self._stall:
+                self._stall.cancel()
+
+        def _watch(self, unsent: int) -> None:
+            """Cuts off a client that has taken nothing for `stall_s`."""
+            if self.transport is None:
+                return
+            left = self.transport.get_write_buffer_size()
+            if left == unsent:
+                return self.transport.abort()
+            self._stall = self._loop.call_later(stall_s, self._watch, left)
+
+    return ClientConnection
+
+
+async def listen(
+    app: web.Application,
+    host: str,
+    port: int,
+    stack: contextlib.AsyncExitStack,
+    *,
+    stall_s: float = 120.0,
+) -> int:
+    """Serves until the stack ends, then lets nobody in any more and the app drain; its port. Raises OSError."""
+    loop = asyncio.get_running_loop()
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
+    stack.push_async_callback(runner.cleanup)
+    await runner.setup()
+    connect: Any = functools.partial(
+        connection_class(stall_s),
+        runner.server,
+        loop=loop,
+        access_log=None,
+        keepalive_timeout=KEEP_ALIVE_S,
+        lingering_time=LINGER_S,
+        max_line_size=LINE_BYTES_MAX,
+        max_field_size=LINE_BYTES_MAX,
+        auto_decompress=False,
     )
-    at_end: contextlib.AsyncExitStack = field(
-        default_factory=contextlib.AsyncExitStack
-    )  # done by close()
-    _jobs: dict[str, Job] = field(default_factory=dict)
-    _running: dict[Any, Unbegun | Answer | Merged | None] = field(
-        default_factory=dict
-    )  # by a request's or job's task
-    _draining: bool = False
-
-    async def drain(self) -> None:
-        """Lets running answers finish; those that take longer end with an error, told in their client's form."""
-        self._draining = True
-        await self._wait(self._drain_s)
-        for answer in [*self._running.values()]:
-            if answer:
-                answer.break_off(STOPPED)
-        await self._wait(1)
-        for task in self._running:
-            task.cancel()
-        await self._wait(1)
-
-    async def _wait(self, seconds: float) -> None:
-        if self._running:
-            await asyncio.wait([*self._running], timeout=seconds)
-
-    async def close(self) -> None:
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
-        await self.at_end.aclose()
-
-    async def handle(self, http: HttpRequest) -> HttpResponse:
-        """Every request: named, let in or not, answered, and told the truth where it fails."""
-        trace = Trace(self._config, f"req_{next_id()}", http.path, time.monotonic())
-        given = http.headers.get("x-request-id") or http.headers.get("x-client-request-id") or ""
-        trace.client_id = given if CLIENT_ID.fullmatch(given) else ""
-        response: HttpResponse | None = None
-        self._running[http.task] = None
-        try:
-            found = self._route(http, trace)
-            response = found if isinstance(found, HttpResponse) else await found
-        except GatewayError as error:
-            if error.code == "context_length_exceeded":
-                error.param = "input" if trace.route == "responses" else "messages"
-            response = error_response(error, trace)
-        except RecursionError:
-            response = error_response(
-                BadRequest("The body is nested too deep. Send flatter JSON."), trace
-            )
-        except Exception as error:
-            log.error("%s failed", trace.id, exc_info=without_words(error))
-            response = error_response(
-                GatewayError("The gateway failed. Its log says why; please report it."), trace
-            )
-        finally:
-            del self._running[http.task]
-            self._tell(trace, response.status if response else 499)
-        response.headers |= self._cors(http)
-        return response
-
-    def _tell(self, trace: Trace, status: int) -> None:
-        """What happened, for the log, the bill and `agproxy why`."""
-        self.tally.add(trace, status)
-        if trace.steps:
-            self._journal.append((trace, status, time.monotonic()))
-        if log.isEnabledFor(logging.INFO):
-            fields = log_fields(trace, status, time.monotonic())
-            log.info("%s", log_text(fields), extra={"fields": fields})
-
-    def _route(
-        self, http: HttpRequest, trace: Trace
-    ) -> HttpResponse | Coroutine[Any, Any, HttpResponse]:
-        """The answer, or who gives it. Raises GatewayError for whom is not let in."""
-        route, match = match_route(http.path)
-        trace.route = route
-        self._guard(http)
-        if http.method == "OPTIONS":
-            return HttpResponse(status=204, headers=trace.headers(time.monotonic()))
-        self._let_in(http.headers, trace)
-        if admin := ADMIN.fullmatch(http.path):
-            return self._tell_json(self._administer(http, admin["what"], admin["id"] or ""), trace)
-        if match is None:
-            base = f"http://{http.headers.get('host', 'localhost')}/v1"
-            raise UnknownUrl(
-                f"Invalid URL ({http.method} {http.path}). Set the base URL to {base}."
-            )
-        if ("GET" if http.method == "HEAD" else http.method) not in METHODS[route].split(", "):
-            text = f"{http.method} is not served at /v1/{route}. Use {METHODS[route]}."
-            raise MethodNotAllowed(text, headers={"Allow": METHODS[route]})
-        if self._draining:
-            raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
-        if len(self._running) - len(self._jobs) > self._running_max:
-            text = f"The gateway serves {self._running_max} requests at once, as its limit of open files allows."
-            raise Overloaded(f"{text} Try again later, or raise it (ulimit -n).")
-        if route == "healthz":
-            return json_response({"status": "ok", "version": __version__}, trace)
-        if route == "models":
-            return self._tell_json(self._models(match["id"]), trace)
-        if route in ("embeddings", "responses/input_tokens"):
-            return self._serve_whole(http, trace)
-        if route.startswith(STORED):
-            return self._serve_stored(http, trace, match["stored"])
-        return self._answer(http, trace)
-
-    async def _tell_json(self, told: Awaitable[Any], trace: Trace) -> HttpResponse:
-        return json_response(await told, trace)
-
-    async def _serve_whole(self, http: HttpRequest, trace: Trace) -> HttpResponse:
-        work = self._embed if trace.route == "embeddings" else self._count
-        trace.affinity = zlib.crc32(
-            trace.id.encode()
-        )  # no prompt cache knows them: any account by its weight
-        with Unbegun(self._running, http.task):
-            return await work(parse_body(await http.read()), trace)
-
-    async def _administer(self, http: HttpRequest, what: str, id: str) -> Any:
-        """What `agproxy status`, `why`, `pool` and `reload` ask: with a key, or where none is needed from this machine."""
-        here = is_loopback(http.remote) or http.remote == self._config.bind
-        if self._config.auth == "off" and (not here or "origin" in http.headers):
-            raise Forbidden(
-                f"Only programs on this machine may do that. Call from it, or {ASK_FOR_A_KEY}."
-            )
-        if http.method != (method := "POST" if what in ("pool", "reload") else "GET"):
-            raise MethodNotAllowed(
-                f"{http.method} is not served here. Use {method}.", headers={"Allow": method}
-            )
-        now = self._upstream.clock()
-        if what == "status":
-            return {"version": __version__, "accounts": self._upstream.pool.status(now)}
-        if what == "why":
-            for trace, status, ended in self._journal:
-                if trace.id == id:
-                    return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
-            raise UnknownUrl(
-                f"No request '{id}' is known, of the last {JOURNAL_MAX}. Name one by its X-Request-Id."
-            )
-        if what == "reload":
-            try:
-                return {"accounts": await self.reload()}
-            except ConfigError as error:
-                raise BadRequest(
-                    f"{error}\nThe config stays as it was. Mend that.", code="config_invalid"
-                ) from None
-        fields = Fields(parse_body(await http.read()))
-        action, name = fields.needed_text("action"), fields.needed_text("account")
-        if action not in POOL_ACTIONS:
-            raise fields.wrong("action", f"is '{action}'", f"Send one of {', '.join(POOL_ACTIONS)}")
-        model = fields.text("model") or ""
-        known = {row["model"] for one in self._upstream.pool.status(now) for row in one["models"]}
-        model = await self._upstream.resolve(model) if model and model not in known else model
-        if not self._upstream.pool.steer(action, name, model):
-            raise fields.wrong("account", "is no account's name", "Send a name of `agproxy status`")
-        return {"accounts": self._upstream.pool.status(now)}
-
-    async def reload(self) -> int:
-        """Reads the config anew and counts its accounts. Raises ConfigError where it is no use, and changes nothing."""
-        try:
-            if self._source is None:
-                raise ConfigError("This gateway has no accounts file that it could read again.")
-            config = await asyncio.to_thread(self._source.load)
-            if (config.bind, config.port) != (self._config.bind, self._config.port):
-                raise ConfigError(
-                    "Where it listens changed (host, port, allow_lan_access). Restart it for that."
-                )
-            if config.store != self._config.store:
-                raise ConfigError(
-                    "Where responses are kept changed (proxy.store). Restart it for that."
-                )
-        except ConfigError as error:
-            log.warning("the config stays as it was: %s", error)
-            raise
-        self._config = replace(config, host=self._config.host)
-        self._upstream.adopt(self._config)
-        log.info("the config was read again: %d accounts", len(config.accounts))
-        return len(config.accounts)
-
-    async def watch(self, source: Source) -> None:
-        """Reloads when a file of the config's changes, and when that is asked for."""
-        seen = self._stamps(source)
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(RELOAD_CHECK_S):
-                    await source.asked.wait()
-            now = self._stamps(source)
-            if source.asked.is_set() or now != seen:
-                source.asked.clear()
-                with contextlib.suppress(ConfigError):  # told by the log
-                    await self.reload()
-                    now = [now[0], *self._stamps(source)[1:]]
-                seen = now
-
-    def _stamps(self, source: Source) -> list[tuple[int, int] | None]:
-        """When each file of the config's was changed, and how long it is."""
-        return [
-            stamp_of(path)
-            for path in (str(source.path), *(a.credentials for a in self._config.accounts))
-        ]
-
-    def _let_in(self, headers: Mapping[str, str], trace: Trace) -> None:
-        mode = self._config.auth
-        if mode == "off" or (mode == "all_except_health" and trace.route == "healthz"):
-            return
-        given = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
-        given += [headers.get(name, "") for name in ("x-api-key", "x-goog-api-key", "api-key")]
-        sent = [key.encode("utf-8", "surrogateescape") for key in given]
-        right = [
-            one.name
-            for one in self._config.api_key
-            for key in sent
-            if hmac.compare_digest(key, one.key.encode())
-        ]
-        if not right:
-            what = "The API key is wrong." if any(given) else "An API key is missing."
-            raise Unauthorized(
-                f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'."
-            )
-        trace.client = right[0]
-
-    def _guard(self, http: HttpRequest) -> None:
-        """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
-        if self._config.auth != "off":
-            return
-        host = host_of(f"//{http.headers.get('host', 'localhost')}")
-        literal = self._config.allow_lan_access and is_address(host)
-        if not (is_loopback(host) or literal or host in self._config.allowed_hosts):
-            text = f"The Host '{host}' may not be used without a key."
-            raise Forbidden(
-                f"{text} Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}.",
-                code="host_not_allowed",
-            )
-        origin = http.headers.get("origin")
-        if (
-            origin
-            and re.match(r"https?:|null$", origin, re.IGNORECASE)
-            and not self._is_allowed(origin)
-        ):
-            text = f"The web page {origin} may not call. Add it to proxy.cors_origins, or {ASK_FOR_A_KEY}."
-            raise Forbidden(text, code="origin_not_allowed")
-
-    def _is_allowed(self, origin: str) -> bool:
-        return is_loopback(host_of(origin)) or origin.lower() in self._config.cors_origins
-
-    def _cors(self, http: HttpRequest) -> dict[str, str]:
-        """What lets a browser's page read the answer: any page where a key is needed, else those allowed."""
-        origin = http.headers.get("origin")
-        if origin is None or (self._config.auth == "off" and not self._is_allowed(origin)):
-            return {}
-        headers = {
-            "Access-Control-Allow-Origin": "*" if self._config.auth != "off" else origin,
-            "Vary": "Origin",
-        }
-        if http.method != "OPTIONS":
-            return headers | {
-                "Access-Control-Expose-Headers": "*"
-            }  # all, for no cookies are allowed
-        asked = http.headers.get("access-control-request-headers", "authorization")
-        headers |= {
-            "Access-Control-Allow-Methods": "GET, POST, DELETE, OPTIONS",
-            "Access-Control-Max-Age": "600",
-        }
-        return headers | {"Access-Control-Allow-Headers": asked}
-
-    async def _models(self, name: str | None) -> dict[str, Any]:
-        listed = await self._upstream.models() or STATIC_MODELS
-        aliases = [
-            alias for alias in self._config.aliases if "*" not in alias and alias not in listed
-        ]
-        owners = dict.fromkeys(listed, "google") | dict.fromkeys(aliases, "agproxy")
-        if name:
-            owners = {
-                name: owners.get(name) or owners.get(await self._upstream.resolve(name), "google")
-            }
-        data = [
-            {"id": id, "object": "model", "created": 0, "owned_by": owner}
-            for id, owner in owners.items()
-        ]
-        return data[0] if name else {"object": "list", "data": data}
-
-    async def _embed(self, body: Any, trace: Trace) -> HttpResponse:
-        request = parse_embeddings(body)
-        trace.model = request.model
-        trace.mapped_model = await self._upstream.resolve(request.model)
-        vectors, tokens = await self._upstream.embed(request, trace)
-        trace.usage = Usage(prompt=tokens)
-        return json_response(render_embeddings(request, vectors, tokens), trace)
-
-    async def _answer(self, http: HttpRequest, trace: Trace) -> HttpResponse:
-        client = self._client(http, trace)
-        try:
-            with Unbegun(self._running, http.task):
-                begun = await self._begin(http, trace, client)
-            if isinstance(begun, Job):
-                return (
-                    await client.copy(begun.follow(0))
-                    if client.held
-                    else bytes_response(begun.kept.object(), trace)
-                )
-            self._running[http.task] = http.source = begun.answer
-            try:
-                return await (
-                    self._stream(http, client, trace, begun)
-                    if client.held
-                    else self._whole(trace, begun)
-                )
-            finally:
-                begun.answer.close()
-                if begun.kept:
-                    await begun.kept.leave()
-        except GatewayError as error:
-            if not http.begun:
-                raise
-            trace.error = error.code or error.type
-            return client.fail(error)
-        finally:
-            client.close()
-
-    def _client(self, http: HttpRequest, trace: Trace) -> ClientStream:
-        return ClientStream(
-            http,
-            self._config.heartbeat_s,
-            lambda: trace.headers(time.monotonic()) | self._cors(http),
-        )
-
-    async def _begin(self, http: HttpRequest, trace: Trace, client: ClientStream) -> Begun | Job:
-        """The answer that has begun and what renders it; the request's own data are let go before a long stream."""
-        requests, renderer, body, payloads = await self._parse(http, trace)
-        first = requests[0]
-        if first.stream:
-            client.hold(renderer)
-        requests = [await self._upstream.media.filled(one) for one in requests]
-        if payloads:
-            requests = [replace(one, payloads=payloads) for one in requests]
-        trace.mapped_model = await self._upstream.resolve(first.model)
-        trace.affinity = affinity_of(trace.client, session_of(http.headers, body), first)
-        kept = (
-            self._keep(renderer, body, payloads, trace)
-            if isinstance(renderer, ResponseRenderer)
-            else None
-        )
-        if kept and body.get("background"):
-            return await self._detach(requests[0], kept, trace)
-        try:
-            return Begun(await self._ask(requests, trace), renderer, payloads, kept)
-        except UpstreamRefused:
-            refuse_damaged(DOORS[trace.route][0], body, payloads)
-            raise
-
-    async def _ask(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
-        first = requests[0]
-        if len(requests) == 1 and first.n == 1:
-            return await self._upstream.ask(first, trace, sse=first.stream)
-        return await self._upstream.ask_all(
-            [choice for one in requests for choice in choices_of(one)], trace
-        )
-
-    async def _parse(
-        self, http: HttpRequest, trace: Trace
-    ) -> tuple[list[Request], Renderer, Any, dict[str, bytes]]:
-        """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
-        parse, form = DOORS[trace.route]
-        data = await http.read()
-        seems = (
-            is_base64 if form is ResponseRenderer else seems_base64
-        )  # what is kept must be whole
-        data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data, seems)
-        body = parse_body(data)
-        keeps = form is ResponseRenderer and self._config.store != "off"
-        past = await self._recall(body, trace) if keeps else None
-        parsed = parse(body) if past is None else parse_response(body, past)
-        requests = parsed if isinstance(parsed, list) else [parsed]
-        trace.strict = self._config.strict or http.headers.get("x-agproxy-strict") == "1"
-        trace.model = requests[0].model
-        sealing = (
-            await self._sealing(body, requests[0], trace) if form is ResponseRenderer else None
-        )
-        told = (requests[0].include_usage, self._config.images_in_text, time.time, sealing)
-        head = Head(trace.id[4:], int(time.time()), trace.model, *told)
-        return requests, form(head, body), body, payloads
-
-    async def _sealing(
-        self, body: Any, request: Request, trace: Trace
-    ) -> Callable[[ToolCall | Text], str] | None:
-        """Learns the signatures that a client brings back; how it is given new ones, where it asks for them."""
-        carried = [
-            part.signature
-            for message in request.messages
-            for part in message.parts
-            if type(part) is Thinking
-        ]
-        wanted = "reasoning.encrypted_content" in (body.get("include") or ())
-        if not (wanted or any(carried)):
-            return None
-        secret = await self._store.secret()
-        self._upstream.signatures.learn(
-            entry for text in carried if (entry := unseal(text or "", secret))
-        )
-        return (
-            (lambda part: seal(signature_entry(part, self._model_of(trace)), secret))
-            if wanted
-            else None
-        )
-
-    def _model_of(self, trace: Trace) -> str:
-        """The model that answers a request, or makes its response in the background."""
-        job = self._jobs.get(f"resp_{trace.id[4:]}")
-        return (job.trace if job else trace).mapped_model
-
-    def _keep(
-        self, renderer: ResponseRenderer, body: Any, payloads: Mapping[str, bytes], trace: Trace
-    ) -> Kept | None:
-        """The place of a new response in the store; None where it is not to be kept."""
-        response = renderer.response
-        response["store"] = self._config.store != "off" and body.get("store") is not False
-        if not response["store"]:
-            return None
-        given = with_payloads(dump_bytes(render_input(body["input"], trace.id[4:])), payloads)
-        about = (trace.client, response["previous_response_id"], given)
-        return Kept(
-            response["id"], renderer, payloads, self._store, lambda: self._model_of(trace), about
-        )
-
-    async def _detach(self, request: Request, kept: Kept, trace: Trace) -> Job:
-        """Begins to make a response beside the connection that asked for it; it has a log line of its own."""
-        if len(self._jobs) >= JOBS_MAX:
-            raise Overloaded(
-                f"{JOBS_MAX} responses are made in the background already. Try again later."
-            )
-        made = replace(trace, steps=[])
-        trace.model = trace.mapped_model = ""
-        job = self._jobs[kept.id] = Job(kept, self._upstream, request, made, self._running)
-
-        def over(task: asyncio.Task[None]) -> None:
-            if error := None if task.cancelled() else task.exception():
-                log.error("%s failed", made.id, exc_info=without_words(error))
-            self._tell(made, 500 if error else 200)
-            del self._jobs[kept.id], self._running[task]
-
-        job.task.add_done_callback(over)
-        if not await kept.save() and not request.stream:  # who reads its stream has it all the same
-            text = "The response cannot be kept, and nobody could ask for it. Try again, or leave out 'background'."
-            if answer := self._running.get(job.task):
-                answer.break_off(Cancelled(text))
-            raise StoreTrouble(text)
-        return job
-
-    async def _recall(self, body: Any, trace: Trace) -> list[Any]:
-        """The items that a body goes on with; those that it only names are put into it. Raises BadRequest."""
-        given = body if isinstance(body, dict) else {}
-        previous, items = given.get("previous_response_id"), given.get("input")
-        past = await self._past(previous, trace) if isinstance(previous, str) and previous else []
-        known: dict[str, Any] = {item["id"]: item for item in past if "id" in item}
-        for i, item in enumerate(items if isinstance(items, list) else ()):
-            id = str(item.get("id")) if isinstance(item, dict) and is_reference(item) else ""
-            if id not in known and (match := ITEM_ID.fullmatch(id)):
-                turn = await self._store.get(f"resp_{match[1]}", trace.client)
-                known |= {one["id"]: one for one in (self._items_of(turn) if turn else ())}
-            if id in known:
-                items[i] = known[id]  # type: ignore[index]  # a list, for it has an item
-        return past
-
-    async def _past(self, previous: str, trace: Trace) -> list[Any]:
-        """The items of a response and of all before it. Raises BadRequest."""
-        chain = await self._store.chain(previous, trace.client)
-        if not chain or chain[0].previous:
-            raise not_kept(chain[0].previous or "" if chain else previous)
-        if chain[-1].state == "running":
-            text = f"'previous_response_id' names '{previous}', which is not over. Wait for its end, or cancel it."
-            raise BadRequest(text, code="invalid_value", param="previous_response_id")
-        return [item for one in chain for item in self._items_of(one)]
-
-    def _items_of(self, one: StoredResponse) -> list[Any]:
-        """What was said in one turn; the signatures of its answer are remembered again."""
-        self._upstream.signatures.learn(one.signatures)
-        return [*parse_json(one.input), *one.response["output"]]
-
-    async def _whole(self, trace: Trace, begun: Begun) -> HttpResponse:
-        events = list(begun.answer.first)
-        events.extend(await begun.answer.flow(events.extend))
-        self._upstream.signatures.remember(events, trace.mapped_model)
-        reply = collect(events)
-        trace.usage = reply.usage
-        trace.first_byte = time.monotonic()
-        whole = with_payloads(dump_bytes(begun.renderer.whole(events)), begun.payloads)
-        if begun.kept:
-            await begun.kept.save()
-        return bytes_response(whole, trace)
-
-    async def _stream(
-        self, http: HttpRequest, client: ClientStream, trace: Trace, begun: Begun
-    ) -> HttpResponse:
-        def render(events: list[Event]) -> bytes:
-            self._upstream.signatures.remember(events, trace.mapped_model)
-            frames = encoded(begun.renderer.frames(events))
-            return with_payloads(frames, begun.payloads) if begun.payloads else frames
-
-        frames = render(begun.answer.first)
-        if begun.kept:
-            await begun.kept.save()
-        trace.first_byte = time.monotonic()
-        client.write(frames)
-        del frames  # a stream may last long
-        last = await begun.answer.flow(lambda events: http.write(render(events)))
-        if last and isinstance(last[-1], Ended):
-            trace.usage = last[-1].usage
-        elif last and isinstance(last[-1], Failed):
-            trace.error = last[-1].error.code or last[-1].error.type
-        frames = render(last)
-        if begun.kept:
-            await begun.kept.save()  # before the client reads that it is over
-        return client.end(frames)
-
-    # ---- kept responses
-
-    async def _count(self, body: Any, trace: Trace) -> HttpResponse:
-        """How many tokens the input of a response would be; all of its fields may be missing."""
-        if isinstance(body, dict):
-            given = {key: value for key, value in body.items() if value is not None}
-            body = {"input": [], "model": self._config.default_model or "gpt-4o", **given}
-        request = parse_response(body, await self._recall(body, trace))
-        trace.model = request.model
-        trace.mapped_model = await self._upstream.resolve(request.model)
-        tokens = await self._upstream.count(await self._upstream.media.filled(request), trace)
-        return json_response({"object": "response.input_tokens", "input_tokens": tokens}, trace)
-
-    async def _serve_stored(self, http: HttpRequest, trace: Trace, id: str) -> HttpResponse:
-        """What is asked of a response that is kept. Raises ResponseNotFound."""
-        one = await self._store.get(id, trace.client)
-        if one is None:
-            raise ResponseNotFound(
-                f"Response with id '{id}' not found. It was not kept here, or not for this key."
-            )
-        if one.state == "lost":
-            one = replace(one, response=interrupted(one.response))
-        job = self._jobs.get(id)
-        if trace.route.endswith("/input_items"):
-            return json_response(page_of(parse_json(one.input), http.query), trace)
-        if http.method == "POST" and not one.response["background"]:
-            raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
-        if http.method == "POST" and one.state == "running" and not job:
-            raise BadRequest("Another gateway makes this response. Cancel it there.")
-        if http.method in ("POST", "DELETE") and job:
-            if answer := self._running[job.task]:  # what was said so far stays in the response
-                answer.break_off(Cancelled("The response was cancelled. Ask again for another."))
-            await job.end()
-        if http.method == "DELETE":
-            await self._store.delete(id)
-            return json_response({"id": id, "object": "response", "deleted": True}, trace)
-        if http.query.get("stream") == "true":
-            return await self._replay(http, trace, one, job)
-        return (
-            bytes_response(job.kept.object(), trace) if job else json_response(one.response, trace)
-        )
-
-    async def _replay(
-        self, http: HttpRequest, trace: Trace, one: StoredResponse, job: Job | None
-    ) -> HttpResponse:
-        """The stream of a response from where the client wants it, and what is still to come of it."""
-        after = Fields(numbers_in(http.query)).count("starting_after", low=0)
-        at = 0 if after is None else after + 1
-        if job:
-            if http.method == "HEAD":
-                return bytes_response(b"", trace)
-            with contextlib.closing(self._client(http, trace)) as client:
-                client.hold(job.kept.renderer)
-                return await client.copy(job.follow(at))
-        if one.state == "running":
-            raise BadRequest(
-                "This response cannot be followed from here. Ask without 'stream' until it is over."
-            )
-        head = Head(one.id, one.response["created_at"], one.response["model"])
-        frames = split_frames(
-            one.events or encoded(ResponseRenderer(head, {}).replay(one.response, at))
-        )
-        first = at if one.events else min(at, len(frames) - 2)
-        return bytes_response(b"".join(frames[first:]), trace, kind="text/event-stream")
-
-
-@dataclass(slots=True)
-class Unbegun:
-    """While an answer has not begun: what breaks it off is raised as an error, so that the client is told."""
-
-    running: dict[Any, Any]
-    task: Any
-    error: GatewayError | None = None
-
-    def __enter__(self) -> None:
-        self.running[self.task] = self
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.running[self.task] = None
-        if self.error and isinstance(error, asyncio.CancelledError):
-            raise self.error from None
-
-    def break_off(self, error: UpstreamError) -> None:
-        if self.error is None:
-            self.error = error
-            self.task.cancel()
-
-
-@value
-class Begun:
-    """An answer that has begun, and what makes bytes of it."""
-
-    answer: Answer | Merged
-    renderer: Renderer
-    payloads: Mapping[str, bytes]
-    kept: Kept | None
-
-
-def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
-    """The client's own name for a conversation, where it gives one."""
-    given = next(filter(None, map(headers.get, SESSION_HEADERS)), None) or body.get(
-        "prompt_cache_key"
-    )
-    return given if isinstance(given, str) else ""
-
-
-# As Codex, Claude Code and OpenCode send them.
-SESSION_HEADERS = (
-    "session_id",
-    "session-id",
-    "x-session-id",
-    "x-session-affinity",
-    "conversation_id",
-)
-
-
-@dataclass(slots=True)
-class ClientStream:
-    """A client's side of a stream: one write a read.
-
-    Its head is held until the first event or the first heartbeat, so that what fails before has a status of its own.
-    """
-
-    _http: HttpRequest
-    _beat_s: float
-    _headers: Callable[[], dict[str, str]]
-    held: Renderer | None = None  # what makes the stream; None where the answer is not to be one
-    _alarm: asyncio.TimerHandle | None = None
-
-    def hold(self, renderer: Renderer) -> None:
-        """From now on a heartbeat may begin the stream, and then an error is told in it."""
-        self.held = renderer
-        if self._beat_s:
-            self._alarm = asyncio.get_running_loop().call_later(self._beat_s, self._beat)
-
-    def write(self, data: bytes) -> None:
-        if self._http.begun:
-            self._http.write(data)
-        else:
-            self._http.begin(
-                {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
-                | self._headers(),
-                data,
-            )
-
-    def end(self, data: bytes) -> HttpResponse:
-        if not self._http.begun:
-            self.write(b"")
-        self._http.end(data)
-        return HttpResponse(status=499 if self._http.gone else 200)
-
-    async def copy(self, frames: AsyncIterator[bytes]) -> HttpResponse:
-        """Sends frames as they come, as slowly as the client takes them."""
-        self.write(b"")
-        async for data in frames:
-            self.write(data)
-            await self._http.taken()
-        return self.end(b"")
-
-    def fail(self, error: GatewayError) -> HttpResponse:
-        """Ends a stream that only heartbeats have begun."""
-        assert self.held
-        return self.end(encoded(self.held.frames([Started(), Failed(error)])))
-
-    def close(self) -> None:
-        """Also cuts off what did not come to its end, so that nobody takes it for whole."""
-        if self._http.begun and not self._http.ended:
-            self._http.abort()
-        if self._alarm:
-            self._alarm.cancel()
-
-    def _beat(self) -> None:
-        """Looks twice in each `heartbeat_s`, so that a write costs no timer and not even the time.
-
-        Who does not take what there is needs none, and is cut off where that does not shrink.
-        """
-        if not self._http.quiet:
-            self._http.quiet = True
-        elif not self._http.full:
-            self.write(HEARTBEAT)
-        self._alarm = asyncio.get_running_loop().call_later(self._beat_s / 2, self._beat)
-
-
-STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
-ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
-
-
-def refuse_damaged(parse: Callable[[Any], Any], body: Any, payloads: Mapping[str, bytes]) -> None:
-    """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
-    for mark, payload in payloads.items():
-        if not is_base64(payload):
-            parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")))
-
-
-def without_words(error: BaseException) -> Any:
-    """What the log may tell of a mistake: where it was made."""
-    told = RuntimeError(f"{type(error).__name__}, without its words: they may be a client's")
-    return RuntimeError, told, error.__traceback__
-
-
-def json_response(body: Any, trace: Trace, status: int = 200) -> HttpResponse:
-    return bytes_response(dump_bytes(body), trace, status)
-
-
-def bytes_response(
-    body: bytes, trace: Trace, status: int = 200, kind: str = "application/json"
-) -> HttpResponse:
-    return HttpResponse(body, status, {"Content-Type": kind} | trace.headers(time.monotonic()))
-
-
-def error_response(error: GatewayError, trace: Trace) -> HttpResponse:
-    body = openai_error(error)
-    if trace.steps and error.waits:
-        body["error"]["decisions"] = decisions_of(trace)
-    response = json_response(body, trace, error.status)
-    response.headers |= error.headers
-    if error.waits:
-        wait_s = error.retry_after_s or 1.0
-        response.headers |= {
-            "Retry-After": str(math.ceil(wait_s)),
-            "Retry-After-Ms": str(round(1000 * wait_s)),
-        }
-    if error.code == "insufficient_quota":
-        response.headers["X-Should-Retry"] = "false"
-    return response
-
-
-async def create_app(
-    config: Config,
-    running_max: float = math.inf,
-    source: Source | None = None,
-    drain_s: float = 0.0,
-) -> Gateway:
-    """The gateway, to be listened for; when that ends, running answers have `drain_s` to finish."""
-    upstream = Upstream(config)
-    database = Database(None if config.store in (None, "memory", "off") else Path(config.store))
-    gateway = Gateway(config, upstream, ResponseStore(database), running_max, source, drain_s)
-    gateway.at_end.push_async_callback(database.close)
-    gateway.at_end.push_async_callback(upstream.close)
-    if source:
-        gateway.at_end.callback(asyncio.create_task(gateway.watch(source)).cancel)
-    if database.path:
-        rests = PoolStore(database, upstream.pool)
-        if database.path.exists():
-            await rests.load(upstream.clock())
-        gateway.at_end.push_async_callback(rests.save)
-        gateway.at_end.callback(asyncio.create_task(rests.keep(upstream.rested)).cancel)
-    return gateway
+    listener = await loop.create_server(connect, host, port, backlog=1024)
+    stack.callback(listener.close)
+    for socket in listener.sockets:
+        if sys.platform == "linux":  # a client that takes nothing for so long ends its connection
+            socket.setsockopt(6, 18, round(stall_s * 1000))  # IPPROTO_TCP, TCP_USER_TIMEOUT
+    return int(listener.sockets[0].getsockname()[1])
 
 
 # ==============================================================================
-# 22. Demo
+# 23. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -9317,60 +9403,77 @@ DEMO_FORMATS = {
 }
 
 
-@value
-class Demo(App):
+def demo_app(fault: str | None) -> web.Application:
     """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
-
-    fault: str | None
-
-    async def handle(self, http: HttpRequest) -> HttpResponse:
-        place, _, name = http.path.partition("/v1beta/models")
-        if place or name.startswith("/") != (http.method == "POST"):
-            return demo_error(404, "NOT_FOUND", f"The demo has no {http.path}.")
-        if name:
-            return await self._call(http, *name[1:].partition(":")[::2])
-        models = (
-            {"name": f"models/{name}", "supportedGenerationMethods": DEMO_MODELS[name]}
-            for name in DEMO_MODELS
-        )
-        return demo_json({"models": list(models)})
-
-    async def _call(self, http: HttpRequest, model: str, method: str) -> HttpResponse:
-        streams = method == "streamGenerateContent"
-        if ("generateContent" if streams else method) not in DEMO_MODELS.get(model, ()):
-            return demo_error(
-                404, "NOT_FOUND", f"models/{model} is not found, or is not supported for {method}."
-            )
-        if self.fault in DEMO_FAULTS:
-            return demo_error(*DEMO_FAULTS[self.fault])
-        try:
-            answers = demo_answers(method, model, json.loads(await http.read()))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            return demo_error(
-                400, "INVALID_ARGUMENT", f"The demo cannot read this request: {error!r}"
-            )
-        if streams and http.query.get("alt") == "sse":
-            return await self._stream(http, answers)
-        if self.fault == "cut":
-            http.abort()
-        return demo_json(answers if streams else answers[0])
-
-    async def _stream(self, http: HttpRequest, chunks: list[dict[str, Any]]) -> HttpResponse:
-        http.begin({"Content-Type": "text/event-stream"}, b"")
-        for chunk in chunks[: len(chunks) // 2] if self.fault == "cut" else chunks:
-            http.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
-            await asyncio.sleep(0.01)
-        if self.fault == "cut":
-            http.abort()
-        http.end(b"")
-        return HttpResponse()
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/v1beta/models", demo_models),
+            web.post("/v1beta/models/{model}:{method}", functools.partial(demo_call, fault)),
+            web.route("*", "/{path:.*}", demo_nothing),
+        ]
+    )
+    return app
 
 
-def demo_json(body: Any, status: int = 200) -> HttpResponse:
-    return HttpResponse(json.dumps(body).encode(), status, {"Content-Type": "application/json"})
+async def demo_models(request: web.Request) -> web.StreamResponse:
+    return demo_json(
+        {
+            "models": [
+                {"name": f"models/{name}", "supportedGenerationMethods": methods}
+                for name, methods in DEMO_MODELS.items()
+            ]
+        }
+    )
 
 
-def demo_error(code: int, status: str, message: str) -> HttpResponse:
+async def demo_nothing(request: web.Request) -> web.StreamResponse:
+    return demo_error(404, "NOT_FOUND", f"The demo has no {request.path}.")
+
+
+async def demo_call(fault: str | None, request: web.Request) -> web.StreamResponse:
+    model, method = request.match_info["model"], request.match_info["method"]
+    streams = method == "streamGenerateContent"
+    if ("generateContent" if streams else method) not in DEMO_MODELS.get(model, ()):
+        text = f"models/{model} is not found, or is not supported for {method}."
+        return demo_error(404, "NOT_FOUND", text)
+    if fault in DEMO_FAULTS:
+        return demo_error(*DEMO_FAULTS[fault])
+    try:
+        answers = demo_answers(method, model, json.loads(await request.read()))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        text = f"The demo cannot read this request: {error!r}"
+        return demo_error(400, "INVALID_ARGUMENT", text)
+    if streams and request.query.get("alt") == "sse":
+        return await demo_stream(fault, request, answers)
+    if fault == "cut":
+        cut_connection(request)
+    return demo_json(answers if streams else answers[0])
+
+
+def cut_connection(request: web.Request) -> None:
+    if request.transport is not None:
+        request.transport.abort()
+
+
+async def demo_stream(
+    fault: str | None, request: web.Request, chunks: list[dict[str, Any]]
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for chunk in chunks[: len(chunks) // 2] if fault == "cut" else chunks:
+        await response.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
+        await asyncio.sleep(0.01)
+    if fault == "cut":
+        cut_connection(request)
+    return response
+
+
+def demo_json(body: Any, status: int = 200) -> web.Response:
+    return web.json_response(body, status=status)
+
+
+def demo_error(code: int, status: str, message: str) -> web.Response:
     details = {"details": DEMO_429_DETAILS} if code == 429 else {}
     return demo_json(
         {"error": {"code": code, "message": message, "status": status, **details}}, code
@@ -9574,7 +9677,7 @@ def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 23. Command line
+# 24. Command line
 # ==============================================================================
 
 CLOCK_SKEW_S_MAX = 300.0
@@ -9784,7 +9887,7 @@ def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
     return handler
 
 
-def banner(config: Config, running_max: float) -> str:
+def banner(config: Config) -> str:
     proxies = (
         proxy_for(account.base_url, account.proxy or config.upstream_proxy)
         for account in config.accounts
@@ -9799,7 +9902,7 @@ def banner(config: Config, running_max: float) -> str:
         f"  auth      {config.auth}"
         + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
         f"  default   {config.default_model or 'none: unknown model names are a 404'}",
-        f"  at once   {running_max} requests, as open files allow",
+        f"  at once   {config.max_requests} requests (proxy.max_requests)",
         f"  store     {config.store} (responses; proxy.store)",
         *(f"  proxy     {proxy}" for proxy in without_users),
         *(
@@ -9826,17 +9929,26 @@ def stored(config: Config) -> Config:
         raise Unusable(text, "config_invalid") from None
 
 
-def raise_file_limit() -> float:
-    """Lets this process open as many files as it may; how many requests, of two sockets and an idle one each, that is."""
+def raise_file_limit() -> None:
+    """Lets this process open as many files as it may."""
     try:
         import resource
     except ImportError:  # Windows has no such limit
-        return math.inf
+        return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return math.inf if soft == resource.RLIM_INFINITY else max(1, (soft - FILES_KEPT) // 3)
+
+
+def tell_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Tells in one line that no further connection can be accepted for now; asyncio tries again in a second."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        log.warning(
+            "no file is left for another connection; raise ulimit -n, or lower proxy.max_requests"
+        )
+    else:
+        loop.default_exception_handler(context)
 
 
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
@@ -9859,12 +9971,11 @@ async def run_until_signal(
     )
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(stored(config), stack)
-        running_max = raise_file_limit()
-        app = await create_app(config, running_max, source, drain_s)
-        port = await listen(
-            app, config.bind, config.port, stack, 2 * running_max, config.timeouts.stall_s
-        )
-        click.echo(banner(replace(config, port=port), running_max), err=True)
+        raise_file_limit()
+        asyncio.get_running_loop().set_exception_handler(tell_loop_error)
+        app = create_app(config, source=source, drain_s=drain_s)
+        port = await listen(app, config.bind, config.port, stack, stall_s=config.timeouts.stall_s)
+        click.echo(banner(replace(config, port=port)), err=True)
         if source:
             on_signals(("SIGHUP",), lambda _: source.asked.set())
         gc.freeze()  # else the collector walks the modules again and again: a tenth of what a request costs
@@ -9908,7 +10019,7 @@ async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
             f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.",
             "config_invalid",
         )
-    port = await listen(Demo(fault), "127.0.0.1", 0, stack)
+    port = await listen(demo_app(fault), "127.0.0.1", 0, stack)
     demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
     return replace(
         config, accounts=(demo,), store="memory", max_wait_s=0
@@ -9923,7 +10034,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
     )
     async with contextlib.AsyncExitStack() as stack:
         config = await with_demo(config, stack)
-        app = await create_app(config)
+        app = create_app(config)
         port = await listen(app, "127.0.0.1", 0, stack)
         direct = ",".join(
             filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"))
@@ -9944,7 +10055,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], pass_on)
         on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else pass_on)
         code = await child.wait()
-        click.echo(f"agproxy: {app.tally.bill()}", err=True)
+        click.echo(f"agproxy: {app[gateway_key()].journal.tally.bill()}", err=True)
     return 128 - code if code < 0 else code
 
 
@@ -10054,7 +10165,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
     """List the models that are served, or say what NAME maps to and by which rule."""
     config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    listed = asyncio.run(with_upstream(config, Upstream.models))
+    listed = asyncio.run(with_upstream(config, lambda upstream: upstream.catalog.listed()))
     if name is None:
         if listed is None:
             click.echo(
@@ -10136,11 +10247,11 @@ async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str,
     listed: Sequence[str] = ()
     told = "It lists no model. Check base_url, and what the key may use."
     try:
-        listed = await upstream.models_of(account)
+        listed = await upstream.catalog.models_of(account)
     except UpstreamError as error:
         told = f"{error.message.rstrip('.')}. {remedy_of(error, account.kind)}".rstrip()
-    skewed = f"This machine's clock is off by {upstream.skew_s:.0f} s. Set it by NTP."
-    late = skewed if abs(upstream.skew_s) > CLOCK_SKEW_S_MAX else ""
+    skewed = f"This machine's clock is off by {upstream.catalog.skew_s:.0f} s. Set it by NTP."
+    late = skewed if abs(upstream.catalog.skew_s) > CLOCK_SKEW_S_MAX else ""
     return ("yes", str(len(listed)), late) if listed else ("no", "-", f"{told} {late}".rstrip())
 
 
@@ -10181,7 +10292,7 @@ def explain(
     config = configured(accounts)
     try:
         body = parse_body(file.read())
-        requests, table = read_body(
+        requests, table = requests_of(
             body | {"model": model} if model and isinstance(body, dict) else body
         )
         mapped = map_model(requests[0].model, config, None)
@@ -10365,17 +10476,17 @@ def write_private(path: Path, text: str) -> None:
     made.replace(path)
 
 
-@value
-class Landing(App):
-    state: str
-    come: asyncio.Future[str]
+def landing_app(state: str, come: asyncio.Future[str]) -> web.Application:
+    """The page at which a browser's login ends; it hears the code."""
 
-    async def handle(self, http: HttpRequest) -> HttpResponse:
-        if http.query.get("state") == self.state and not self.come.done():
-            self.come.set_result(f"?{urlencode(http.query)}")
-        return HttpResponse(
-            b"agproxy has heard; this page may be closed.", 200, {"Content-Type": "text/plain"}
-        )
+    async def land(request: web.Request) -> web.StreamResponse:
+        if request.query.get("state") == state and not come.done():
+            come.set_result(f"?{urlencode(request.query)}")
+        return web.Response(text="agproxy has heard; this page may be closed.")
+
+    app = web.Application()
+    app.add_routes([web.get("/{path:.*}", land)])
+    return app
 
 
 async def log_in(account: Account, config: Config, paste: bool) -> str:
@@ -10386,7 +10497,7 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
     async with contextlib.AsyncExitStack() as stack:
         come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        port = 1 if paste else await listen(Landing(state, come), "127.0.0.1", 0, stack)
+        port = 1 if paste else await listen(landing_app(state, come), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
         url = login_url(account, redirect, state, verifier)
         click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
@@ -10397,7 +10508,7 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     code = login_code(f"?{answer.partition('?')[2]}", state)
     alone = replace(config, accounts=())
     return await with_upstream(
-        alone, lambda upstream: upstream.credentials.redeem(account, code, redirect, verifier)
+        alone, lambda upstream: upstream.wire.credentials.redeem(account, code, redirect, verifier)
     )
 
 

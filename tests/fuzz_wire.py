@@ -160,7 +160,7 @@ async def served(direct: bool) -> AsyncIterator[int]:
         async with await asyncio.start_server(play, "127.0.0.1", 0) as upstream, contextlib.AsyncExitStack() as stack:
             url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
             accounts = tuple(agproxy.Account(f"a{number}", "k", url) for number in range(3))
-            app = await agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts, max_wait_s=0.2))
+            app = agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts, max_wait_s=0.2))
             yield await agproxy.listen(app, "127.0.0.1", 0, stack)
 
 

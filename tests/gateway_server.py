@@ -10,7 +10,7 @@ import antigravity_proxy as agproxy
 
 
 class GatewayServer(BaseTestServer):
-    def __init__(self, app: agproxy.App) -> None:
+    def __init__(self, app: Any) -> None:
         super().__init__()
         self._app = app
         self._stack = contextlib.AsyncExitStack()

@@ -169,7 +169,7 @@ async def serve(url: str) -> None:
     handler.addFilter(lambda record: complaints.append(record) is None)
     logging.basicConfig(level=logging.ERROR, handlers=[handler])
     async with contextlib.AsyncExitStack() as stack:
-        port = await agproxy.listen(await agproxy.create_app(config), "127.0.0.1", 0, stack)
+        port = await agproxy.listen(agproxy.create_app(config), "127.0.0.1", 0, stack)
         while True:
             tell({"port": port, "tasks": len(asyncio.all_tasks()), "complaints": len(complaints)})
             await asyncio.sleep(REPORT_S)

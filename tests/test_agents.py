@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own deprecations
 
 @pytest.fixture
 async def model(gemini: FakeGemini) -> AsyncIterator[Any]:
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
+    app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     agents.set_tracing_disabled(True)
     async with GatewayServer(app) as server:
         base_url = str(server.make_url("/v1"))

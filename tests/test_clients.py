@@ -32,7 +32,7 @@ needs_codex = pytest.mark.skipif(not (MODULES / ".bin/codex").exists(), reason="
 
 @pytest.fixture
 async def base_url(gemini: FakeGemini) -> AsyncIterator[str]:
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
+    app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     async with GatewayServer(app) as server:
         yield str(server.make_url("/v1"))
 

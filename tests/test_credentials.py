@@ -37,7 +37,7 @@ async def start(gemini: FakeGemini, aiohttp_client: Any, kind: str) -> Start:
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(kind, name, gemini.url) for name in accounts)
         config = agproxy.Config(made, strategy="fill_first", **settings)
-        return await aiohttp_client(GatewayServer(await agproxy.create_app(config)))
+        return await aiohttp_client(GatewayServer(agproxy.create_app(config)))
 
     gemini.echo = True
     return start
@@ -153,7 +153,7 @@ async def test_no_secret_that_the_token_endpoint_repeats_is_told(
     gemini: FakeGemini, aiohttp_client: Any, kind: str
 ) -> None:
     account = replace(account_of(kind, "a", gemini.url), client_secret="GOCSPX-planted", refresh_token="planted-too")
-    client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config((account,), max_wait_s=0))))
+    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config((account,), max_wait_s=0))))
     gemini.tokens = [(400, {"error": "invalid_grant", "error_description": "planted-too of GOCSPX-planted is no good"})]
     text = await (await client.post(CHAT, json=HELLO)).text()
     assert ("is no longer good" in text, "planted" in text) == (True, False)
@@ -174,8 +174,8 @@ async def test_a_token_that_is_refused_where_the_project_is_asked_for_is_renewed
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     account, gemini.echo = account_of("cloudcode", "a", gemini.url), True
-    app = await agproxy.create_app(agproxy.Config((account,), max_wait_s=0))
-    await app._upstream.credentials.header(account)
+    app = agproxy.create_app(agproxy.Config((account,), max_wait_s=0))
+    await app[agproxy.gateway_key()].upstream.credentials.header(account)
     gemini.revoked = {"key-a:1"}
     client = await aiohttp_client(GatewayServer(app))
     assert ((await client.post(CHAT, json=HELLO)).status, len(gemini.forms)) == (200, 2)
@@ -225,7 +225,7 @@ async def test_embeddings_are_asked_of_those_that_make_them(gemini: FakeGemini, 
     for kinds, status in (((kind, "gemini"), 200), ((kind,), 404)):
         accounts = tuple(account_of(one, one, gemini.url) for one in kinds)
         client = await aiohttp_client(
-            GatewayServer(await agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
+            GatewayServer(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
         )
         response = await client.post("/v1/embeddings", json=body)
         assert response.status == status, await response.text()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # LangChain's own deprecation
 
 @pytest.fixture
 async def settings(gemini: FakeGemini) -> AsyncIterator[dict[str, Any]]:
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
+    app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     async with GatewayServer(app) as server, openai.DefaultAsyncHttpxClient() as http:
         yield {"base_url": str(server.make_url("/v1")), "api_key": "unused", "http_async_client": http}
 

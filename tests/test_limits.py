@@ -36,9 +36,9 @@ async def start() -> AsyncIterator[Start]:
 
         async def start(url: str, *, connections_max: float = 1000, drain_s: float = 0, **settings: Any) -> str:
             config = agproxy.Config((agproxy.Account("a", "k", url),), **settings)
-            app = await agproxy.create_app(config, drain_s=drain_s)
+            app = agproxy.create_app(config, drain_s=drain_s)
             stall_s = config.timeouts.stall_s
-            return f"http://127.0.0.1:{await agproxy.listen(app, '127.0.0.1', 0, stack, connections_max, stall_s)}"
+            return f"http://127.0.0.1:{await agproxy.listen(app, '127.0.0.1', 0, stack, stall_s=stall_s)}"
 
         yield start
 
@@ -51,7 +51,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture(params=["direct", "aiohttp"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agproxy, "DIRECT", request.param == "direct")
+    monkeypatch.setitem(agproxy.create_app.__kwdefaults__, "direct", request.param == "direct")
 
 
 # ---- heartbeat

@@ -86,7 +86,7 @@ KEY = (agproxy.ClientKey("laptop", "right"),)
 async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
     async def start(url: str = "", **settings: Any) -> TestClient:
         accounts = (agproxy.Account("a", "k", url or gemini.url),)
-        return await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(accounts, **settings))))
+        return await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts, **settings))))
 
     return start
 
@@ -174,7 +174,7 @@ async def test_to_a_client(
     aiohttp_client: Any,
 ) -> None:
     if settings.get("accounts") == ():
-        client = await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(()))))
+        client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(()))))
     else:
         url = str(settings.pop("url", "")).replace("PLAIN", gemini.url.rsplit(":", 1)[1])
         client = await start(url, **settings)

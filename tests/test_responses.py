@@ -34,7 +34,7 @@ async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
     async def start(drain_s: float = 0.0, **settings: Any) -> TestClient:
         account = agproxy.Account("a", "k", gemini.url)
         return await aiohttp_client(
-            GatewayServer(await agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
+            GatewayServer(agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
         )
 
     return start
@@ -665,7 +665,7 @@ async def test_what_a_client_did_not_wait_for_is_kept(start: Start, gemini: Fake
 async def test_what_is_made_in_the_background_takes_no_request_its_place(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)), running_max=1)
+    app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),), max_requests=1))
     client = await aiohttp_client(GatewayServer(app))
     gemini.script, gemini.silence_s = [said("one")], 5
     made = await ask(client, background=True)

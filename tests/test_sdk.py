@@ -19,7 +19,7 @@ import antigravity_proxy as agproxy
 @pytest.fixture(params=KINDS)
 async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a gateway with one account, of each kind."""
-    app = await agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
+    app = agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
     async with GatewayServer(app) as server:
         base_url = str(server.make_url("/v1"))
         async with sdk(base_url) as client:

@@ -195,7 +195,7 @@ async def test_a_mistake_of_the_gateways_is_logged_without_words(
         raise KeyError(WORDS)
 
     monkeypatch.setattr(agproxy, "build_generate_content", mistake)
-    app = await agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
+    app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     response = await (await aiohttp_client(GatewayServer(app))).post(CHAT, json=SAID | {"model": HELLO["model"]})
     assert (response.status, WORDS in await response.text()) == (500, False)
     assert "KeyError" in caplog.text and "in mistake" in caplog.text

@@ -29,7 +29,7 @@ HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 @pytest.fixture(params=["direct", "aiohttp", "vertex", "cloudcode"], autouse=True)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What is seen by HTTP is the same over both transports, and of all kinds of accounts; the kind."""
-    monkeypatch.setattr(agproxy, "DIRECT", request.param != "aiohttp")
+    monkeypatch.setitem(agproxy.create_app.__kwdefaults__, "direct", request.param != "aiohttp")
     return request.param if request.param in KINDS else "gemini"
 
 
@@ -49,7 +49,7 @@ async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any, transport: 
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(transport, name, gemini[1]) for name in accounts)
         given = {"strategy": "round_robin", "max_wait_s": 0, **settings}
-        return await aiohttp_client(GatewayServer(await agproxy.create_app(agproxy.Config(made, **given))))
+        return await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(made, **given))))
 
     return start
 
@@ -242,7 +242,7 @@ async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
     await upstream.start_server()
     async with upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
-        app = await agproxy.create_app(agproxy.Config((account,)))
+        app = agproxy.create_app(agproxy.Config((account,)))
         server = GatewayServer(app)
         await server.start_server()
         async with TestClient(server) as client:
@@ -348,9 +348,7 @@ async def test_the_account_is_shown_as_configured(
     show: str, shown: str | None, gemini: Any, aiohttp_client: Any
 ) -> None:
     account = agproxy.Account("a", "k", gemini[1], email="me@example.com")
-    client = await aiohttp_client(
-        GatewayServer(await agproxy.create_app(agproxy.Config((account,), show_account=show)))
-    )
+    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config((account,), show_account=show))))
     gemini[0].script = [said("x")]
     response = await client.post("/v1/chat/completions", json=HELLO)
     assert response.headers.get("X-Account-Email") == shown
@@ -534,13 +532,13 @@ def test_what_only_looks_like_a_field_in_a_text_is_none(said: str) -> None:
 @both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
-    client = await aiohttp_client(GatewayServer(await agproxy.create_app(config, running_max=1)))
+    client = await aiohttp_client(GatewayServer(agproxy.create_app(replace(config, max_requests=1))))
     gemini[0].script = [said("x")]
     gemini[0].silence_s = 20
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
     await until(lambda: gemini[0].bodies)
     second = await client.post("/v1/chat/completions", json=HELLO)
-    assert (second.status, "ulimit -n" in (await second.json())["error"]["message"]) == (503, True)
+    assert (second.status, "proxy.max_requests" in (await second.json())["error"]["message"]) == (503, True)
     gemini[0].go_on.set()
     assert (await first).status == 200
 
@@ -562,7 +560,7 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
     endless.router.add_post("/{tail:.*}", never_ends)
     async with TestServer(endless) as upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
-        async with GatewayServer(await agproxy.create_app(agproxy.Config((account,)))) as server:
+        async with GatewayServer(agproxy.create_app(agproxy.Config((account,)))) as server:
             reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 12)
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
