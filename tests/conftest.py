@@ -21,7 +21,7 @@ from fake_gemini import FakeGemini
 
 HELLO: dict[str, Any] = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 TESTS = Path(__file__).parent
-ROOT = TESTS.parent
+ROOT, DATA = TESTS.parent, TESTS / "data"
 NOT_PASSED = (
     *("GEMINI_API_KEY", "GOOGLE_API_KEY", "AGPROXY_ACCOUNTS", "AGPROXY_PORT"),
     "PYTHONDONTWRITEBYTECODE",  # else each gateway would compile its file anew

@@ -12,7 +12,7 @@ from aiohttp import web
 
 import antigravity_proxy as agproxy
 
-sys.path.insert(0, str(Path(__file__).parent / "gemini_schema"))
+sys.path.insert(0, str(Path(__file__).parent / "data" / "gemini_schema"))
 from check_gemini import validate
 
 # Rules that are warnings for anybody's body, but that the gateway's own must keep.
@@ -61,6 +61,18 @@ def said(*texts: str, reason: str | None = "STOP") -> list[dict[str, Any]]:
         usage = {"promptTokenCount": 3, "candidatesTokenCount": 4, "totalTokenCount": 7}
         chunks.append({"candidates": [{"finishReason": reason, "index": 0}], "usageMetadata": usage})
     return chunks
+
+
+def answer(*parts: dict[str, Any], reason: str = "STOP", **more: Any) -> list[dict[str, Any]]:
+    """One chunk a part, as Gemini streams them."""
+    chunks: list[dict[str, Any]] = [
+        {"candidates": [{"content": {"role": "model", "parts": [part]}, "index": 0}]} for part in parts
+    ]
+    return [*chunks, {"candidates": [{"content": {"role": "model"}, "finishReason": reason, "index": 0, **more}]}]
+
+
+def call(name: str, **args: Any) -> dict[str, Any]:
+    return {"functionCall": {"name": name, "args": args}}
 
 
 def whole(chunks: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""OpenAI's published schemas (openai_api.json) as a check of what the gateway answers."""
+"""OpenAI's published schemas (data/openai_api.json) as a check of what the gateway answers."""
 
 import json
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ def readable(node: Any) -> Any:
 
 @lru_cache
 def components() -> dict[str, Any]:
-    api = json.loads((Path(__file__).parent / "openai_api.json").read_text())
+    api = json.loads((Path(__file__).parent / "data" / "openai_api.json").read_text())
     found: dict[str, Any] = readable(api["components"])
     return found
 

@@ -1,4 +1,4 @@
-// What OpenAI's SDK for Node makes of Responses: create, stream, parse, and a stored conversation. Run by tests/test_clients.py.
+// What OpenAI's SDK for Node makes of Responses: create, stream, parse, and a stored conversation. Run by tests/process/test_clients.py.
 import assert from "node:assert/strict";
 import OpenAI from "openai";
 import { zodResponsesFunction, zodTextFormat } from "openai/helpers/zod";

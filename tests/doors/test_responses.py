@@ -1,12 +1,8 @@
 """Responses that are kept: by HTTP and through the real openai package, over a scripted Gemini."""
 
 import asyncio
-import contextlib
 import json
-import os
-import sqlite3
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +10,20 @@ import aiohttp
 import openai
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import sdk, until
+from conftest import sdk
 from fake_gemini import FakeGemini, error, said
 from gateway_server import GatewayServer
+from golden import CASES, frames, without_null_usage
+from kept import ASK, GEMINI_3, TOOL, Start, ask, ask_stream, fetch, starter
 from openai_schema import findings
 from pydantic import BaseModel
-from test_golden import CASES, frames, without_null_usage
 
 import antigravity_proxy as agproxy
 
-Start = Callable[..., Awaitable[TestClient]]
-ASK: dict[str, Any] = {"model": "gpt-4o", "input": "first"}
-GEMINI_3 = "gemini-3-pro-preview"
-TOOL = {"type": "function", "name": "ls", "parameters": {"type": "object", "properties": {"path": {"type": "string"}}}}
-
 
 @pytest.fixture
-async def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
-    async def start(drain_s: float = 0.0, **settings: Any) -> TestClient:
-        account = agproxy.Account("a", "k", gemini.url)
-        return await aiohttp_client(
-            GatewayServer(agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
-        )
-
-    return start
+def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
+    return starter(gemini, aiohttp_client)
 
 
 @pytest.fixture
@@ -49,21 +35,6 @@ async def client(start: Start) -> TestClient:
 async def ai(client: TestClient) -> AsyncIterator[openai.AsyncOpenAI]:
     async with sdk(str(client.make_url("/v1"))) as ai:
         yield ai
-
-
-async def ask(client: TestClient, **more: Any) -> Any:
-    response = await client.post("/v1/responses", json=ASK | more)
-    return await response.json()
-
-
-async def ask_stream(client: TestClient, **more: Any) -> list[Any]:
-    response = await client.post("/v1/responses", json=ASK | {"stream": True} | more)
-    return frames(await response.text())
-
-
-async def fetch(client: TestClient, path: str, method: str = "GET") -> tuple[int, Any]:
-    response = await client.request(method, f"/v1/responses/{path}")
-    return response.status, await response.json()
 
 
 def words(body: dict[str, Any]) -> list[tuple[str, str]]:
@@ -213,6 +184,15 @@ async def test_the_sdk_parses_what_it_asked_for(stream: bool, ai: openai.AsyncOp
             made.append(await ai.responses.parse(model="gpt-4o", input="who?", **more))
     assert made[0].output_parsed == Person(name="Ada", age=36)
     assert made[1].output[0].parsed_arguments == Person(name="Ada", age=36)
+
+
+async def test_a_generated_image_is_seen_in_the_next_turn(client: TestClient, gemini: FakeGemini) -> None:
+    gemini.models = ["gemini-2.5-flash-image"]
+    image = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0K"}}
+    gemini.script = [[{"candidates": [{"content": {"parts": [image]}, "finishReason": "STOP"}]}], said("blue")]
+    first = await ask(client, model="gemini-2.5-flash-image")
+    await ask(client, model="gemini-2.5-flash-image", previous_response_id=first["id"])
+    assert gemini.bodies[1]["contents"][1] == {"role": "model", "parts": [image]}
 
 
 # ---- what is not kept
@@ -465,155 +445,6 @@ async def test_a_client_that_leaves_is_not_waited_for(client: TestClient, gemini
         assert [(event["type"], event["sequence_number"]) for event in rest[:-1]] == [("response.failed", after + 1)]
 
 
-async def test_two_gateways_share_a_file(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
-    store = str(tmp_path / "deep" / "state.sqlite3")
-    one, other = await start(drain_s=5.0, store=store), await start(store=store)
-    gemini.script, gemini.pause_s = [said(f"{i}") for i in range(9)], 0.1
-    made = await ask(one)
-    assert (await fetch(other, made["id"]))[1]["id"] == made["id"]
-    running = await ask(one, background=True)
-    await asyncio.sleep(0.05)
-    assert (await fetch(other, running["id"]))[1]["status"] in ("queued", "in_progress")
-    assert (await ask(other, previous_response_id=running["id"]))["error"]["code"] == "invalid_value"
-    assert (await fetch(other, f"{running['id']}/cancel", "POST"))[0] == 400
-    assert (await fetch(other, f"{running['id']}?stream=true"))[0] == 400
-    await one.close()
-    assert (await fetch(other, running["id"]))[1]["status"] == "completed"
-    assert [os.stat(path).st_mode & 0o777 for path in (store, os.path.dirname(store))] == [0o600, 0o700]
-    await other.close()
-    assert os.listdir(os.path.dirname(store)) == ["state.sqlite3"]
-
-
-async def test_a_file_that_cannot_be_used_is_told_and_replaced_by_memory(
-    start: Start, gemini: FakeGemini, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "broken").write_text("This is no database. " * 100)
-    client = await start(store=str(tmp_path / "broken"))
-    gemini.script = [said("one"), said("two")]
-    made = await ask(client)
-    assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
-    assert "broken cannot be used" in caplog.text
-
-
-@pytest.mark.parametrize("limit", [{"MAX": 20}, {"MEMORY_MAX": 20_000}, {"BYTES_MAX": 20_000}, {"AGE_S": 0.3}], ids=str)
-async def test_the_store_is_bounded(
-    limit: dict[str, float], start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in limit.items():
-        monkeypatch.setattr(agproxy, f"RESPONSES_{name}", value)
-    monkeypatch.setattr(agproxy, "USED_S", 0.0)
-    client = await start(store="memory" if "MEMORY_MAX" in limit else str(tmp_path / "s"))
-    gemini.echo = True
-    first, second = await ask(client), await ask(client)
-    await asyncio.sleep(0.35 if "AGE_S" in limit else 0)
-    for _ in range(99):
-        last = await ask(client)
-        await fetch(client, second["id"])
-    assert (await fetch(client, first["id"]))[0] == 404
-    assert (await fetch(client, last["id"]))[0] == 200
-    assert (await fetch(client, second["id"]))[0] == 200  # it was used lately
-
-
-async def test_nobody_waits_for_a_file_that_another_program_holds(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.5)
-    client = await start(store=str(tmp_path / "s"))
-    gemini.echo = True
-    await ask(client)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
-        held.execute("BEGIN IMMEDIATE")
-        late = asyncio.create_task(ask(client))
-        await asyncio.sleep(0.1)
-        began = time.monotonic()
-        chat = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
-        assert (await client.post("/v1/chat/completions", json=chat)).status == 200
-        assert time.monotonic() - began < 0.3
-        made = await late
-    assert made["status"] == "completed"
-    assert f"{made['id']} cannot be kept: The store cannot be used (database is locked)" in caplog.text
-    assert (await ask(client))["status"] == "completed"
-
-
-async def test_deleting_waits_for_no_program_that_reads_the_file(
-    start: Start, gemini: FakeGemini, tmp_path: Path
-) -> None:
-    client = await start(store=str(tmp_path / "s"))
-    gemini.echo = True
-    made = await ask(client)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as reading:
-        reading.execute("BEGIN")
-        reading.execute("SELECT id FROM responses").fetchall()
-        await ask(client)
-        async with asyncio.timeout(3):
-            assert (await fetch(client, made["id"], "DELETE"))[0] == 200
-
-
-async def test_a_response_whose_end_could_not_be_written_is_over_for_whoever_polls(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
-    client = await start(store=str(tmp_path / "s"))
-    gemini.script, gemini.silence_s = [said("one"), said("two")], 20
-    made = await ask(client, background=True)
-    stream = asyncio.create_task(client.get(f"/v1/responses/{made['id']}?stream=true"))
-    await until(lambda: gemini.bodies)
-    await asyncio.sleep(0.05)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
-        held.execute("BEGIN IMMEDIATE")
-        gemini.go_on.set()
-        assert "response.completed" in await (await stream).text()
-    async with asyncio.timeout(5):
-        while (status := (await fetch(client, made["id"]))[1].get("status")) != "completed":
-            assert status is None  # while the store is busy
-            await asyncio.sleep(0.05)
-    assert (await ask(client, previous_response_id=made["id"]))["status"] == "completed"
-
-
-async def test_a_stream_whose_end_could_not_be_written_is_not_kept(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
-    client = await start(store=str(tmp_path / "s"))
-    gemini.script, gemini.pause_s = [said("one"), said("two")], 20
-    async with client.post("/v1/responses", json=ASK | {"stream": True}) as response:
-        id = f"resp_{response.headers['X-Request-Id'][4:]}"
-        assert (await fetch(client, id))[1]["status"] == "in_progress"
-        with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
-            held.execute("BEGIN IMMEDIATE")
-            gemini.go_on.set()
-            assert "response.completed" in await response.text()
-    await asyncio.sleep(0.2)
-    assert (await fetch(client, id))[0] == 404
-    assert (await ask(client, previous_response_id=id))["error"]["code"] == "previous_response_not_found"
-
-
-async def test_what_cannot_be_written_is_still_read_and_cancelled_but_not_begun_in_the_background(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
-    monkeypatch.setattr(agproxy, "USED_S", 0.0)
-    client = await start(store=str(tmp_path / "s"))
-    gemini.script, gemini.silence_s = [said("one"), said("two")], 20
-    made = await ask(client, background=True)
-    await until(lambda: gemini.bodies)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
-        held.execute("BEGIN IMMEDIATE")
-        assert (await fetch(client, made["id"]))[0] == 200
-        async with asyncio.timeout(5):
-            status, cancelled = await fetch(client, f"{made['id']}/cancel", "POST")
-        assert (status, cancelled["status"]) == (200, "cancelled")
-        await asyncio.sleep(0.2)
-        response = await client.post("/v1/responses", json=ASK | {"background": True})
-        assert (response.status, (await response.json())["error"]["code"]) == (503, "server_is_overloaded")
-        gemini.script, gemini.silence_s = [said("three")], 0
-        assert (await ask_stream(client, background=True))[-2]["type"] == "response.completed"
-    async with asyncio.timeout(5):
-        while (await fetch(client, made["id"]))[1].get("status") != "cancelled":  # noqa: ASYNC110  # another task's
-            await asyncio.sleep(0.05)
-    assert len(gemini.bodies) < 4
-
-
 async def test_a_background_response_that_a_mistake_ends_is_cut_and_not_taken_for_whole(
     client: TestClient, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -649,19 +480,6 @@ async def test_why_tells_of_a_background_response_what_it_tells_of_others(
     assert [step["chosen"] for step in one["decisions"]] == ["a"]
 
 
-async def test_what_a_client_did_not_wait_for_is_kept(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
-    database = agproxy.Database(tmp_path / "s")
-    busy = asyncio.create_task(database.run(lambda _: time.sleep(0.2)))
-    await asyncio.sleep(0.05)
-    made: list[int] = []
-    waits = asyncio.create_task(database.run(lambda _: made.append(1)))
-    await asyncio.sleep(0.05)
-    waits.cancel()
-    await busy
-    await database.close()
-    assert made == [1]
-
-
 async def test_what_is_made_in_the_background_takes_no_request_its_place(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
@@ -670,17 +488,6 @@ async def test_what_is_made_in_the_background_takes_no_request_its_place(
     gemini.script, gemini.silence_s = [said("one")], 5
     made = await ask(client, background=True)
     assert (await fetch(client, f"{made['id']}/cancel", "POST"))[1]["status"] == "cancelled"
-
-
-async def test_what_a_full_disk_holds_is_read_without_a_pause(tmp_path: Path) -> None:
-    database = agproxy.Database(tmp_path / "s")
-    store = agproxy.ResponseStore(database)
-    await store.save("resp_1", "over", (b"{}", b"[]", b""), ("", None, b"[]"))
-    await database.run(lambda connection: connection.execute("PRAGMA max_page_count = 1").fetchall())
-    with pytest.raises(agproxy.StoreTrouble, match="disk is full"):
-        await store.save("resp_2", "over", (b"{}", b"[]", b""), ("", None, b"x" * 99_999))
-    assert await store.get("resp_1", "")
-    await database.close()
 
 
 async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini) -> None:
@@ -725,151 +532,3 @@ async def test_items_of_one_id_are_listed_once(ai: openai.AsyncOpenAI, gemini: F
     made = await ai.responses.create(model="gpt-4o", input=items)
     listed = [item async for item in ai.responses.input_items.list(made.id, limit=2)]
     assert len(listed) == len({item.id for item in listed}) == 9
-
-
-async def test_what_was_deleted_is_not_on_the_disk(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
-    client = await start(store=str(tmp_path / "s"))
-    gemini.echo = True
-    made = await ask(client, input="forget-this-word")
-    await fetch(client, made["id"], "DELETE")
-    assert not any(b"forget-this-word" in (tmp_path / name).read_bytes() for name in os.listdir(tmp_path))
-
-
-async def test_some_are_deleted_while_others_are_kept(client: TestClient, gemini: FakeGemini) -> None:
-    gemini.echo = True
-    old = [await ask(client) for _ in range(8)]
-    deleted = asyncio.gather(*(fetch(client, one["id"], "DELETE") for one in old))
-    new = await asyncio.gather(*(ask(client) for _ in old))
-    assert [status for status, _ in await deleted] == [200] * 8
-    assert [(await fetch(client, one["id"]))[0] for one in new] == [200] * 8
-
-
-# ---- signatures that a client carries
-
-
-def signed_call(signature: str = "c2ln") -> list[dict[str, Any]]:
-    call = {"functionCall": {"name": "ls", "args": {"path": "/"}}, "thoughtSignature": signature}
-    parts = [{"text": "Let me see.", "thought": True}, call]
-    return [{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}]}]
-
-
-SEALED: dict[str, Any] = {
-    "model": GEMINI_3,
-    "store": False,
-    "include": ["reasoning.encrypted_content"],
-    "tools": [TOOL],
-}
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-@pytest.mark.parametrize("thinks", [False, True])
-async def test_a_client_carries_the_signatures(
-    thinks: bool, stream: bool, start: Start, gemini: FakeGemini, tmp_path: Path
-) -> None:
-    store = str(tmp_path / "s")
-    client = await start(store=store)
-    step = signed_call()
-    if not thinks:
-        del step[0]["candidates"][0]["content"]["parts"][0]
-    gemini.script = [step, said("done")]
-    made = (await ask_stream(client, **SEALED))[-2]["response"] if stream else await ask(client, **SEALED)
-    assert [item["type"] for item in made["output"]] == ["reasoning", "function_call"]
-    assert [part["text"] for part in made["output"][0]["summary"]] == (["Let me see."] if thinks else [])
-    await client.close()
-    client = await start(store=store)  # a gateway that remembers nothing
-    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
-    sent = [{"role": "user", "content": "list"}, *made["output"], result]
-    await ask(client, **SEALED, input=sent)
-    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
-
-
-async def test_a_client_that_carries_needs_no_store_that_can_be_written(
-    start: Start, gemini: FakeGemini, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(agproxy, "DATABASE_BUSY_S", 0.1)
-    client = await start(store=str(tmp_path / "s"))
-    gemini.script = [said("one"), signed_call(), said("done")]
-    await ask(client)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s", isolation_level=None)) as held:
-        held.execute("BEGIN IMMEDIATE")
-        made = await ask(client, **SEALED)
-        result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
-        await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
-    assert gemini.bodies[2]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
-
-
-@pytest.mark.parametrize("carried", [False, True], ids=["kept here", "carried"])
-async def test_the_signatures_of_a_background_response_are_those_of_its_model(
-    carried: bool, start: Start, gemini: FakeGemini, tmp_path: Path
-) -> None:
-    store = str(tmp_path / "s")
-    client = await start(store=store)
-    gemini.script = [signed_call(), said("done")]
-    asked = SEALED | {"store": True, "background": True, "include": SEALED["include"] if carried else []}
-    made = await ask(client, **asked)
-    while made["status"] in ("queued", "in_progress"):
-        await asyncio.sleep(0.01)
-        made = (await fetch(client, made["id"]))[1]
-    await client.close()
-    client = await start(store=store)  # a gateway that remembers nothing
-    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
-    sent = [{"role": "user", "content": "list"}, *made["output"], result]
-    more = {"input": sent} if carried else {"input": [result], "previous_response_id": made["id"]}
-    await ask(client, **SEALED | more)
-    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == "c2ln"
-
-
-@pytest.mark.parametrize("change", ["another gateway", "changed", "foreign"])
-async def test_what_was_not_sealed_here_is_passed_over(change: str, start: Start, gemini: FakeGemini) -> None:
-    client = await start()
-    gemini.script = [signed_call(), said("done")]
-    made = await ask(client, **SEALED)
-    sealed = made["output"][0]["encrypted_content"]
-    assert sealed.startswith("agp1.")
-    if change == "foreign":
-        made["output"][0]["encrypted_content"] = "gAAAAABo-not-ours"
-    elif change == "changed":
-        made["output"][0]["encrypted_content"] = sealed[:60] + ("A" if sealed[60] != "A" else "B") + sealed[61:]
-    client = await start()  # another key, for it keeps everything in memory
-    result = {"type": "function_call_output", "call_id": made["output"][1]["call_id"], "output": "a b"}
-    done = await ask(client, **SEALED, input=[{"role": "user", "content": "list"}, *made["output"], result])
-    assert done["status"] == "completed"
-    assert gemini.bodies[1]["contents"][1]["parts"][0]["thoughtSignature"] == agproxy.SIGNATURE_SENTINEL
-
-
-async def test_a_thought_without_words_is_whole_too(client: TestClient, gemini: FakeGemini) -> None:
-    step = signed_call()
-    step[0]["candidates"][0]["content"]["parts"][0] = {"text": "", "thought": True, "thoughtSignature": "eA=="}
-    gemini.script = [step]
-    events = await ask_stream(client, **SEALED)
-    kinds = [event["type"] for event in events[:-1]]
-    assert kinds.count("response.reasoning_summary_part.added") == kinds.count("response.reasoning_summary_part.done")
-    assert [
-        problem for event in events[:-1] for problem in findings(without_null_usage(event), "ResponseStreamEvent")
-    ] == []
-
-
-@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-async def test_a_texts_signature_stands_behind_it(
-    stream: bool, start: Start, gemini: FakeGemini, tmp_path: Path
-) -> None:
-    store = str(tmp_path / "s")
-    client = await start(store=store)
-    parts = [{"text": "Hello"}, {"text": "", "thoughtSignature": "c2ln"}]
-    gemini.script = [[{"candidates": [{"content": {"parts": parts}, "finishReason": "STOP"}]}], said("done")]
-    made = (await ask_stream(client, **SEALED))[-2]["response"] if stream else await ask(client, **SEALED)
-    assert [item["type"] for item in made["output"]] == ["message", "reasoning"]
-    await client.close()
-    client = await start(store=store)
-    again = {"role": "user", "content": "more"}
-    await ask(client, **SEALED, input=[{"role": "user", "content": "hi"}, *made["output"], again])
-    assert gemini.bodies[1]["contents"][1]["parts"] == [{"text": "Hello"}, {"text": "", "thoughtSignature": "c2ln"}]
-
-
-async def test_a_generated_image_is_seen_in_the_next_turn(client: TestClient, gemini: FakeGemini) -> None:
-    gemini.models = ["gemini-2.5-flash-image"]
-    image = {"inlineData": {"mimeType": "image/png", "data": "iVBORw0K"}}
-    gemini.script = [[{"candidates": [{"content": {"parts": [image]}, "finishReason": "STOP"}]}], said("blue")]
-    first = await ask(client, model="gemini-2.5-flash-image")
-    await ask(client, model="gemini-2.5-flash-image", previous_response_id=first["id"])
-    assert gemini.bodies[1]["contents"][1] == {"role": "model", "parts": [image]}

@@ -18,7 +18,7 @@ hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is not install
 
 import fuzz
 import generators as g
-from test_golden import CASES, HEAD, frames, without_null_usage
+from golden import CASES, HEAD, frames, without_null_usage
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 given, st = hypothesis.given, hypothesis.strategies

@@ -5,10 +5,9 @@ from typing import Any
 
 import openai
 import pytest
-from fake_gemini import FakeGemini, said
+from fake_gemini import FakeGemini, answer, call, said
 from gateway_server import GatewayServer
 from pydantic import BaseModel
-from test_sdk import answer, call
 
 import antigravity_proxy as agproxy
 

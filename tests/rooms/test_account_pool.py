@@ -1,4 +1,4 @@
-"""Who is asked next, who rests until when; and what signatures are remembered."""
+"""Who is asked next, who rests until when."""
 
 import math
 import sys
@@ -494,23 +494,6 @@ def test_choosing_of_ten_takes_some_microseconds() -> None:
         best = min(best, (time.perf_counter() - start) / 200)
     sys.stdout.write(f"acquire, ten accounts: {best * 1e6:.1f} µs\n")
     assert best < 50e-6
-
-
-# ---- thought signatures
-
-
-def test_signatures_are_put_back_for_the_model_that_made_them_and_the_oldest_give_way() -> None:
-    memory = agproxy.SignatureMemory(size=2)
-    for id in ("one", "two", "three"):
-        memory.remember([agproxy.PartEnd(0, agproxy.ToolCall(id, "f", "{}", f"sig-{id}"))], M)
-    calls = tuple(agproxy.ToolCall(id, "f", "{}") for id in ("one", "two", "three"))
-    request = agproxy.Request("m", (agproxy.Message("assistant", calls),))
-
-    def recalled(model: str) -> list[str | None]:
-        return [p.signature for p in memory.recall(request, model).messages[0].parts if isinstance(p, agproxy.ToolCall)]
-
-    assert recalled(M) == [None, "sig-two", "sig-three"]
-    assert recalled("gemini-9") == [None, None, None]
 
 
 @pytest.mark.parametrize(

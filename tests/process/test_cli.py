@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import command_of
+from conftest import ROOT, command_of
 
 import antigravity_proxy as agproxy
 
@@ -98,7 +98,7 @@ def test_env_is_read_by_a_shell_and_quotes_the_key(tmp_path: Path) -> None:
 
 
 def test_readme_names_every_option() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     for key in (
         *agproxy.keys_of(agproxy.Config),
         *agproxy.MODELS_KEYS,

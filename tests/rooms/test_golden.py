@@ -1,48 +1,23 @@
 """Each case file is one answer of Gemini at every stop on its road: chunks, events, and how each front format shows it."""
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_yaml
 from fake_gemini import validate, whole
+from golden import CASES, HEAD, frames, in_one, reader, streamed, wire, without_null_usage
 from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types.chat import ChatCompletionChunk
 from openai_schema import findings
 
 import antigravity_proxy as agproxy
 
-CASES = {path.stem: read_yaml(path) for path in sorted((Path(__file__).parent / "cases").glob("*.yaml"))}
-HEAD = agproxy.Head("0123456789abcdef01234567", 1, "gpt-4o", include_usage=True, now=lambda: 2)
-
 
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> dict[str, Any]:
     found: dict[str, Any] = CASES[request.param]
     return found
-
-
-def reader() -> agproxy.GeminiReader:
-    ids = iter(range(1000))
-    return agproxy.GeminiReader(lambda: f"call_{next(ids)}")
-
-
-def wire(chunks: list[Any]) -> bytes:
-    return b"".join(b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\r\n\r\n" for chunk in chunks)
-
-
-def streamed(
-    chunks: list[Any], feed: Callable[[agproxy.GeminiReader, bytes], list[agproxy.Event]]
-) -> list[agproxy.Event]:
-    r = reader()
-    return feed(r, wire(chunks)) + r.close()
-
-
-def in_one(r: agproxy.GeminiReader, data: bytes) -> list[agproxy.Event]:
-    return r.feed(data)
 
 
 def shape(event: agproxy.Event) -> list[Any]:
@@ -61,16 +36,6 @@ def shape(event: agproxy.Event) -> list[Any]:
             return [name]
         case _:
             return [name, event.choice, event.text]
-
-
-def frames(text: str) -> list[Any]:
-    """The JSON of each frame of a stream, and its last word."""
-    return [
-        line.removeprefix("data: ") if line == "data: [DONE]" else json.loads(line.removeprefix("data: "))
-        for frame in text.split("\n\n")
-        for line in frame.split("\n")
-        if line.startswith("data: ")
-    ]
 
 
 def message_shape(choice: dict[str, Any]) -> dict[str, Any]:
@@ -98,14 +63,6 @@ def item_shape(item: dict[str, Any]) -> list[Any]:
     more = [item[key] for key in ("name", "arguments", "result") if key in item]
     more += item["action"]["queries"] if "action" in item else []
     return [item["type"], *(part["text"] for part in parts), *cited, *more]
-
-
-def without_null_usage(event: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI sends `usage: null` until the end, which its own schema does not allow."""
-    response = event.get("response")
-    if response is None or response["usage"] is not None:
-        return event
-    return event | {"response": {key: value for key, value in response.items() if key != "usage"}}
 
 
 def test_the_chunks_are_such_as_gemini_sends(case: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Feeds the translations what nobody promised: damaged answers of Gemini, odd but valid bodies, and broken bodies.
 
-    python tests/fuzz.py [--bodies N] [--requests N] [--wire N] [--seed S] [--case KIND:NUMBER]
+    python tests/laws/fuzz.py [--bodies N] [--requests N] [--wire N] [--seed S] [--case KIND:NUMBER]
 
 Nothing may be raised but the errors that the gateway tells, every byte sent must be strict JSON in UTF-8, and no body
 built from a valid request may have a finding of Google's schema check. A failing case is printed with its name, by
@@ -20,7 +20,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import fuzz_wire
@@ -221,8 +221,8 @@ class Kind(NamedTuple):
 @functools.lru_cache
 def recorded() -> tuple[Any, ...]:
     """Known streams: the golden cases', and each answer and error among the samples as a stream of one chunk."""
-    golden = [yaml.safe_load(path.read_text())["chunks"] for path in sorted((TESTS / "cases").glob("*.yaml"))]
-    samples = json.loads((TESTS / "gemini_schema" / "samples.json").read_text())
+    golden = [yaml.safe_load(path.read_text())["chunks"] for path in sorted((TESTS / "data" / "cases").glob("*.yaml"))]
+    samples = json.loads((TESTS / "data" / "gemini_schema" / "samples.json").read_text())
     answers = [[s["body"]] for s in samples if s.get("type", "").endswith(("ContentResponse", "ErrorBody"))]
     return (*golden, *answers)
 

@@ -14,15 +14,15 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fake_gemini import FakeGemini, said
+from conftest import ROOT, TESTS
+from fake_gemini import FakeGemini, answer, call, said
 from gateway_server import GatewayServer
-from test_sdk import answer, call
 
 import antigravity_proxy as agproxy
 
-CLIENTS = Path(__file__).parent / "clients"
+CLIENTS = TESTS / "clients"
 MODULES = CLIENTS / "node_modules"
-README = (CLIENTS.parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 
 needs_node = pytest.mark.skipif(
     not (shutil.which("node") and (MODULES / "openai").exists()), reason="node with openai is not in tests/clients"

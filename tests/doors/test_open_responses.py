@@ -5,11 +5,11 @@ import json
 from typing import Any
 
 import pytest
+from golden import CASES, HEAD, frames, in_one, streamed
 from openai._types import NOT_GIVEN
 from openai.lib.streaming.responses._responses import ResponseStreamState
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter, ValidationError
-from test_golden import CASES, HEAD, frames, in_one, streamed
 
 import antigravity_proxy as agproxy
 

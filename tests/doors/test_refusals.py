@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
-from conftest import HELLO, command_of, tree_of_the_file
+from conftest import HELLO, ROOT, command_of, tree_of_the_file
 from fake_gemini import FakeGemini, error
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 TABLE = set(re.findall(r"^\|[^|]*\| `(\w+)` \|", README, re.MULTILINE))
 
 

@@ -11,11 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import tree_of_the_file
+from conftest import ROOT, tree_of_the_file
 
 import antigravity_proxy as agproxy
-
-ROOT = Path(__file__).parent.parent
 
 
 def test_the_script_header_names_the_packages_of_the_project() -> None:

@@ -1,6 +1,6 @@
 """What becomes of every field, part and tool form of OpenAI's request bodies: one row each, with the cases that prove it.
 
-The rows stand in fields/*.yaml. A row names its JSON `type` and, by fate, its cases. A case lays `send` over the plain
+The rows stand in tests/data/fields/*.yaml. A row names its JSON `type` and, by fate, its cases. A case lays `send` over the plain
 request of its API (`without` takes fields out of it; `messages`, `content`, `part`, `tools`, `schema` are short for
 what they stand for) and says what is to come of it: `body`, `contents`, `absent` and `vertex` of Gemini's body,
 `request` of the Request, `answer` of the choice that is rendered for the parts `said`, `changes` by pointer (`at`: one
@@ -19,15 +19,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import read_yaml
+from conftest import DATA, read_yaml
 from fake_gemini import OWN_OUTPUT, findings, is_meant, validate
 from openai_schema import components
 
 import antigravity_proxy as agproxy
 
-TABLES: dict[str, Any] = {
-    path.stem: read_yaml(path) for path in sorted((Path(__file__).parent / "fields").glob("*.yaml"))
-}
+TABLES: dict[str, Any] = {path.stem: read_yaml(path) for path in sorted((DATA / "fields").glob("*.yaml"))}
 FATES = ("mapped", "renamed", "emulated", "clamped", "ignored", "dropped", "refused")
 # What a case may say.
 SENT = {

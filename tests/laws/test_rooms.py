@@ -2,11 +2,10 @@
 
 import ast
 import re
-from pathlib import Path
 
-from conftest import tree_of_the_file
+from conftest import ROOT, tree_of_the_file
 
-SOURCE = (Path(__file__).parent.parent / "antigravity_proxy.py").read_text(encoding="utf-8")
+SOURCE = (ROOT / "antigravity_proxy.py").read_text(encoding="utf-8")
 TREE = tree_of_the_file()
 BANNERS = [
     (n, m[1], m[2]) for n, line in enumerate(SOURCE.splitlines(), 1) if (m := re.match(r"# (\d+)\. (.+)$", line))

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
-import fuzz_wire
 import pytest
 from conftest import HELLO, sdk, until
 from fake_gemini import FakeGemini, error, said
@@ -425,16 +424,3 @@ async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> Non
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert b" 413 " in (await wire(url, bomb))[:20]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
-
-
-@pytest.mark.at_the_end("soak.py", "--streams", "100", "--seconds", "1")
-def test_a_hundred_streams_before_a_faulty_upstream_are_intact_and_leave_nothing(beside: dict[str, Any]) -> None:
-    ended = beside["soak.py"].result(timeout=240)
-    assert (ended.code, "\n0 findings\n" in ended.said) == (0, True), ended.said
-
-
-def test_damaged_http_of_clients_and_of_gemini(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_wire, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(fuzz_wire, "AT_ONCE", 60)
-    summary, failures = fuzz_wire.run(60)
-    assert failures == [], summary

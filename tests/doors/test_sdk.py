@@ -9,7 +9,7 @@ from typing import Any, Literal
 import openai
 import pytest
 from conftest import HELLO, sdk
-from fake_gemini import KINDS, FakeGemini, account_of, error, said
+from fake_gemini import KINDS, FakeGemini, account_of, answer, call, error, said
 from gateway_server import GatewayServer
 from pydantic import BaseModel
 
@@ -24,18 +24,6 @@ async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterato
         base_url = str(server.make_url("/v1"))
         async with sdk(base_url) as client:
             yield client
-
-
-def answer(*parts: dict[str, Any], reason: str = "STOP", **more: Any) -> list[dict[str, Any]]:
-    """One chunk a part, as Gemini streams them."""
-    chunks: list[dict[str, Any]] = [
-        {"candidates": [{"content": {"role": "model", "parts": [part]}, "index": 0}]} for part in parts
-    ]
-    return [*chunks, {"candidates": [{"content": {"role": "model"}, "finishReason": reason, "index": 0, **more}]}]
-
-
-def call(name: str, **args: Any) -> dict[str, Any]:
-    return {"functionCall": {"name": name, "args": args}}
 
 
 class Step(BaseModel):

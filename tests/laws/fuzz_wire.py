@@ -1,4 +1,4 @@
-"""Damaged HTTP from clients and from Gemini, through real sockets: `python tests/fuzz.py --wire N`."""
+"""Damaged HTTP from clients and from Gemini, through real sockets: `python tests/laws/fuzz.py --wire N`."""
 
 import asyncio
 import contextlib

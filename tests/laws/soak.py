@@ -1,6 +1,6 @@
 """Many streams at once before an upstream that fails at random: is each intact, and is the gateway as small afterwards?
 
-    python tests/soak.py [--streams N] [--seconds S] [--seed S]
+    python tests/laws/soak.py [--streams N] [--seconds S] [--seed S]
 
 Each stream's text, pace and fault follow from the number in its model's name, so that the upstream and the client know
 them both, and what the client got is compared byte for byte. Exit code 1 where a stream was not what it should be, or
@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import aiohttp
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 import antigravity_proxy as agproxy

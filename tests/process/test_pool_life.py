@@ -13,13 +13,13 @@ from typing import Any
 import aiohttp
 import pytest
 from click.testing import CliRunner, Result
-from conftest import HELLO, Serve, read_yaml, until
+from conftest import DATA, HELLO, Serve, read_yaml, until
 from fake_gemini import KINDS, FakeGemini, error, said
 from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
-ERRORS = {row["about"]: row for row in read_yaml(Path(__file__).parent / "errors.yaml")}
+ERRORS = {row["about"]: row for row in read_yaml(DATA / "errors.yaml")}
 DAY = ERRORS["a day's requests of the free tier, with a RetryInfo that tells nothing"]
 USED_UP = (429, DAY["body"])
 Write = Callable[..., None]

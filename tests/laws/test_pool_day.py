@@ -14,15 +14,14 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_yaml
+from conftest import DATA, read_yaml
 
 import antigravity_proxy as agproxy
 
-ERRORS = {row["about"]: row for row in read_yaml(Path(__file__).parent / "errors.yaml")}
+ERRORS = {row["about"]: row for row in read_yaml(DATA / "errors.yaml")}
 START = 1768456800.0  # 2026-01-15, 06:00 UTC: the quotas' day ends two hours later
 DAY_S = 86400.0
 FLASH, PRO = "gemini-2.5-flash", "gemini-2.5-pro"

@@ -3,11 +3,10 @@
 import json
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import read_yaml
+from conftest import DATA, read_yaml
 from fake_gemini import error, said, validate
 
 import antigravity_proxy as agproxy
@@ -152,7 +151,7 @@ def test_what_an_error_body_means(
 # ---- each error body of the upstreams
 
 NOON = 1768507200.0  # 2026-01-15 in Los Angeles
-ERRORS = read_yaml(Path(__file__).parent / "errors.yaml")
+ERRORS = read_yaml(DATA / "errors.yaml")
 
 
 @pytest.mark.parametrize("row", ERRORS, ids=[row["about"] for row in ERRORS])
