@@ -240,9 +240,6 @@ class MethodNotAllowed(BadRequest, status=405, code="method_not_supported"): ...
 class BodyTooLarge(BadRequest, status=413, code="request_too_large"): ...
 
 
-class ExpectationFailed(BadRequest, status=417, code="expectation_failed"): ...
-
-
 class BodyTooSlow(BadRequest, status=408, code="request_timeout"): ...
 
 
@@ -8409,7 +8406,8 @@ async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> 
     detached = Exchange(gateway, trace, exchange.door, exchange.task)
     detached.payloads, detached.streamed = exchange.payloads, exchange.streamed
     await detached.open(requests, body)
-    background = Background(detached, requests, body)
+    streamed = [replace(request, stream=True) for request in requests]
+    background = Background(detached, streamed, body)
     gateway.running.add(detached)
     gateway.backgrounds[background.kept.id] = background
     background.task.add_done_callback(functools.partial(finish_background, background))
@@ -8449,6 +8447,7 @@ KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole h
 UNSENT_BYTES_MAX = 256 << 10  # of a client that is slow; then its answer waits
 HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+CLOSE: Mapping[str, str] = {"Connection": "close"}
 GIVEN_ONCE = ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization")
 KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
@@ -8489,7 +8488,7 @@ def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
     return [
         get("/healthz", tell_health),
         get("/v1/models", list_models),
-        get("/v1/models/{name:.+}", show_model),
+        get("/v1/models/{name:(?s:.+)}", show_model),
         *(post(door.path, answer) for door in doors),
         *(post(f"{door.path}/input_tokens", count_tokens) for door in doors if door.counts),
         post("/v1/embeddings", embed),
@@ -8501,7 +8500,7 @@ def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
         get("/agproxy/why/{id}", explain_request),
         post("/agproxy/pool", steer_accounts),
         post("/agproxy/reload", reload_config),
-        web.route("*", "/{path:.*}", refuse_path, expect_handler=expect_later),
+        web.route("*", "/{path:(?s:.*)}", refuse_path, expect_handler=expect_later),
     ]
 
 
@@ -8571,7 +8570,8 @@ async def start(
         gateway.source = source
     if database.path:
         pool_store = PoolStore(database, upstream.pool)
-        await pool_store.load(upstream.clock())
+        if database.path.exists():  # what keeps nothing leaves nothing on disk
+            await pool_store.load(upstream.clock())
         stack.push_async_callback(pool_store.save)
         stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
 
@@ -8634,14 +8634,14 @@ async def let_in(gateway: Gateway, request: web.Request, handler: Handler) -> we
     exchange = exchange_of(request)
     for name in GIVEN_ONCE:
         if len(request.headers.getall(name, ())) > 1:
-            raise BadRequest(f"The header {name} is given twice. Send it once.")
+            raise BadRequest(f"The header {name} is given twice. Send it once.", headers=CLOSE)
     guard(gateway.config, request)
     if request.method == "OPTIONS":
         return web.Response(status=204, headers=headers_of(request))
     path, _ = place_of(request.path)
     if gateway.config.auth != "all_except_health" or path != "/healthz":
         exchange.trace.client = client_of(gateway.config, request.headers)
-    check_load(gateway, request)
+    check_load(gateway)
     if path == request.path:
         return await handler(request)
     return await reroute(request, path)
@@ -8691,18 +8691,13 @@ def client_of(config: Config, headers: Mapping[str, str]) -> str:
     raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
 
 
-def check_load(gateway: Gateway, request: web.Request) -> None:
-    """Raises Overloaded while the gateway stops or serves as many requests as it may, and BadRequest for odd expectations."""
+def check_load(gateway: Gateway) -> None:
+    """Raises Overloaded while the gateway stops, or serves as many requests as it may."""
     if gateway.draining:
-        error = Overloaded("The gateway is being stopped. Ask again in a moment.")
-        error.headers = {"Connection": "close"}
-        raise error
+        raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
     if len(gateway.running) - len(gateway.backgrounds) > gateway.config.max_requests:
         text = f"The gateway serves {gateway.config.max_requests} requests at once."
         raise Overloaded(f"{text} Try again in a moment, or raise proxy.max_requests.")
-    expectation = request.headers.get("expect", "")
-    if expectation and expectation.lower() != "100-continue":
-        raise ExpectationFailed("Only 'Expect: 100-continue' is served. Leave the header out.")
 
 
 async def expect_later(request: web.Request) -> None:
@@ -8856,7 +8851,8 @@ async def read_body(request: web.Request) -> bytes:
     length, content = request.content_length or 0, request.content
     if length > BODY_BYTES_MAX:
         raise too_large()
-    if request.headers.get("expect") and not content.total_bytes:
+    expects = request.headers.get("expect", "").lower() == "100-continue"
+    if expects and request.version >= (1, 1) and not content.total_bytes:
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # so that aiohttp knows that no answer has begun
     if length > LARGE_BYTES:
@@ -8880,9 +8876,9 @@ async def read_pieces(content: StreamReader) -> bytes:
                     raise too_large()
     except TimeoutError:
         text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
-        raise BodyTooSlow(text, headers={"Connection": "close"}) from None
+        raise BodyTooSlow(text, headers=CLOSE) from None
     except web.RequestPayloadError:
-        raise BadRequest(NOT_HTTP, headers={"Connection": "close"}) from None
+        raise BadRequest(NOT_HTTP, headers=CLOSE) from None
     return b"".join(pieces)
 
 
@@ -8907,7 +8903,7 @@ def unpacked(data: bytes, packing: str) -> bytes:
         raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
         text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-        raise BadRequest(text, headers={"Connection": "close"})
+        raise BadRequest(text, headers=CLOSE)
     return body
 
 
@@ -8936,13 +8932,23 @@ class EventStream:
     Its head waits for the first event or heartbeat, so that what fails before has a status of its own.
     """
 
-    __slots__ = ("_alarm", "_beat_s", "_beating", "_quiet", "_request", "ended", "response")
+    __slots__ = (
+        "_alarm",
+        "_beat_s",
+        "_beating",
+        "_quiet",
+        "_request",
+        "_sends",
+        "ended",
+        "response",
+    )
 
     def __init__(self, request: web.Request, beat_s: float) -> None:
         self.response: web.StreamResponse | None = None  # once its head went out
         self.ended = False
         self._request, self._beat_s = request, beat_s
         self._quiet = True  # nothing was sent since the heartbeat looked
+        self._sends = False  # what was sent last is not taken yet
         self._beating: asyncio.Task[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
 
@@ -8954,10 +8960,12 @@ class EventStream:
             headers = headers_of(self._request) | EVENT_STREAM
             response = self.response = web.StreamResponse(headers=headers)
             await response.prepare(self._request)
+        self._sends = True
         if data:
             await response.write(data)
         else:
             self._request.writer.send_headers()
+        self._sends = False
 
     def start_heartbeat(self) -> None:
         """From now on a heartbeat may begin the stream, and then an error is told in it."""
@@ -8968,8 +8976,7 @@ class EventStream:
     def _beat(self) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer."""
         loop = asyncio.get_running_loop()
-        waits = self._beating is not None and not self._beating.done()
-        if self._quiet and not waits:  # who does not take what there is needs no heartbeat
+        if self._quiet and not self._sends:  # who does not take what there is needs no heartbeat
             self._beating = loop.create_task(self._send_heartbeat())
         self._quiet = True
         self._alarm = loop.call_later(self._beat_s / 2, self._beat)
@@ -9286,6 +9293,8 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:
             message: str | None = None,
         ) -> web.StreamResponse:
             """aiohttp would repeat the malformed line to the client and log it, with a key that stands in it."""
+            if isinstance(exc, ConnectionError):
+                raise exc  # the client is gone, which is no mistake
             if status != 400:
                 return super().handle_error(request, status, exc, message)
             log.warning("what a client sent is not HTTP/1.1; it may use TLS on this plain port")
@@ -9348,6 +9357,9 @@ async def listen(
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
     stack.push_async_callback(runner.cleanup)
     await runner.setup()
+    stack.push_async_callback(
+        runner.shutdown
+    )  # what runs is finished before connections are closed
     connect: Any = functools.partial(
         connection_class(stall_s),
         runner.server,
@@ -9410,7 +9422,7 @@ def demo_app(fault: str | None) -> web.Application:
         [
             web.get("/v1beta/models", demo_models),
             web.post("/v1beta/models/{model}:{method}", functools.partial(demo_call, fault)),
-            web.route("*", "/{path:.*}", demo_nothing),
+            web.route("*", "/{path:(?s:.*)}", demo_nothing),
         ]
     )
     return app
@@ -10485,7 +10497,7 @@ def landing_app(state: str, come: asyncio.Future[str]) -> web.Application:
         return web.Response(text="agproxy has heard; this page may be closed.")
 
     app = web.Application()
-    app.add_routes([web.get("/{path:.*}", land)])
+    app.add_routes([web.get("/{path:(?s:.*)}", land)])
     return app
 
 

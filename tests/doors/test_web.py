@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -200,7 +201,7 @@ async def test_paths_as_clients_stack_them(start: Start, path: str, status: int)
 @pytest.mark.parametrize("end", ["%0A", "%0Ax/input_items"])
 def test_no_path_takes_long_to_read(end: str) -> None:
     began = time.process_time()
-    agproxy.match_route(unquote("/models" * 9000 + "/" + end))
+    agproxy.place_of(unquote("/models" * 9000 + "/" + end))
     assert time.process_time() - began < 0.5
 
 
@@ -532,7 +533,7 @@ def test_what_only_looks_like_a_field_in_a_text_is_none(said: str) -> None:
 @both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(replace(config, max_requests=1))))
+    client = await aiohttp_client(GatewayServer(agproxy.create_app(dataclasses.replace(config, max_requests=1))))
     gemini[0].script = [said("x")]
     gemini[0].silence_s = 20
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 from click.testing import CliRunner, Result
 from conftest import DATA, HELLO, Serve, read_yaml, until
 from fake_gemini import KINDS, FakeGemini, error, said
@@ -260,7 +261,7 @@ async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aioh
 async def test_who_calls_from_the_address_that_is_listened_on_is_this_machine(
     host: str, status: int, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agproxy.HttpRequest, "remote", "192.0.2.7")
+    monkeypatch.setattr(web.BaseRequest, "remote", "192.0.2.7")
     config = agproxy.Config((agproxy.Account("a", "k"),), host=host, allow_lan_access=True, auth_mode="off")
     client = await aiohttp_client(GatewayServer(agproxy.create_app(config)))
     assert (await client.get("/agproxy/status")).status == status

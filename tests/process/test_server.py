@@ -2,58 +2,62 @@
 
 import asyncio
 import contextlib
-import gc
 import json
 import zlib
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
+from aiohttp import web
 
 import antigravity_proxy as agproxy
 
-GET = "GET /a HTTP/1.1\r\nHost: x"
+GET = "GET /healthz HTTP/1.1\r\nHost: localhost"
 
 
 class Echo:
-    """Answers with what it was asked."""
+    """An application that answers with what it was asked, behind the product's own listener."""
 
     def __init__(self) -> None:
         self.left = asyncio.Event()
         self.asked = 0
+        self.app = web.Application()
+        self.app.router.add_route("*", "/{path:.*}", self.handle, expect_handler=agproxy.expect_later)
 
-    async def handle(self, http: agproxy.HttpRequest) -> agproxy.HttpResponse:
+    async def handle(self, request: web.Request) -> web.StreamResponse:
         self.asked += 1
-        if http.path == "/large":
-            return agproxy.HttpResponse(bytes(1_000_000))
-        if http.path == "/refused":
-            return agproxy.HttpResponse(b"no", 401)
-        if http.path == "/slow":
+        if request.path == "/large":
+            return web.Response(body=bytes(1_000_000))
+        if request.path == "/refused":
+            return web.Response(text="no", status=401)
+        if request.path == "/slow":
             try:
                 await asyncio.sleep(60)
             finally:
                 self.left.set()
-        if http.path == "/stream":
-            http.begin({"X-A": "b\r\nX-Made-Up: c"}, b"one")
-            http.write(b"two")
-            http.end(b"three")
-            return agproxy.HttpResponse()
         try:
-            body = await http.read()
+            body = await agproxy.read_body(request)
         except agproxy.GatewayError as error:
-            return agproxy.HttpResponse(str(error.status).encode(), error.status, dict(error.headers))
-        told = {"method": http.method, "path": http.path, "query": http.query, "body": body.decode()}
-        return agproxy.HttpResponse(json.dumps(told).encode())
-
-    async def drain(self) -> None: ...
-    async def close(self) -> None: ...
+            response = web.Response(text=str(error.status), status=error.status)
+            if error.headers.get("Connection") == "close":
+                response.force_close()
+            return response
+        query = dict(request.query)
+        told = {"method": request.method, "path": request.path, "query": query, "body": body.decode()}
+        return web.Response(body=json.dumps(told).encode())
 
 
 @pytest.fixture
 async def echo() -> AsyncIterator[tuple[Echo, int]]:
-    app = Echo()
+    echo = Echo()
     async with contextlib.AsyncExitStack() as stack:
-        yield app, await agproxy.listen(app, "127.0.0.1", 0, stack)
+        yield echo, await agproxy.listen(echo.app, "127.0.0.1", 0, stack)
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[int]:
+    """The port of a gateway without accounts."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield await agproxy.listen(agproxy.create_app(agproxy.Config(())), "127.0.0.1", 0, stack)
 
 
 async def wire(port: int, *pieces: bytes, end: bool = False) -> bytes:
@@ -76,41 +80,51 @@ def body_of(answer: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("head", "reason"),
+    "head",
     [
-        ("get /a HTTP/1.1\r\nHost: x", "no request line"),
-        ("GET /a HTTP/2.0\r\nHost: x", "no request line"),
-        ("GET  /a HTTP/1.1\r\nHost: x", "no request line"),
-        ("GET /a b HTTP/1.1\r\nHost: x", "no request line"),
-        ("GET /a HTTP/1.1", "no host"),
-        (f"{GET}\r\nHost: y", "more than one host"),
-        (f"{GET}\r\nX-A : b", "odd header"),
-        (f"{GET}\r\n X-A: b", "odd header"),
-        (f"{GET}\r\nX-A: b\r\n\tc", "odd header"),
-        (f"{GET}\r\nX-A", "odd header"),
-        (f"{GET}\r\n: b", "odd header"),
-        (f"{GET}\r\nX-A: b\x00c", "odd header"),
-        (f"{GET}\r\nX-A: b\nX-B: c", "odd header"),
-        (f"{GET}\r\nX-A: b\rX-B: c", "odd header"),
-        (f"{GET}\r\nX-A: {'b' * 300}\x7f", "odd header"),
-        (f"{GET}\r\nContent-Length: +1", "content-length"),
-        (f"{GET}\r\nContent-Length: 1, 1", "content-length"),
-        (f"{GET}\r\nContent-Length: \u00b2", "content-length"),
-        (f"{GET}\r\nContent-Length: {'1' * 16}", "content-length"),
-        (f"{GET}\r\nContent-Length: 1\r\nContent-Length: 1", "more than one content-length"),
-        (f"{GET}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked", "transfer-encoding"),
-        (f"{GET}\r\nTransfer-Encoding: gzip, chunked", "transfer-encoding"),
-        (f"{GET}\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked", "more than one transfer-encoding"),
-        ("GET /a HTTP/1.0\r\nTransfer-Encoding: chunked", "transfer-encoding"),
-        (f"{GET}\r\nX-A: {'b' * 70_000}", "larger than 64 KiB"),
+        "get /healthz HTTP/1.1\r\nHost: x",
+        "GET /healthz HTTP/2.0\r\nHost: x",
+        "GET /healthz b HTTP/1.1\r\nHost: x",
+        "GET /healthz HTTP/1.1",
+        f"{GET}\r\nHost: y",
+        f"{GET}\r\nAuthorization: a\r\nAuthorization: b",
+        f"{GET}\r\nX-A : b",
+        f"{GET}\r\n X-A: b",
+        f"{GET}\r\nX-A: b\r\n\tc",
+        f"{GET}\r\nX-A",
+        f"{GET}\r\n: b",
+        f"{GET}\r\nX-A: b\x00c",
+        f"{GET}\r\nX-A: b\nX-B: c",
+        f"{GET}\r\nX-A: b\rX-B: c",
+        f"{GET}\r\nX-A: {'b' * 300}\x7f",
+        f"{GET}\r\nContent-Length: +1",
+        f"{GET}\r\nContent-Length: 1, 1",
+        f"{GET}\r\nContent-Length: \u00b2",
+        f"{GET}\r\nContent-Length: {'1' * 22}",
+        f"{GET}\r\nContent-Length: 1\r\nContent-Length: 1",
+        f"{GET}\r\nContent-Length: 1\r\nTransfer-Encoding: chunked",
+        f"{GET}\r\nTransfer-Encoding: gzip, chunked",
+        f"{GET}\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+        "GET /healthz HTTP/1.0\r\nTransfer-Encoding: chunked",
+        f"{GET}\r\nX-A: {'b' * 70_000}",
+        f"{GET}" + "\r\nX-A: b" * 200,
     ],
 )
-async def test_what_may_be_read_in_two_ways_is_refused(head: str, reason: str, echo: tuple[Echo, int]) -> None:
-    answer = await wire(echo[1], f"{head}\r\n\r\n{GET}\r\n\r\n".encode(), end=True)
-    assert answer.startswith(b"HTTP/1.1 400 ")
-    assert answer.count(b"HTTP/1.1 ") == 1 + answer.count(b"not HTTP/1.1 ")  # what came behind it is not heard
+async def test_what_may_be_read_in_two_ways_is_refused(
+    head: str, gateway: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer = await wire(gateway, f"{head}\r\nX-Key: sk-planted\r\n\r\n{GET}\r\n\r\n".encode(), end=True)
+    assert answer.startswith((b"HTTP/1.0 400 ", b"HTTP/1.1 400 ")), answer
+    assert b" 200 OK" not in answer  # what came behind it is not heard
     told = json.loads(body_of(answer))["error"]
-    assert (told["type"], reason in told["message"]) == ("invalid_request_error", True), told
+    assert told["type"] == "invalid_request_error"
+    assert "planted" not in answer.decode() + caplog.text
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+async def test_what_aiohttp_reads_in_one_way_is_served(gateway: int) -> None:
+    answer = await wire(gateway, b"GET  /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 200 ")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +150,7 @@ async def test_each_form_of_a_request_is_read_however_it_is_cut(sent: bytes, ech
         writer.write(sent[cut:])
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
         length = int(head.partition(b"Content-Length: ")[2].split(b"\r\n")[0])
-        assert (head[:15], json.loads(await reader.readexactly(length))) == (b"HTTP/1.1 200 OK", asked)
+        assert (head[8:15], json.loads(await reader.readexactly(length))) == (b" 200 OK", asked)
         writer.transport.abort()
 
 
@@ -149,7 +163,7 @@ async def test_each_form_of_a_request_is_read_however_it_is_cut(sent: bytes, ech
 )
 async def test_odd_chunks_are_refused(body: bytes, echo: tuple[Echo, int]) -> None:
     head = b"POST /a HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    assert (await wire(echo[1], head + body, end=True)).startswith(b"HTTP/1.1 400 ")
+    assert b" 400 " in (await wire(echo[1], head + body, end=True))[:14]
     later = await wire(echo[1], head, body, end=True)  # then it is the reader who is told
     assert (later[:13], b"Connection: close" in later) == (b"HTTP/1.1 400 ", True)
 
@@ -164,18 +178,10 @@ async def test_requests_on_one_connection_are_answered_in_their_order(echo: tupl
 
 async def test_an_old_client_keeps_its_connection_only_where_it_asks(echo: tuple[Echo, int]) -> None:
     one = b"GET /a HTTP/1.0\r\n\r\n"
-    assert (await wire(echo[1], one * 2, end=True)).count(b"HTTP/1.1 200") == 1
+    assert (await wire(echo[1], one, one, end=True)).count(b" 200 OK") == 1
     kept = b"GET /a HTTP/1.0\r\nConnection: Keep-Alive\r\n\r\n"
-    answer = await wire(echo[1], kept + one, end=True)
-    assert (answer.count(b"HTTP/1.1 200"), answer.count(b"Connection: keep-alive")) == (2, 1)
-
-
-async def test_a_stream_is_framed_for_whom_knows_chunks(echo: tuple[Echo, int]) -> None:
-    new = await wire(echo[1], b"GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
-    assert body_of(new) == b"3\r\none\r\n3\r\ntwo\r\n5\r\nthree\r\n0\r\n\r\n"
-    assert b"\r\nX-A: b??X-Made-Up: c\r\n" in new
-    old = await wire(echo[1], b"GET /stream HTTP/1.0\r\nConnection: keep-alive\r\n\r\n", end=True)
-    assert (body_of(old), b"Connection: close" in old) == (b"onetwothree", True)
+    answer = await wire(echo[1], kept, one, end=True)
+    assert (answer.count(b" 200 OK"), answer.count(b"Connection: keep-alive")) == (2, 1)
 
 
 async def test_a_head_is_asked_for_alone(echo: tuple[Echo, int]) -> None:
@@ -185,8 +191,8 @@ async def test_a_head_is_asked_for_alone(echo: tuple[Echo, int]) -> None:
 
 async def test_a_refusal_is_heard_before_a_large_body_is_sent(echo: tuple[Echo, int]) -> None:
     head = b"POST /refused HTTP/1.1\r\nHost: x\r\nContent-Length: 9000000\r\n\r\n"
-    answer = await wire(echo[1], head, *[bytes(1_000_000)] * 9, end=True)
-    assert (answer[:13], b"Connection: close" in answer, body_of(answer)) == (b"HTTP/1.1 401 ", True, b"no")
+    answer = await wire(echo[1], head, *[bytes(1_000_000)] * 9)
+    assert (answer[:13], body_of(answer)) == (b"HTTP/1.1 401 ", b"no")
 
 
 async def test_a_body_that_is_too_large_is_refused_by_what_it_says_or_by_what_comes(
@@ -211,7 +217,7 @@ async def test_a_body_that_does_not_come_is_given_up(echo: tuple[Echo, int], mon
 async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agproxy, "KEEP_ALIVE_S", 0.1)
     async with contextlib.AsyncExitStack() as stack:
-        port = await agproxy.listen(Echo(), "127.0.0.1", 0, stack)
+        port = await agproxy.listen(Echo().app, "127.0.0.1", 0, stack)
         began = asyncio.get_running_loop().time()
         answer = await wire(port, b"GET /a HTTP/1.1\r\nHost: x\r\n\r\n", b"GET /a HT", end=True)
         assert (answer.count(b"HTTP/1.1 200"), asyncio.get_running_loop().time() - began < 1) == (1, True)
@@ -240,25 +246,10 @@ async def test_answers_that_nobody_reads_do_not_fill_the_memory(echo: tuple[Echo
     writer.transport.abort()
 
 
-def connections() -> list[Any]:
-    return [one for one in gc.get_objects() if isinstance(one, agproxy.ClientConnection)]
-
-
-async def test_empty_lines_before_a_request_are_not_kept(echo: tuple[Echo, int]) -> None:
-    before = connections()
-    _, writer = await asyncio.open_connection("127.0.0.1", echo[1])
-    writer.write(b"\r\n" * (1 << 20))
-    await writer.drain()
-    await asyncio.sleep(0.1)
-    [made] = [one for one in connections() if one not in before]
-    writer.transport.abort()
-    assert [len(one) for one in gc.get_referents(made) if isinstance(one, bytes)] == [0]
-
-
 async def test_an_old_client_is_not_told_to_continue(echo: tuple[Echo, int]) -> None:
     head = "POST /a HTTP/1.{}\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\n"
     assert (await wire(echo[1], head.format(1).encode(), b"b")).startswith(b"HTTP/1.1 100 Continue\r\n")
-    assert (await wire(echo[1], head.format(0).encode(), b"b")).startswith(b"HTTP/1.1 200 OK\r\n")
+    assert (await wire(echo[1], head.format(0).encode(), b"b")).startswith(b"HTTP/1.0 200 OK\r\n")
 
 
 async def test_an_unknown_packing_is_named(echo: tuple[Echo, int]) -> None:
