@@ -3206,7 +3206,7 @@ STATIC_MODELS = (
     "gemini-embedding-001",
 )
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
-# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
+# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; servers' refusals
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r".*", (2, 0), {"json_schema": True}),
     (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
@@ -3230,20 +3230,24 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (
         r".*",
         (3, 0),
-        {"thinking": "level", "thinks": True, "can_stop_thinking": False, "budget": (128, 32768)},
+        {
+            "thinking": "level",
+            "thinks": True,
+            "can_stop_thinking": False,
+            "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH"),
+            "budget": (128, 32768),
+            "signatures": True,
+            "json_with_tools": True,
+            "files_in_results": True,
+        },
     ),
-    (r".*", (3, 0), {"signatures": True, "json_with_tools": True, "files_in_results": True}),
-    (r".*", (3, 0), {"levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")}),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro(-preview-customtools)?", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-flash(-lite)?-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
     (r".*", (3, 5), {"call_ids": True}),
-    (
-        r"-flash-lite",
-        (3, 5),
-        {"sampling": False, "prefill": False},
-    ),  # https://github.com/LibreChat-AI/agents/pull/323
+    # Source: https://github.com/LibreChat-AI/agents/pull/323
+    (r"-flash-lite", (3, 5), {"sampling": False, "prefill": False}),
     (r".*", (3, 6), {"sampling": False, "prefill": False}),
     (r".*", (3, 7), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r".*-nano-banana(-.+)?", (3, 7), {"levels": ("MINIMAL", "MEDIUM", "HIGH")}),
@@ -3694,7 +3698,7 @@ class ConfigBuilder(Builder):
             return wish
         source = self.request.sources.get("max_output_tokens", "/max_tokens")
         self.change(source, "clamped", "before so short an answer little is thought")
-        # Each model that is told a level, but for those that make images, has this one.
+        # Levels differ from model to model, but all that write texts have the low one.
         effort = "none" if traits.thinking == "budget" else "low"
         return replace(wish, effort=effort, source=source)
 
@@ -3709,15 +3713,14 @@ class ConfigBuilder(Builder):
         return {"thinkingLevel": level.upper()}
 
     def build_budget(self, wish: ThinkingWish) -> dict[str, Any]:
-        wanted, known = wish.budget, True
+        wanted, effort = wish.budget, wish.effort
         if wanted is None:
-            effort = wish.effort or ""
-            wanted, known = EFFORT_BUDGETS[nearest_effort(effort)], effort.lower() in EFFORTS
+            wanted = EFFORT_BUDGETS[nearest_effort(effort or "")]
         low, high = self.traits.budget
         budget = min(max(wanted, low), high)
         if wanted == -1 or (wanted == 0 and self.traits.can_stop_thinking):
             budget = wanted
-        if budget != wanted or not known:
+        if budget != wanted or (effort is not None and effort.lower() not in EFFORTS):
             self.change(wish.source, "clamped", f"a budget of {budget} tokens")
         return {"thinkingBudget": budget}
 
@@ -3904,11 +3907,12 @@ def build_text(part: Text) -> list[dict[str, Any]]:
     """A text as Gemini sent it: the signed piece apart from those before and after it."""
     text, signature = part.text, part.signature
     if signature is None:
-        return [{"text": text}] if text else []
-    start, end = signature.start, signature.end
-    signed = {"text": text[start:end], "thoughtSignature": signature.value}
-    pieces: list[dict[str, Any]] = [{"text": text[:start]}, signed, {"text": text[end:]}]
-    return [piece for piece in pieces if piece["text"] or piece is signed]
+        pieces = [{"text": text}]
+    else:
+        start, end = signature.start, signature.end
+        signed = {"text": text[start:end], "thoughtSignature": signature.value}
+        pieces = [{"text": text[:start]}, signed, {"text": text[end:]}]
+    return [piece for piece in pieces if piece["text"] or len(piece) > 1]
 
 
 def build_media(media: Media) -> dict[str, Any]:
@@ -3970,19 +3974,20 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     Source: https://ai.google.dev/api/generate-content#GenerationConfig,
     https://github.com/google-gemini/gemini-cli/issues/4758
     """
-    if depth > LONE_REFS_DEPTH_MAX:
+    if depth > LONE_REFS_DEPTH_MAX or not isinstance(schema, (list, dict)):
         return schema
     if isinstance(schema, list):
         return [lone_refs(one, depth + 1) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
-    moved = {}
+    if not depth and not schema.keys() & {"$defs", "definitions"}:
+        return schema  # a walk of all tools' schemas would double the time of a request
+    moved = schema.copy()
     for word, value in schema.items():
+        if word in SCHEMA_DATA:
+            continue
         if word in SCHEMA_MAPS and isinstance(value, dict):
-            value = {name: lone_refs(one, depth + 2) for name, one in value.items()}
-        elif word not in SCHEMA_DATA:
-            value = lone_refs(value, depth + 1)
-        moved[word] = value
+            moved[word] = {name: lone_refs(one, depth + 2) for name, one in value.items()}
+        else:
+            moved[word] = lone_refs(value, depth + 1)
     if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
         moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
     return moved
@@ -4047,15 +4052,13 @@ class SchemaReduction:
             self.lose("type")
             kind = "string"
         reduced = self.reduce_words(flat, kind)
-        members: dict[str, Any] | None = {}
         if kind == "array":
-            if isinstance(flat.get("items"), list):
-                self.lose("items")
-            item = self.reduce({"anyOf": item_schemas(flat)}, refs, depth + 1)
-            members = item and {"items": item}
-        elif kind == "object":
+            item = self.reduce({"anyOf": self.item_schemas(flat)}, refs, depth + 1)
+            return item and reduced | {"items": item}
+        if kind == "object":
             members = self.reduce_members(flat, refs, depth + 1)
-        return None if members is None else reduced | members
+            return members and reduced | members
+        return reduced
 
     def flatten(self, schema: Any, refs: Refs, depth: int) -> tuple[dict[str, Any] | None, Refs]:
         """A schema with what it refers to and its allOf laid under it; None where it is endless."""
@@ -4083,25 +4086,29 @@ class SchemaReduction:
         return flat, reached
 
     def reduce_words(self, flat: Schema, kind: str) -> dict[str, Any]:
-        """The type, and the words that Google has too.
+        """The type, and the words that Google has too; of formats it takes only date-time.
 
-        Of enums only those of texts, of formats only date-time:
-        https://github.com/google-gemini/gemini-cli/issues/3178
+        Source: https://github.com/google-gemini/gemini-cli/issues/3178
         """
-        words: dict[str, Any] = {"type": kind.upper()}
+        words: dict[str, Any] = {"type": kind.upper(), **self.reduce_enum(flat, kind)}
         for word, types in SCHEMA_WORDS.items():
             if type(flat.get(word)) in types:
                 words[word] = flat[word]
         if kind != "string" or words.get("format") != "date-time":
             words.pop("format", None)
-        allowed = [value for value in values_of(flat) if value is not None]
-        if kind != "string" or not all(isinstance(value, str) and value for value in allowed):
-            self.lose(*(flat.keys() & {"const", "enum"}))
-        elif allowed:
-            words["enum"] = list(dict.fromkeys(allowed))
         said = {word for word, value in flat.items() if value is not None}
         self.lose(*(said - words.keys() - SCHEMA_HANDLED))
         return words
+
+    def reduce_enum(self, flat: Schema, kind: str) -> dict[str, Any]:
+        """The enum, if it is one of texts; Google takes no other values, and no empty text."""
+        allowed = [value for value in values_of(flat) if value is not None]
+        if not allowed:
+            return {}
+        if kind == "string" and all(isinstance(value, str) and value for value in allowed):
+            return {"enum": list(dict.fromkeys(allowed))}
+        self.lose(*(flat.keys() & {"const", "enum"}))
+        return {}
 
     def reduce_members(self, flat: Schema, refs: Refs, depth: int) -> dict[str, Any] | None:
         """The properties of an object, and which of them are required."""
@@ -4113,11 +4120,22 @@ class SchemaReduction:
         if not properties:
             self.lose("object")
             return None
-        wanted = {str(name) for name in names} if isinstance(names, list) else set()
-        if not wanted <= properties.keys():
+        wanted = set(map(str, names)) if isinstance(names, list) else set()
+        if wanted - properties.keys():
             self.lose("required")
-        required = [name for name in properties if name in wanted]
-        return {"properties": properties} | ({"required": required} if required else {})
+        members: dict[str, Any] = {"properties": properties}
+        if required := [name for name in properties if name in wanted]:
+            members["required"] = required
+        return members
+
+    def item_schemas(self, flat: Schema) -> list[Any]:
+        """The schemas of an array's items: one for all of them, or those of a tuple."""
+        items = flat.get("items")
+        if isinstance(items, list):
+            self.lose("items")
+        else:
+            items = [items]
+        return objects_in(flat.get("prefixItems")) + objects_in(items)
 
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
@@ -4147,29 +4165,27 @@ def options_of(flat: Schema) -> list[Schema]:
         if options := objects_in(flat.get(word)):
             beside = {key: value for key, value in flat.items() if key != word}
             return [{"allOf": [option, beside]} for option in options]
-    named = flat.get("type")
-    if isinstance(named, str) and named.lower() in SCHEMA_TYPES:
+    if str(flat.get("type")).lower() in SCHEMA_TYPES:
         return []
-    listed = named if isinstance(named, list) else []
-    types = [kind for kind in listed if kind in SCHEMA_TYPES]
-    types = types or [JSON_TYPES.get(type(value), "string") for value in values_of(flat)]
-    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
-    return [{**flat, "type": kind} for kind in dict.fromkeys(types)]
+    return [{**flat, "type": kind} for kind in dict.fromkeys(types_of(flat))]
+
+
+def types_of(flat: Schema) -> list[str]:
+    """The types of a schema that names several, or that names none but says something of one."""
+    named = flat.get("type")
+    if isinstance(named, list) and (types := [kind for kind in named if kind in SCHEMA_TYPES]):
+        return types
+    if values := values_of(flat):
+        return [JSON_TYPES.get(type(value), "string") for value in values]
+    return [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
 
 
 def values_of(flat: Schema) -> list[Any]:
     """The only values that a schema allows; none where it does not list them."""
-    if "const" in flat:
-        return [flat["const"]]
     values = flat.get("enum")
+    if "const" in flat:
+        values = [flat["const"]]
     return values if isinstance(values, list) else []
-
-
-def item_schemas(flat: Schema) -> list[Any]:
-    """The schemas of an array's items: one for all of them, or those of a tuple."""
-    items = flat.get("items")
-    items = items if isinstance(items, list) else [items]
-    return objects_in(flat.get("prefixItems")) + objects_in(items)
 
 
 def one_of(schemas: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
@@ -4196,7 +4212,7 @@ def one_object(schema: Schema) -> dict[str, Any]:
     options = [option for option in schema.get("anyOf", [schema]) if "properties" in option]
     if len(options) < 2:
         return dict(*options)
-    members: dict[str, list[Any]] = {}
+    members: dict[str, list[dict[str, Any]]] = {}
     for option in options:
         for name, member in option["properties"].items():
             members.setdefault(name, []).append(member)

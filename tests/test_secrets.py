@@ -191,7 +191,7 @@ def test_the_secrets_of_a_reload_are_masked_too(tmp_path: Path, monkeypatch: pyt
 async def test_a_mistake_of_the_gateways_is_logged_without_words(
     gemini: Any, aiohttp_client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def mistake(*_: object) -> None:
+    def mistake(*_: object, **__: object) -> None:
         raise KeyError(WORDS)
 
     monkeypatch.setattr(agproxy, "build_generate_content", mistake)
