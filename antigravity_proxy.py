@@ -3982,13 +3982,12 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
         return schema  # a walk of all tools' schemas would double the time of a request
     moved = schema.copy()
     for word, value in schema.items():
-        if word in SCHEMA_DATA:
-            continue
         if word in SCHEMA_MAPS and isinstance(value, dict):
             moved[word] = {name: lone_refs(one, depth + 2) for name, one in value.items()}
-        else:
+        elif word not in SCHEMA_DATA:
             moved[word] = lone_refs(value, depth + 1)
-    if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
+    alone = all(word[:1] == "$" for word in moved)
+    if "$ref" in moved and "anyOf" not in moved and not alone:
         moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
     return moved
 
