@@ -122,7 +122,7 @@ else:
     web = _Lazy("aiohttp.web")
 
 T = TypeVar("T")
-Answered = TypeVar("Answered", covariant=True)
+Answered_co = TypeVar("Answered_co", covariant=True)
 
 
 @dataclass_transform(frozen_default=True)
@@ -3266,7 +3266,7 @@ STATIC_MODELS = (
     "gemini-embedding-001",
 )
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
-# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; refusals as servers gave them
+# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; servers' refusals
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r".*", (2, 0), {"json_schema": True}),
     (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
@@ -3290,20 +3290,24 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (
         r".*",
         (3, 0),
-        {"thinking": "level", "thinks": True, "can_stop_thinking": False, "budget": (128, 32768)},
+        {
+            "thinking": "level",
+            "thinks": True,
+            "can_stop_thinking": False,
+            "levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH"),
+            "budget": (128, 32768),
+            "signatures": True,
+            "json_with_tools": True,
+            "files_in_results": True,
+        },
     ),
-    (r".*", (3, 0), {"signatures": True, "json_with_tools": True, "files_in_results": True}),
-    (r".*", (3, 0), {"levels": ("MINIMAL", "LOW", "MEDIUM", "HIGH")}),
     (r"-pro", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-pro(-preview-customtools)?", (3, 1), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r"-pro-image", (3, 0), {"levels": ("LOW", "HIGH")}),
     (r"-flash(-lite)?-image", (3, 1), {"levels": ("MINIMAL", "HIGH")}),
     (r".*", (3, 5), {"call_ids": True}),
-    (
-        r"-flash-lite",
-        (3, 5),
-        {"sampling": False, "prefill": False},
-    ),  # https://github.com/LibreChat-AI/agents/pull/323
+    # Source: https://github.com/LibreChat-AI/agents/pull/323
+    (r"-flash-lite", (3, 5), {"sampling": False, "prefill": False}),
     (r".*", (3, 6), {"sampling": False, "prefill": False}),
     (r".*", (3, 7), {"levels": ("LOW", "MEDIUM", "HIGH")}),
     (r".*-nano-banana(-.+)?", (3, 7), {"levels": ("MINIMAL", "MEDIUM", "HIGH")}),
@@ -3312,40 +3316,43 @@ TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
 
 @value
 class Mapped:
-    """The upstream's name for a model, and by which rule."""
+    """The upstream's name for a model, and the rule that gave it."""
 
     model: str
     rule: str
-    wished: str | None = None  # what the rule said, where the upstream lists another name for it
+    wished: str | None = None  # the rule's own name, where the upstream lists another one for it
 
 
 def map_model(name: str, config: Config, listed: Sequence[str] | None) -> Mapped:
-    """User exact > user wildcard > built-in > listed > gemini-* as it is > models.default. `listed` is None when unknown.
+    """User exact > user wildcard > built-in > listed > gemini-* as it is > models.default.
 
-    Raises ModelNotFound with near names.
+    `listed` is None when unknown. Raises ModelNotFound with near names.
     """
     bare = re.sub(r"^(models|openai|google)/", "", name)
     for title, table in (("models.map", config.aliases), ("built-in", BUILTIN_ALIASES)):
         if pattern := look_up(bare, table):
-            return settled(table[pattern], f"{title} '{pattern}'", listed)
+            return find_listed(table[pattern], f"{title} '{pattern}'", listed)
     if bare in (listed or STATIC_MODELS):
         return Mapped(bare, "listed by the upstream")
     if re.fullmatch(r"gemini-[\w.-]+", bare, re.ASCII):
-        return settled(bare, "a gemini name as it is", listed)
+        return find_listed(bare, "a gemini name as it is", listed)
     if config.default_model:
-        return settled(config.default_model, "models.default", listed)
-    near = difflib.get_close_matches(
-        bare, [*config.aliases, *(listed or STATIC_MODELS), *BUILTIN_ALIASES], 3, 0.4
-    )
+        return find_listed(config.default_model, "models.default", listed)
+    known = [*config.aliases, *(listed or STATIC_MODELS), *BUILTIN_ALIASES]
+    near = difflib.get_close_matches(bare, known, 3, 0.4)
     hint = f" Near names: {', '.join(near)}." if near else ""
     raise ModelNotFound(
-        f"The model '{name}' is not known.{hint} Use one of GET /v1/models, or map it in models.map.",
+        f"The model '{name}' is not known.{hint}"
+        " Use one of GET /v1/models, or map it in models.map.",
         param="model",
     )
 
 
 def look_up(name: str, table: Iterable[str]) -> str | None:
-    """The table's key for a name: itself, else the wildcard with most literal characters, then the longest start."""
+    """The table's key for a name: itself, else the wildcard that says most of it.
+
+    That is the one with most literal characters, then the one with the longest start.
+    """
     if name in table:
         return name
     hits = [pattern for pattern in table if "*" in pattern and wildcard(pattern).fullmatch(name)]
@@ -3354,50 +3361,69 @@ def look_up(name: str, table: Iterable[str]) -> str | None:
 
 @functools.lru_cache(1024)
 def wildcard(pattern: str) -> re.Pattern[str]:
-    """What a pattern with stars matches, without trying each way to spread a long name over many stars."""
+    """The expression of a pattern with stars.
+
+    It never tries each way to spread a long name over many stars.
+    """
     first, *middle, last = map(re.escape, pattern.split("*"))
     return re.compile(first + "".join(f"(?>.*?{piece})" for piece in middle) + f".*{last}")
 
 
-VERSION = re.compile(r"gemini-(\d+)(?:\.(\d+))?")
-SUFFIX = re.compile(r"(-preview|-latest|-exp|-\d{2,4})+$")
+VERSION = re.compile(r"gemini-(\d{1,3})(?:\.(\d{1,3}))?")
+SUFFIX = re.compile(r"preview|latest|exp|\d{2,4}")
 
 
-def settled(model: str, rule: str, listed: Sequence[str] | None) -> Mapped:
-    """A gemini name as the upstream lists it: itself, itself but for -preview, a date or -latest, or its tier's newest."""
+def find_listed(model: str, rule: str, listed: Sequence[str] | None) -> Mapped:
+    """A gemini name as the upstream lists it.
+
+    That is itself, the same but for its suffix (-preview, a date, -latest), or its tier's newest.
+    """
     if listed is None or model in listed or not model.startswith("gemini-"):
         return Mapped(model, rule)
-    twins = [name for name in listed if SUFFIX.sub("", name) == SUFFIX.sub("", model)]
-    tier = [name for name in listed if tier_of(name) == tier_of(model)]
-    best = max(
-        twins or tier,
-        key=lambda name: (version_of(name), not SUFFIX.search(name), name),
-        default=None,
+    bare, tier = without_suffix(model), tier_of(model)
+    candidates = [name for name in listed if without_suffix(name) == bare]
+    candidates = candidates or [name for name in listed if tier_of(name) == tier]
+    if not candidates:
+        return Mapped(model, rule)
+    newest = max(
+        candidates, key=lambda name: (version_of(name), without_suffix(name) == name, name)
     )
-    return Mapped(best, rule, wished=model) if best else Mapped(model, rule)
+    return Mapped(newest, rule, wished=model)
+
+
+def without_suffix(model: str) -> str:
+    """A name without -preview, -latest, -exp and a date at its end."""
+    words = model.split("-")
+    while len(words) > 1 and SUFFIX.fullmatch(words[-1]):
+        words.pop()
+    return "-".join(words)
 
 
 def tier_of(model: str) -> str:
-    """What is left of a name without version and suffix: pro, flash, flash-lite, ..."""
-    return VERSION.sub("", SUFFIX.sub("", model))
+    """A name without version and suffix, with a dash before it: -pro, -flash, -flash-lite, ..."""
+    return VERSION.sub("", without_suffix(model))
 
 
 def version_of(model: str) -> tuple[int, int]:
+    """The version in a name; one without it is as new as can be."""
     match = VERSION.search(model)
-    return (int(match[1]), int(match[2] or 0)) if match else (4, 0)  # the newest
+    return (int(match[1]), int(match[2] or 0)) if match else (4, 0)
 
 
 def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
-    """Traits by tier and parsed version, a name without one counting as the newest; `overrides` (models.traits) win."""
-    version, tier = (
-        (version_of(model), tier_of(model)) if model.startswith("gemini-") else ((0, 0), model)
-    )
+    """Traits by tier and parsed version, a name without one counting as the newest.
+
+    `overrides` (models.traits) win.
+    """
+    version, tier = (0, 0), model
+    if model.startswith("gemini-"):
+        version, tier = version_of(model), tier_of(model)
     values: dict[str, Any] = {}
     for pattern, least, row in TRAITS:
         if version >= least and re.fullmatch(pattern, tier):
             values |= row
-    if given := look_up(model, overrides):
-        values |= overrides[given]
+    if pattern := look_up(model, overrides) or "":
+        values |= overrides[pattern]
     return Traits(**values)
 
 
@@ -3408,260 +3434,256 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
 # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
 SIGNATURE_SENTINEL = "skip_thought_signature_validator"
-# A limit below is used up by thoughts alone: https://github.com/valentinfrlch/ha-llmvision/issues/609
+# Thoughts alone use up a lower limit: https://github.com/valentinfrlch/ha-llmvision/issues/609
 THOUGHTFUL_TOKENS_MIN = 1024
 # Source: https://ai.google.dev/gemini-api/docs/openai#thinking
 EFFORT_BUDGETS = dict(zip(EFFORTS, (0, 512, 1024, 8192, 24576, 32768, 32768), strict=True))
+# Older servers take no longer name; newer ones take 128 characters.
 TOOL_NAME_MAX = 64
 TOOL_NAME = re.compile(r"[A-Za-z_][\w.:-]*", re.ASCII)
 ANSWER_TOOL = "give_final_answer"
-# Google's Schema has these words as JSON Schema has them, of these types; the handled ones are translated.
-SCHEMA_WORDS: Mapping[str, Any] = {
-    **dict.fromkeys(("title", "description", "format", "pattern"), str),
-    **dict.fromkeys(("default", "example"), object),
-    **dict.fromkeys(
-        ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"), int
-    ),
-    **dict.fromkeys(("minimum", "maximum"), (int, float)),
-    "nullable": bool,
-    "propertyOrdering": list,
-}
-SCHEMA_HANDLED = {
-    *(
-        "type",
-        "enum",
-        "const",
-        "items",
-        "properties",
-        "required",
-        "exclusiveMinimum",
-        "exclusiveMaximum",
-    ),
-    *("anyOf", "oneOf", "allOf", "$ref", "$defs", "definitions", "$schema", "$id"),
-}
-SCHEMA_DATA = {"const", "default", "enum", "examples"}  # whose values are no schemas
-# Without any of these a function takes no arguments.
-SCHEMA_CONTENT = (
-    "properties",
-    "$ref",
-    "anyOf",
-    "oneOf",
-    "allOf",
-    "patternProperties",
-    "additionalProperties",
+# Request's and Gemini's name of a sampling parameter, and the trait of models that take it.
+SAMPLING = (
+    ("temperature", "temperature", "sampling"),
+    ("top_p", "topP", "sampling"),
+    ("presence_penalty", "presencePenalty", "penalties"),
+    ("frequency_penalty", "frequencyPenalty", "penalties"),
 )
-SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
-JSON_TYPES = dict(zip((str, float, int, bool, list, dict, type(None)), SCHEMA_TYPES, strict=True))
-SCHEMA_DEPTH_MAX = 32
-SCHEMA_NODES_MAX = 2000
-Dialect = Literal["gemini", "vertex"]
-Refs = tuple[str, ...]  # of a schema, on the way to the part that is read
+CALLING_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
 PLACEHOLDER = "…"
 
 
 @value
 class Built:
-    """A generateContent body, what could not be carried into it, and how its answer's calls are read back."""
+    """A generateContent body, and how its answer's calls are read back."""
 
     body: dict[str, Any]
-    changes: tuple[Change, ...]
+    changes: tuple[Change, ...]  # of what could not be carried into the body as it was
     tools: Mapping[str, Tool]
-    """By the name that Gemini knows them by, those whose calls are not simply calls of that name."""
+    """By Gemini's name for them, those whose calls are not simply calls of that name."""
 
 
 def build_generate_content(
-    request: Request, traits: Traits, dialect: Dialect = "gemini", reduce_schemas: bool = False
+    request: Request, traits: Traits, *, reduce_schemas: bool = False
 ) -> Built:
+    """The body that asks a model with these traits; `reduce_schemas` where it refused JSON Schema.
+
+    Source: https://ai.google.dev/api/generate-content#request-body
+    """
     if reduce_schemas:
         traits = replace(traits, json_schema=False)
-    """Source: https://ai.google.dev/api/generate-content#request-body"""
-    return Builder(request, traits, dialect).build()
+    changes: list[Change] = []
+    tools = ToolBuilder(request, traits, changes)
+    config = ConfigBuilder(request, traits, changes).build()
+    system = [text for text in request.system if text]
+    tools.take_over_json(config, system)
+    contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
+    body: dict[str, Any] = {"contents": contents}
+    if system:
+        body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
+    body |= tools.build(config)
+    if config:
+        body["generationConfig"] = config
+    return Built(body, tuple(dict.fromkeys(changes)), tools.renamed())
 
 
 class Builder:
-    """Builds one body; `changes` grows as it goes."""
+    """Builds a piece of a body, and adds to `changes` what cannot be carried into it."""
 
-    def __init__(self, request: Request, traits: Traits, dialect: Dialect) -> None:
+    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
         self.request = request
         self.traits = traits
-        self.messages = request.sources.get("messages", "/messages")
-        self.limit_source = request.sources.get("max_output_tokens", "/max_tokens")
-        self.takes_json_schema = traits.json_schema and dialect == "gemini"
-        self.changes: list[Change] = []
-        self.names: dict[tuple[str | None, str], str] = {}
-        self.taken: set[str] = set()
-        self.answered: set[int] = set()  # by id(), the results that stand behind their calls
-
-    def build(self) -> Built:
-        request = self.request
-        for tool in request.tools:
-            self.name(tool.namespace, tool.name, tool.source)
-        tools = self.tools()
-        config = self.generation_config()
-        system = [text for text in request.system if text]
-        if answer := self.answer_by_tool(config, system, tools):
-            self.name(answer.namespace, answer.name)
-            tools.append(answer)
-        body: dict[str, Any] = {"contents": self.contents()}
-        if system:
-            body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-        if tools:
-            body["tools"] = [{"functionDeclarations": [self.declaration(tool) for tool in tools]}]
-            body["toolConfig"] = {"functionCallingConfig": self.calling_config(answer)}
-        self.search(body, config)
-        if config:
-            body["generationConfig"] = config
-        return Built(body, tuple(dict.fromkeys(self.changes)), self.renamed(tools))
+        self.changes = changes
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
 
-    # ---- tools
+    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> dict[str, Any]:
+        """A JSON Schema in Google's own form; empty where nothing of it can be said there."""
+        reduction = SchemaReduction(schema)
+        reduced = reduction.reduce(schema)
+        for word in reduction.losses:
+            self.change(source, "dropped", f"Google's Schema has no such '{word}'")
+        return reduced or {}
 
-    def name(self, namespace: str | None, name: str, source: str = "") -> str:
-        """The name that Gemini takes for a tool: its own where it may, else a short one that is never another's."""
+
+# ---- tools
+
+
+class ToolBuilder(Builder):
+    """Builds the tools, which of them may be called, and the names that Gemini knows them by."""
+
+    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
+        super().__init__(request, traits, changes)
+        self.names: dict[tuple[str | None, str], str] = {}
+        self.taken: set[str] = set()
+        self.answer_tool: Tool | None = None
+        for tool in request.tools:
+            self.name_tool(tool.namespace, tool.name, tool.source)
+        self.tools = self.choose_tools()
+
+    def name_tool(self, namespace: str | None, name: str, source: str = "") -> str:
+        """The tool's own name where Gemini takes it, else a short one that no other tool has."""
         if known := self.names.get((namespace, name)):
             return known
-        made = whole = f"{namespace}__{name}" if namespace else name
+        short = whole = f"{namespace}__{name}" if namespace else name
         if not TOOL_NAME.fullmatch(whole):
-            made = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
-        if len(made) > TOOL_NAME_MAX or made in self.taken:
-            exact = encoded(name if namespace is None else f"{namespace}\0{name}")
-            made = f"{made[: TOOL_NAME_MAX - 9]}_{hashlib.sha256(exact).hexdigest()[:8]}"
-        if made != name and source:
-            self.change(
-                f"{pointer_of(source)}/name", "renamed", f"Gemini knows '{whole}' as '{made}'"
-            )
-        self.names[namespace, name] = made
-        self.taken.add(made)
-        return made
+            short = re.sub(r"^(?![A-Za-z_])", "_", re.sub(r"[^\w.:-]", "_", whole, flags=re.ASCII))
+        if len(short) > TOOL_NAME_MAX or short in self.taken:
+            exact = name if namespace is None else f"{namespace}\0{name}"
+            digest = hashlib.sha256(encoded(exact)).hexdigest()[:8]
+            short = f"{short[: TOOL_NAME_MAX - 9]}_{digest}"
+        if short != name and source:
+            reason = f"Gemini knows '{whole}' as '{short}'"
+            self.change(f"{pointer_of(source)}/name", "renamed", reason)
+        self.names[namespace, name] = short
+        self.taken.add(short)
+        return short
 
-    def renamed(self, tools: Iterable[Tool]) -> dict[str, Tool]:
-        """The tools of whose calls a reader must know more than their name; a stream holds them for long."""
-        named = [(self.names[tool.namespace, tool.name], tool) for tool in tools]
+    def renamed(self) -> dict[str, Tool]:
+        """The tools of whose calls a reader must know more than their name.
+
+        Without descriptions and schemas, for a stream holds them for long.
+        """
+        named = [(self.names[tool.namespace, tool.name], tool) for tool in self.tools]
         odd = [(n, t) for n, t in named if n != t.name or t.namespace or t.custom or t.answers]
         return {name: replace(tool, description="", parameters=None) for name, tool in odd}
 
-    def tools(self) -> list[Tool]:
+    def choose_tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
-        choice = self.request.tool_choice
-        if choice.mode == "none" and self.request.json_format and not self.traits.json_with_tools:
+        request, choice = self.request, self.request.tool_choice
+        if choice.mode == "none" and request.json_format and not self.traits.json_with_tools:
             return []  # none may be called, and without them the answer can be JSON
         if choice.mode != "auto" or not choice.names:
-            return list(self.request.tools)
+            return list(request.tools)
         self.change("/tool_choice", "emulated", "only the allowed tools are declared")
-        return [tool for tool in self.request.tools if tool.name in choice.names]
+        return [tool for tool in request.tools if tool.name in choice.names]
 
-    def declaration(self, tool: Tool) -> dict[str, Any]:
-        name = self.names[tool.namespace, tool.name]
-        declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
-        schema = tool.parameters
-        if not schema or not any(schema.get(key) for key in SCHEMA_CONTENT):
-            return declaration
-        if self.takes_json_schema:
-            return declaration | {"parametersJsonSchema": lone_refs(schema)}
-        source = tool.source if tool.answers else f"{pointer_of(tool.source)}/{tool.schema_key}"
-        reduced = SchemaReducer(schema, source, self.changes).reduce(schema) or {}
-        return declaration | (
-            {"parameters": reduced} if reduced.keys() & {"properties", "anyOf"} else {}
-        )
+    def take_over_json(self, config: dict[str, Any], system: list[str]) -> None:
+        """Asks for JSON by a tool or an instruction where `config` cannot ask for it beside tools.
 
-    def calling_config(self, answer: Tool | None) -> dict[str, Any]:
-        choice = self.request.tool_choice
-        if answer is not None and choice.mode == "auto":
-            return {"mode": "ANY"}
-        config: dict[str, Any] = {
-            "mode": {"auto": "AUTO", "none": "NONE", "required": "ANY"}[choice.mode]
-        }
-        if choice.names and choice.mode == "required":
-            named = [tool for tool in self.request.tools if tool.name in choice.names]
-            config["allowedFunctionNames"] = [
-                self.name(tool.namespace, tool.name) for tool in named
-            ]
-        return config
-
-    def search(self, body: dict[str, Any], config: Mapping[str, Any]) -> None:
-        source = self.request.sources.get("search")
-        if not source:
-            return
-        if "tools" in body:
-            self.change(source, "dropped", "web search cannot be combined with functions")
-        elif "responseMimeType" in config and not self.traits.json_with_tools:
-            self.change(
-                source, "dropped", "this model cannot search the web where JSON is asked for"
-            )
-        else:
-            body["tools"] = [{"googleSearch": {}}]
-
-    def answer_by_tool(
-        self, config: dict[str, Any], system: list[str], tools: Sequence[Tool]
-    ) -> Tool | None:
-        """Where JSON cannot be asked for beside tools: a further tool that takes the answer, or an instruction.
-
-        Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling with a response mime
-        type: 'application/json' is unsupported"; 3.x refuses it with mode ANY)
+        Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling
+        with a response mime type: 'application/json' is unsupported"; 3.x refuses it with mode ANY)
         """
-        request, source = self.request, self.request.sources.get("json_format", "/response_format")
-        forced = request.tool_choice.mode == "required"
-        if not request.json_format or not tools or (self.traits.json_with_tools and not forced):
-            return None
+        json_format, choice = self.request.json_format, self.request.tool_choice
+        forced = choice.mode == "required"
+        if not json_format or not self.tools or (self.traits.json_with_tools and not forced):
+            return
+        source = self.request.sources.get("json_format", "/response_format")
         schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
         del config["responseMimeType"]
         if forced:
-            self.change(source, "dropped", "a call is demanded, so no text can follow the schema")
-            return None
-        if schema and schema.get("properties") and request.tool_choice.mode == "auto":
+            reason = "a call is demanded, so no text can follow the schema"
+            self.change(source, "dropped", reason)
+        elif schema and schema.get("properties") and choice.mode == "auto":
             self.change(source, "emulated", f"asked for as a call of '{ANSWER_TOOL}'")
-            text = "Give the final answer by calling this, once no other tool is needed."
-            return Tool(
-                ANSWER_TOOL,
-                text,
-                request.json_format.schema,
-                namespace="",
-                source=source,
-                answers=True,
-            )
-        self.change(source, "emulated", "asked for by an instruction")
-        told = f" {dumps(schema)}" if schema else ""
-        system.append(f"Answer with one JSON value alone, without Markdown fences.{told}")
-        return None
+            self.add_answer_tool(json_format, source)
+        else:
+            self.change(source, "emulated", "asked for by an instruction")
+            shape = f" {dumps(schema)}" if schema else ""
+            system.append(f"Answer with one JSON value alone, without Markdown fences.{shape}")
 
-    # ---- generationConfig
+    def add_answer_tool(self, json_format: JsonFormat, source: str) -> None:
+        description = "Give the final answer by calling this, once no other tool is needed."
+        self.answer_tool = Tool(
+            ANSWER_TOOL,
+            description,
+            json_format.schema,
+            namespace="",
+            source=source,
+            answers=True,
+        )
+        self.name_tool("", ANSWER_TOOL)
+        self.tools.append(self.answer_tool)
 
-    def generation_config(self) -> dict[str, Any]:
-        request, traits = self.request, self.traits
-        config: dict[str, Any] = {
-            "temperature": self.sampled("temperature", request.temperature, traits.sampling),
-            "topP": self.sampled("top_p", request.top_p, traits.sampling),
-            "presencePenalty": self.sampled(
-                "presence_penalty", request.presence_penalty or None, traits.penalties
-            ),
-            "frequencyPenalty": self.sampled(
-                "frequency_penalty", request.frequency_penalty or None, traits.penalties
-            ),
+    def build(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The body's `tools` and `toolConfig`."""
+        search = self.request.sources.get("search")
+        if self.tools:
+            if search:
+                self.change(search, "dropped", "web search cannot be combined with functions")
+            declarations = [self.declare(tool) for tool in self.tools]
+            return {
+                "tools": [{"functionDeclarations": declarations}],
+                "toolConfig": {"functionCallingConfig": self.calling_config()},
+            }
+        if not search:
+            return {}
+        if "responseMimeType" in config and not self.traits.json_with_tools:
+            reason = "this model cannot search the web where JSON is asked for"
+            self.change(search, "dropped", reason)
+            return {}
+        return {"tools": [{"googleSearch": {}}]}
+
+    def declare(self, tool: Tool) -> dict[str, Any]:
+        name = self.names[tool.namespace, tool.name]
+        declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
+        schema = tool.parameters
+        if not schema or not any(schema.get(word) for word in SCHEMA_CONTENT):
+            return declaration
+        if self.traits.json_schema:
+            return declaration | {"parametersJsonSchema": lone_refs(schema)}
+        source = tool.source
+        if not tool.answers:
+            source = f"{pointer_of(tool.source)}/{tool.schema_key}"
+        reduced = self.reduce_schema(schema, source)
+        if "anyOf" in reduced:
+            self.change(source, "dropped", "Vertex takes no 'anyOf' at the root of parameters")
+        if parameters := one_object(reduced):
+            declaration["parameters"] = parameters
+        return declaration
+
+    def calling_config(self) -> dict[str, Any]:
+        choice = self.request.tool_choice
+        if self.answer_tool and choice.mode == "auto":
+            return {"mode": "ANY"}
+        config: dict[str, Any] = {"mode": CALLING_MODES[choice.mode]}
+        if choice.names and choice.mode == "required":
+            named = [tool for tool in self.request.tools if tool.name in choice.names]
+            config["allowedFunctionNames"] = [self.name_tool(t.namespace, t.name) for t in named]
+        return config
+
+
+# ---- generationConfig
+
+
+class ConfigBuilder(Builder):
+    """Builds the generationConfig."""
+
+    def build(self) -> dict[str, Any]:
+        request = self.request
+        thinking = self.build_thinking()
+        config = self.build_sampling() | {
             "seed": request.seed,
             "stopSequences": list(request.stop) or None,
-            "responseModalities": self.modalities(),
-            "imageConfig": self.image_config(),
+            "responseModalities": self.choose_modalities(),
+            "imageConfig": self.build_image_config(),
+            **self.build_json_output(),
+            "thinkingConfig": thinking or None,
+            "maxOutputTokens": self.limit_output(thinking),
         }
-        field = request.sources.get("logprobs", "logprobs")
-        if self.sampled(field, request.logprobs, traits.logprobs) is not None:
-            config |= {"responseLogprobs": True, "logprobs": request.logprobs or None}
-        if request.json_format is not None:
-            config |= self.json_output(request.json_format)
-        thinking = self.thinking()
-        config["thinkingConfig"] = thinking or None
-        config["maxOutputTokens"] = self.output_limit(thinking)
         return {key: value for key, value in config.items() if value is not None}
 
-    def sampled(self, field: str, value: float | None, served: bool) -> float | None:
-        if value is None or served:
-            return value
-        self.change(f"/{field}", "dropped", "this model does not take it")
-        return None
+    def build_sampling(self) -> dict[str, Any]:
+        config: dict[str, Any] = {}
+        for name, word, trait in SAMPLING:
+            value = getattr(self.request, name)
+            if trait == "penalties":
+                value = value or None  # no penalty is taken by all models, if it is not sent
+            if self.keeps(name, value, getattr(self.traits, trait)):
+                config[word] = value
+        field = self.request.sources.get("logprobs", "logprobs")
+        if self.keeps(field, self.request.logprobs, self.traits.logprobs):
+            config |= {"responseLogprobs": True, "logprobs": self.request.logprobs or None}
+        return config
 
-    def modalities(self) -> list[str] | None:
-        """What the answer is made of, where that is not the model's default."""
+    def keeps(self, field: str, value: float | None, supported: bool) -> bool:
+        if value is not None and not supported:
+            self.change(f"/{field}", "dropped", "this model does not take it")
+        return value is not None and supported
+
+    def choose_modalities(self) -> list[str] | None:
+        """The modalities of the answer, where they are not the model's default."""
         if self.traits.answers == ("AUDIO",):
             return ["AUDIO"]
         if "image" not in self.request.modalities:
@@ -3671,572 +3693,642 @@ class Builder:
         self.change("/modalities", "dropped", "this model makes no images")
         return None
 
-    def image_config(self) -> dict[str, str] | None:
-        ratio, size = self.request.aspect_ratio, self.request.image_size
-        if not (ratio or size):
-            return None
-        if "IMAGE" not in self.traits.answers:
+    def build_image_config(self) -> dict[str, str] | None:
+        wishes = {"aspectRatio": self.request.aspect_ratio, "imageSize": self.request.image_size}
+        config = {key: wish for key, wish in wishes.items() if wish}
+        if config and "IMAGE" not in self.traits.answers:
             self.change("/image_config", "dropped", "this model makes no images")
             return None
-        return ({"aspectRatio": ratio} if ratio else {}) | ({"imageSize": size} if size else {})
+        return config or None
 
-    def json_output(self, form: JsonFormat) -> dict[str, Any]:
+    def build_json_output(self) -> dict[str, Any]:
+        json_format = self.request.json_format
+        if json_format is None:
+            return {}
         config: dict[str, Any] = {"responseMimeType": "application/json"}
-        if form.schema and self.takes_json_schema:
-            config["responseJsonSchema"] = lone_refs(form.schema)
-        elif form.schema:
+        schema = json_format.schema
+        if schema and self.traits.json_schema:
+            config["responseJsonSchema"] = lone_refs(schema)
+        elif schema:
             source = self.request.sources.get("json_format", "/response_format")
-            reduced = SchemaReducer(form.schema, source, self.changes).reduce(form.schema) or {}
-            if reduced and (reduced.get("type") != "OBJECT" or "properties" in reduced):
-                config["responseSchema"] = reduced
+            config["responseSchema"] = self.reduce_schema(schema, source) or None
         return config
 
-    def thoughts_max(self, thinking: Mapping[str, Any]) -> int:
-        """How many tokens the thoughts shall take; 0 where nothing is said of them, for the limit bounds the bill too."""
-        level: str = thinking.get("thinkingLevel", "none")
-        budget: int = thinking.get("thinkingBudget", EFFORT_BUDGETS[level.lower()])
-        return max(0, budget)
+    def limit_output(self, thinking: Mapping[str, Any]) -> int | None:
+        """The tokens that the client wants to read, and its thoughts, which Gemini counts as well.
 
-    def output_limit(self, thinking: Mapping[str, Any]) -> int | None:
-        """Gemini counts thoughts against the limit, so that they are added to what the client wants to read."""
+        Where nothing is said of thoughts none are added, for the limit bounds the bill too.
+        """
         wanted = self.request.max_output_tokens
         if wanted is None:
             return None
-        limit = min(wanted + self.thoughts_max(thinking), self.traits.output_tokens_max)
+        level = thinking.get("thinkingLevel", "none").lower()
+        thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
+        limit = min(wanted + thoughts, self.traits.output_tokens_max)
+        source = self.request.sources.get("max_output_tokens", "/max_tokens")
         if limit < wanted:
-            self.change(self.limit_source, "clamped", f"the model's limit is {limit}")
+            self.change(source, "clamped", f"the model's limit is {limit}")
         elif limit > wanted:
-            self.change(
-                self.limit_source, "clamped", f"raised to {limit}: thoughts count against it"
-            )
+            reason = f"raised to {limit}: thoughts count against it"
+            self.change(source, "clamped", reason)
         return limit
 
-    def thinking(self) -> dict[str, Any]:
-        wish, traits = self.wish(), self.traits
+    def build_thinking(self) -> dict[str, Any]:
+        wish, traits = self.choose_wish(), self.traits
         asked = wish.effort is not None or wish.budget is not None
         if traits.thinking == "none":
             if asked:
                 self.change(wish.source, "dropped", "this model does not think")
             return {}
-        by = self.level if traits.thinking == "level" else self.budget
-        config: dict[str, Any] = by(wish) if asked else {}
-        quiet = config.get("thinkingBudget") == 0 if config else not traits.thinks
-        return config | ({"includeThoughts": True} if wish.show and not quiet else {})
+        config, thinks = {}, traits.thinks
+        if asked:
+            build = self.build_level if traits.thinking == "level" else self.build_budget
+            config = build(wish)
+            thinks = config.get("thinkingBudget") != 0
+        if wish.show and thinks:
+            config["includeThoughts"] = True
+        return config
 
-    def wish(self) -> ThinkingWish:
-        """What shall be thought: what the client says, else little before an answer that it wants short."""
-        wish, limit = self.request.thinking, self.request.max_output_tokens
-        if limit is None or limit >= THOUGHTFUL_TOKENS_MIN or not self.traits.thinks:
+    def choose_wish(self) -> ThinkingWish:
+        """The client's own wish, else little thought before an answer that it wants short."""
+        wish, limit, traits = self.request.thinking, self.request.max_output_tokens, self.traits
+        if limit is None or limit >= THOUGHTFUL_TOKENS_MIN or not traits.thinks:
             return wish
         if wish.effort is not None or wish.budget is not None:
             return wish
-        self.change(self.limit_source, "clamped", "before so short an answer little is thought")
-        least = (
-            "none" if self.traits.thinking == "budget" else "low"
-        )  # which all models of words have
-        return replace(wish, effort=least, source=self.limit_source)
+        source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        self.change(source, "clamped", "before so short an answer little is thought")
+        # Levels differ from model to model, but all that write texts have the low one.
+        effort = "none" if traits.thinking == "budget" else "low"
+        return replace(wish, effort=effort, source=source)
 
-    def level(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_level(self, wish: ThinkingWish) -> dict[str, Any]:
         if wish.effort is None:
-            return self.budget(wish)  # accepted for compatibility
-        wanted = effort_of(wish.effort)
-        ladder = sorted(EFFORTS.index(level.lower()) for level in self.traits.levels)
-        rung = next((rung for rung in ladder if rung >= EFFORTS.index(wanted)), ladder[-1])
-        if EFFORTS[rung] != wish.effort.lower():
-            self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{EFFORTS[rung]}'")
-        return {"thinkingLevel": EFFORTS[rung].upper()}
+            return self.build_budget(wish)  # accepted for compatibility
+        wanted = EFFORTS.index(nearest_effort(wish.effort))
+        levels = sorted(EFFORTS.index(level.lower()) for level in self.traits.levels)
+        level = EFFORTS[next((level for level in levels if level >= wanted), levels[-1])]
+        if level != wish.effort.lower():
+            self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{level}'")
+        return {"thinkingLevel": level.upper()}
 
-    def budget(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_budget(self, wish: ThinkingWish) -> dict[str, Any]:
+        wanted, effort = wish.budget, wish.effort
+        if wanted is None:
+            wanted = EFFORT_BUDGETS[nearest_effort(effort or "")]
         low, high = self.traits.budget
-        wanted = (
-            wish.budget if wish.budget is not None else EFFORT_BUDGETS[effort_of(wish.effort or "")]
-        )
-        may_stop = wanted == 0 and self.traits.can_stop_thinking
-        budget = wanted if wanted == -1 or may_stop else min(max(wanted, low), high)
-        if budget != wanted or (
-            wish.effort is not None and wish.effort.lower() not in EFFORT_BUDGETS
-        ):
+        budget = min(max(wanted, low), high)
+        if wanted == -1 or (wanted == 0 and self.traits.can_stop_thinking):
+            budget = wanted
+        if budget != wanted or (effort is not None and effort.lower() not in EFFORTS):
             self.change(wish.source, "clamped", f"a budget of {budget} tokens")
         return {"thinkingBudget": budget}
 
-    # ---- contents
 
-    def contents(self) -> list[dict[str, Any]]:
-        """Turns as Gemini takes them: neighbours of one role merged, and each turn of calls answered by exactly one turn
-        of results, in call order, whatever order the client sent.
+def nearest_effort(word: str) -> str:
+    if not word:
+        return "medium"
+    return difflib.get_close_matches(word[:20].lower(), EFFORTS, 1, 0.0)[0]
 
-        Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
-        """
-        answers = matched_results(self.request.messages)
-        self.answered = {id(result) for result in answers.values()}
+
+# ---- contents
+
+
+class ContentBuilder(Builder):
+    """Builds the contents: one for each run of messages of one role.
+
+    Each content of calls is answered by exactly one of results, in the order of the calls,
+    whatever order the client sent them in.
+
+    Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        traits: Traits,
+        changes: list[Change],
+        name_tool: Callable[[str | None, str], str],
+    ) -> None:
+        super().__init__(request, traits, changes)
+        self.name_tool = name_tool
+        self.source = request.sources.get("messages", "/messages")
+        self.results = match_results(request.messages)
+        self.matched = {id(result) for result in self.results.values()}
+
+    def build(self) -> list[dict[str, Any]]:
         contents: list[dict[str, Any]] = []
         for message in self.request.messages:
-            role, said = (
-                ("model" if message.role == "assistant" else "user"),
-                self.parts(message.parts),
-            )
-            add_turn(
-                contents,
-                role,
-                self.signed(said) if role == "model" and self.traits.signatures else said,
-            )
+            parts = self.build_parts(message.parts)
+            if message.role == "assistant":
+                if self.traits.signatures:
+                    self.sign_parts(parts)
+                add_content(contents, "model", parts)
+            else:
+                add_content(contents, "user", parts)
             if calls := [part for part in message.parts if isinstance(part, ToolCall)]:
-                contents += self.results(calls, [answers.get(id(call)) for call in calls])
-        self.end(contents)
+                contents += self.build_results(calls)
+        self.add_last_content(contents)
         return contents
 
-    def end(self, contents: list[dict[str, Any]]) -> None:
-        """Makes the last turn the user's where the model demands it, and never sends no turn at all."""
+    def add_last_content(self, contents: list[dict[str, Any]]) -> None:
+        """Lets the user have the last word where the model demands it, and never sends none."""
         if not contents:
-            contents.append({"role": "user", "parts": [{"text": PLACEHOLDER}]})
+            contents.append(build_content("user", PLACEHOLDER))
         if contents[-1]["role"] == "model" and not self.traits.prefill:
-            self.change(
-                self.messages, "emulated", "this model goes on with an answer only when asked to"
-            )
-            contents.append(
-                {"role": "user", "parts": [{"text": "Continue exactly where you stopped."}]}
-            )
+            reason = "this model goes on with an answer only when asked to"
+            self.change(self.source, "emulated", reason)
+            contents.append(build_content("user", "Continue exactly where you stopped."))
 
-    def parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
+    def build_parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
         built: list[dict[str, Any]] = []
         for part in parts:
             if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
                 built.append({"text": part.text})
             else:
-                built += self.part(part)
+                built += self.build_part(part)
         return built
 
-    def signed(self, parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """What a model said, with a signature where it misses one: on the first call, or, makes it images, on all.
+    def sign_parts(self, parts: list[dict[str, Any]]) -> None:
+        """Adds missing signatures: to the first call, or to all parts of a model of images.
 
         Source: https://ai.google.dev/gemini-api/docs/gemini-3#thought_signatures
         """
-        calls = (part for part in parts if "functionCall" in part)
-        for part in parts if "IMAGE" in self.traits.answers else itertools.islice(calls, 1):
+        if "IMAGE" not in self.traits.answers:
+            parts = [part for part in parts if "functionCall" in part][:1]
+        for part in parts:
             part.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
-        return parts
 
-    def part(self, part: Part) -> list[dict[str, Any]]:
+    def build_part(self, part: Part) -> list[dict[str, Any]]:
         match part:
-            case Text(text, signature):
-                return text_parts(text, signature) if text or signature else []
+            case Text():
+                return build_text(part)
             case Media():
-                return [media_part(part)]
-            case ToolCall(call_id, name, arguments, signature, namespace, custom):
-                args = {"input": arguments} if custom else arguments_object(arguments)
-                call: dict[str, Any] = {"name": self.name(namespace, name), "args": args}
-                call |= {"id": call_id} if self.traits.call_ids else {}
-                return [
-                    {"functionCall": call} | ({"thoughtSignature": signature} if signature else {})
-                ]
-            case ToolResult(parts=parts) if id(part) not in self.answered:
-                self.change(
-                    self.messages, "emulated", "a result without a call is passed on as text"
-                )
-                return self.parts(parts)
+                return [build_media(part)]
+            case ToolCall():
+                return [self.build_call(part)]
+            case ToolResult(parts=parts) if id(part) not in self.matched:
+                reason = "a result without a call is passed on as text"
+                self.change(self.source, "emulated", reason)
+                return self.build_parts(parts)
             case Thinking() | ToolResult():
                 return []
             case _:
                 assert_never(part)
 
-    def results(
-        self, calls: Sequence[ToolCall], results: Sequence[ToolResult | None]
-    ) -> list[dict[str, Any]]:
-        """A turn of one functionResponse a call; files inside it where the model takes them there, else a turn behind."""
-        made: list[dict[str, Any]] = []
+    def build_call(self, call: ToolCall) -> dict[str, Any]:
+        args = {"input": call.arguments}
+        if not call.custom:
+            args = arguments_object(call.arguments)
+        name = self.name_tool(call.namespace, call.name)
+        part: dict[str, Any] = {"functionCall": {"name": name, "args": args}}
+        if self.traits.call_ids:
+            part["functionCall"]["id"] = call.id
+        if call.signature:
+            part["thoughtSignature"] = call.signature
+        return part
+
+    def build_results(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+        """A content with one functionResponse a call, and one with the files not inside these."""
+        responses: list[dict[str, Any]] = []
         files: list[dict[str, Any]] = []
-        if None in results:
-            self.change(
-                self.messages,
-                "emulated",
-                "a call without a result is answered with a note that there is none",
-            )
-        for call, result in zip(calls, results, strict=True):
-            response: dict[str, Any] = {
-                "name": self.name(call.namespace, call.name),
-                "response": result_object(result),
-            }
-            response |= {"id": call.id} if self.traits.call_ids else {}
-            media = [part for part in result.parts if isinstance(part, Media)] if result else []
-            inside = [
-                media_part(part) for part in media if part.data and self.traits.files_in_results
-            ]
-            response |= {"parts": inside} if inside else {}
-            files += [media_part(part) for part in media if not (part.data and inside)]
-            made.append({"functionResponse": response})
-        return [{"role": "user", "parts": parts} for parts in (made, files) if parts]
+        for call in calls:
+            result = self.results.get(id(call))
+            if result is None:
+                reason = "a call without a result is answered with a note that there is none"
+                self.change(self.source, "emulated", reason)
+            response, others = self.build_result(call, result)
+            responses.append({"functionResponse": response})
+            files += others
+        return [{"role": "user", "parts": parts} for parts in (responses, files) if parts]
+
+    def build_result(
+        self, call: ToolCall, result: ToolResult | None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """A call's functionResponse, and its files as parts where they may not stand inside it."""
+        name = self.name_tool(call.namespace, call.name)
+        response: dict[str, Any] = {"name": name, "response": result_object(result)}
+        if self.traits.call_ids:
+            response["id"] = call.id
+        inside: list[dict[str, Any]] = []
+        outside: list[dict[str, Any]] = []
+        for part in result.parts if result else ():
+            if isinstance(part, Media):
+                fits = self.traits.files_in_results and part.data
+                (inside if fits else outside).append(build_media(part))
+        if inside:
+            response["parts"] = inside
+        return response, outside
 
 
-def matched_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
-    """The result of each call, by the call's id(): that of the nearest call before it, else of one that waits in vain.
+def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
+    """The result of each call by the call's id().
 
-    Clients use ids again, send results in any order, and some before their calls.
+    A result belongs to the nearest call before it, else to one that has no other result: clients
+    use ids again, send results in any order, and some of them before their calls.
     """
-    answers: dict[int, ToolResult] = {}
+    results: dict[int, ToolResult] = {}
     open_calls: dict[str, list[tuple[int, ToolCall]]] = {}
     early: list[ToolResult] = []
     for position, message in enumerate(messages):
         for part in message.parts:
             if isinstance(part, ToolCall):
                 open_calls.setdefault(part.id, []).append((position, part))
-            elif isinstance(part, ToolResult) and (waiting := open_calls.get(part.call_id)):
-                nearest = next(one for one in waiting if one[0] == waiting[-1][0])
-                waiting.remove(nearest)
-                answers[id(nearest[1])] = part
             elif isinstance(part, ToolResult):
-                early.append(part)
+                if waiting := open_calls.get(part.call_id):
+                    nearest = max(waiting, key=lambda entry: entry[0])
+                    waiting.remove(nearest)
+                    results[id(nearest[1])] = part
+                else:
+                    early.append(part)
     for result in early:
         if waiting := open_calls.get(result.call_id):
-            answers[id(waiting.pop(0)[1])] = result
-    return answers
+            results[id(waiting.pop(0)[1])] = result
+    return results
 
 
-def add_turn(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
+def add_content(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
     if not parts:
         return
+    if not contents and role == "model":
+        contents.append(build_content("user", PLACEHOLDER))
     last = contents[-1] if contents else None
     if last and last["role"] == role and "functionResponse" not in last["parts"][0]:
         last["parts"].extend(parts)
-    elif not last and role == "model":
-        contents.extend(
-            [{"role": "user", "parts": [{"text": PLACEHOLDER}]}, {"role": role, "parts": parts}]
-        )
     else:
         contents.append({"role": role, "parts": parts})
 
 
-def text_parts(text: str, signature: Signature | None) -> list[dict[str, Any]]:
-    """A text as Gemini sent it: the signed piece apart from what stood before and after it."""
+def build_content(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "parts": [{"text": text}]}
+
+
+def build_text(part: Text) -> list[dict[str, Any]]:
+    """A text as Gemini sent it: the signed piece apart from those before and after it."""
+    text, signature = part.text, part.signature
     if signature is None:
-        return [{"text": text}]
-    before, signed, after = (
-        text[: signature.start],
-        text[signature.start : signature.end],
-        text[signature.end :],
-    )
-    around = [[{"text": piece}] if piece else [] for piece in (before, after)]
-    return [*around[0], {"text": signed, "thoughtSignature": signature.value}, *around[1]]
+        pieces = [{"text": text}]
+    else:
+        start, end = signature.start, signature.end
+        signed = {"text": text[start:end], "thoughtSignature": signature.value}
+        pieces = [{"text": text[:start]}, signed, {"text": text[end:]}]
+    return [piece for piece in pieces if piece["text"] or len(piece) > 1]
 
 
-def media_part(media: Media) -> dict[str, Any]:
+def build_media(media: Media) -> dict[str, Any]:
     if media.url:
-        return {
-            "fileData": {"fileUri": media.url} | ({"mimeType": media.mime} if media.mime else {})
-        }
-    data: dict[str, Any] = {"inlineData": {"mimeType": media.mime, "data": media.data}}
-    return data | ({"thoughtSignature": media.signature} if media.signature else {})
+        file = {"fileUri": media.url, "mimeType": media.mime}
+        return {"fileData": {key: value for key, value in file.items() if value}}
+    part: dict[str, Any] = {"inlineData": {"mimeType": media.mime, "data": media.data}}
+    if media.signature:
+        part["thoughtSignature"] = media.signature
+    return part
 
 
 def arguments_object(arguments: str) -> dict[str, Any]:
-    """A call's arguments as the object that Gemini wants; what is no object is kept inside one."""
+    """A call's arguments as the object that Gemini wants; anything else is wrapped into one."""
     value = parse_strict(arguments or "{}")
-    return value if isinstance(value, dict) else {"input": arguments if value is None else value}
+    if isinstance(value, dict):
+        return value
+    return {"input": arguments if value is None else value}
 
 
 def result_object(result: ToolResult | None) -> dict[str, Any]:
     """A tool's answer as an object: a JSON object as it is, anything else as text.
 
-    A `$ref` inside would be read as a reference: https://github.com/BerriAI/litellm/issues/38223
+    A `$ref` inside would be read as a reference:
+    https://github.com/BerriAI/litellm/issues/38223
     """
     if result is None:
         return {"error": "(no result was given for this call)"}
     text = "\n".join(part.text for part in result.parts if isinstance(part, Text))
-    value = parse_strict(text) if text.lstrip().startswith("{") and '"$ref"' not in text else None
-    return value if isinstance(value, dict) else {"output": text}
-
-
-def effort_of(word: str) -> str:
-    """The nearest known effort."""
-    near = difflib.get_close_matches(word[:20].lower(), EFFORTS, 1, 0.0)
-    return near[0] if word else "medium"
-
-
-def choices_of(request: Request) -> list[Request]:
-    """A request for each of `n` choices; a seed counts up, for with the same one they would be the same."""
-    if request.seed is None:
-        return [request] * request.n
-    return [
-        replace(request, seed=(request.seed + choice) & 0x7FFFFFFF) for choice in range(request.n)
-    ]
-
-
-def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
-    """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-    about: dict[str, Any] = {"model": f"models/{model}"} | (
-        {"outputDimensionality": dimensions} if dimensions else {}
-    )
-    return {"requests": [about | {"content": {"parts": [{"text": text}]}} for text in texts]}
-
-
-def lone_refs(schema: Any, depth: int = 0) -> Any:
-    """A JSON Schema with each `$ref` that has company in an anyOf of its own: Google takes only `$` keys beside one.
-
-    Source: https://ai.google.dev/api/generate-content#GenerationConfig, https://github.com/google-gemini/gemini-cli/issues/4758
-    """
-    if depth > 4 * SCHEMA_DEPTH_MAX or not isinstance(schema, list | dict):
-        return schema
-    if isinstance(schema, list):
-        return [lone_refs(one, depth + 1) for one in schema]
-    if not depth and not schema.keys() & {"$defs", "definitions"}:
-        return schema  # there is nothing to refer to
-    made = {
-        key: value if key in SCHEMA_DATA else lone_refs(value, depth + 1)
-        for key, value in schema.items()
-    }
-    if (
-        isinstance(made.get("$ref"), str)
-        and "anyOf" not in made
-        and any(key[:1] != "$" for key in made)
-    ):
-        made["anyOf"] = [{"$ref": made.pop("$ref")}]
-    return made
-
-
-class SchemaReducer:
-    """JSON Schema to Google's Schema subset: references inlined with cycles cut, unions as anyOf, the rest reported.
-
-    Takes anything, also what is no schema at all. Source: https://ai.google.dev/api/caching#Schema
-    """
-
-    def __init__(self, root: Mapping[str, Any], pointer: str, changes: list[Change]) -> None:
-        self.root = root
-        self.pointer = pointer
-        self.changes = changes
-        self.lost: set[str] = set()
-        self.left = SCHEMA_NODES_MAX
-
-    def report(self, key: str) -> None:
-        if key not in self.lost:
-            self.lost.add(key)
-            self.changes.append(
-                Change(
-                    self.pointer, "dropped", f"the schema's '{key}' is not known to this upstream"
-                )
-            )
-
-    def reduce(self, schema: Any, seen: Refs = (), depth: int = 0) -> dict[str, Any] | None:
-        """The reduced schema; None where it would contain itself, or is too deep or too large."""
-        self.left -= 1
-        if self.left < 0 or depth > SCHEMA_DEPTH_MAX:
-            self.report("depth")
-            return None
-        if not isinstance(schema, Mapping):
-            return {"type": "STRING"}
-        resolved = self.resolved(schema, seen)
-        if resolved is None:
-            return None
-        schema, seen = resolved
-        made = self.words(schema)
-        for key in schema.keys() - SCHEMA_WORDS.keys() - SCHEMA_HANDLED:
-            self.report(key)
-        kinds = self.kinds(schema)
-        if union := self.union(schema, kinds):
-            options = [self.reduce(option, seen, depth + 1) for option in union]
-            return one_of(made, [option for option in options if option])
-        if len(kinds) > 1:
-            return one_of(made, [self.shaped({}, schema, kind, seen, depth + 1) for kind in kinds])
-        return self.shaped(made, schema, kinds[0] if kinds else "string", seen, depth)
-
-    # ---- references and allOf
-
-    def resolved(
-        self, schema: Mapping[str, Any], seen: Refs, depth: int = 0
-    ) -> tuple[dict[str, Any], Refs] | None:
-        """The schema with what it refers to and its allOf laid into it; None where that has no end or is not there."""
-        if depth > SCHEMA_DEPTH_MAX:
-            self.report("depth")
-            return None
-        whole = {key: value for key, value in schema.items() if key not in ("$ref", "allOf")}
-        if "$ref" in schema:
-            ref = str(schema["$ref"])
-            target = self.target(ref)
-            if target is None or ref in seen:
-                self.report("$ref")
-                return None if ref in seen else (whole, seen)
-            inner = self.resolved(target, (*seen, ref), depth + 1)
-            if inner is None:
-                return None
-            lay_under(whole, inner[0])
-            seen = inner[1]
-        for part in objects_in(schema.get("allOf")):
-            if (inner := self.resolved(part, seen, depth + 1)) is not None:
-                lay_under(whole, inner[0])
-                seen = inner[1]
-        return whole, seen
-
-    def target(self, ref: str) -> Mapping[str, Any] | None:
-        found: Any = self.root
-        if not re.match(r"#($|/)", ref):
-            return None
-        for step in ref.split("/")[1:]:
-            name = unquote(step).replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, Mapping) else None
-        return found if isinstance(found, Mapping) else None
-
-    # ---- one schema
-
-    def words(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """What the subset has under the same name, where it has the right type."""
-        made = {
-            key: value for key, value in schema.items() if key in SCHEMA_WORDS and value is not None
-        }
-        for key, value in list(made.items()):
-            kind = SCHEMA_WORDS[key]
-            wrong = not isinstance(value, kind) or (
-                isinstance(value, bool) and kind is not bool and kind is not object
-            )
-            if (
-                wrong
-                or (kind is int and not 0 <= value < 1 << 31)
-                or (kind is list and not texts_only(value))
-            ):
-                del made[key]
-                self.report(key)
-        return made
-
-    def kinds(self, schema: Mapping[str, Any]) -> list[str]:
-        """The types that a schema names or implies; "null" is the last one."""
-        given = schema.get("type")
-        named = [str(kind).lower() for kind in (given if isinstance(given, list) else [given])]
-        kinds = [kind for kind in named if kind in SCHEMA_TYPES]
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        if not kinds and isinstance(values, list):
-            kinds = [JSON_TYPES.get(type(value), "string") for value in values]
-        if not kinds:
-            kinds = ["object"] if "properties" in schema else ["array"] if "items" in schema else []
-        if isinstance(values, list) and None in values:
-            kinds.append("null")
-        return sorted(dict.fromkeys(kinds), key="null".__eq__)
-
-    def union(self, schema: Mapping[str, Any], kinds: Sequence[str]) -> list[Any]:
-        """The options of a schema that is nothing but a choice among them; beside a type of its own they are lost."""
-        unions = {key: schema[key] for key in ("anyOf", "oneOf") if objects_in(schema.get(key))}
-        plain = kinds not in ([], ["object"]) or schema.get("properties")
-        for key in list(unions)[0 if plain else 1 :]:
-            self.report(key)
-        return [] if plain or not unions else objects_in(next(iter(unions.values())))
-
-    def shaped(
-        self, made: dict[str, Any], schema: Mapping[str, Any], kind: str, seen: Refs, depth: int
-    ) -> dict[str, Any]:
-        """The schema as one of its types."""
-        if kind == "null":
-            return {"type": "NULL"}
-        made["type"] = kind.upper()
-        values = [schema["const"]] if "const" in schema else schema.get("enum")
-        if isinstance(values, list):
-            texts = [value for value in values if value is not None]
-            if texts_only(texts) and kind == "string":
-                made |= {"enum": texts} if texts else {}
-            else:
-                self.report("const" if "const" in schema else "enum")
-        if kind == "array":
-            items = schema.get("items")
-            if isinstance(items, list):
-                self.report("items")
-            made["items"] = self.reduce(items, seen, depth + 1) or {"type": "STRING"}
-        elif kind == "object":
-            made |= self.members(schema, seen, depth)
-        self.limits(schema, made, kind)
-        return made
-
-    def members(self, schema: Mapping[str, Any], seen: Refs, depth: int) -> dict[str, Any]:
-        given = schema.get("properties")
-        inner = given.items() if isinstance(given, Mapping) else ()
-        properties = {
-            str(name): made for name, one in inner if (made := self.reduce(one, seen, depth + 1))
-        }
-        names = schema.get("required")
-        required = [
-            name for name in (names if isinstance(names, list) else ()) if texts_only([name])
-        ]
-        required = [name for name in dict.fromkeys(required) if name in properties]
-        if not properties and depth:
-            properties = {
-                "_": {"type": "STRING", "nullable": True}
-            }  # an object without properties is refused
-        return (
-            {"properties": properties} | ({"required": required} if required else {})
-            if properties
-            else {}
-        )
-
-    def limits(self, schema: Mapping[str, Any], made: dict[str, Any], kind: str) -> None:
-        """Exclusive limits, where whole numbers let them be said otherwise; true is how draft 4 marked a plain one."""
-        for key, plain, step in (
-            ("exclusiveMinimum", "minimum", 1),
-            ("exclusiveMaximum", "maximum", -1),
-        ):
-            limit = made.get(plain) if schema.get(key) is True else schema.get(key)
-            if limit is None or schema.get(key) is False:
-                continue
-            if kind != "integer" or isinstance(limit, bool) or not isinstance(limit, int | float):
-                self.report(key)
-                continue
-            nearest = (math.floor(limit) if step > 0 else math.ceil(limit)) + step
-            made[plain] = (max if step > 0 else min)(nearest, made.get(plain, nearest))
-
-
-def lay_under(whole: dict[str, Any], inner: Mapping[str, Any]) -> None:
-    """Adds what a schema inherits to what it says itself."""
-    for key, value in inner.items():
-        own = whole.get(key)
-        if key == "properties" and isinstance(value, Mapping) and isinstance(own, Mapping):
-            whole[key] = {**value, **own}
-        elif key == "required" and isinstance(value, list) and isinstance(own, list):
-            whole[key] = [*own, *value]
-        else:
-            whole.setdefault(key, value)
-
-
-def one_of(made: dict[str, Any], options: list[dict[str, Any]]) -> dict[str, Any]:
-    """A schema that is one of several; null among them is said by `nullable`.
-
-    Vertex refuses a declaration that says anything beside anyOf: https://github.com/akitaonrails/ai-memory/issues/735
-    """
-    options = [one for option in options for one in option.get("anyOf", [option])]
-    plain = [option for option in options if option.get("type") != "NULL"]
-    if plain and len(plain) < len(options):
-        made["nullable"] = True
-    if len(plain) > 1:
-        return {"anyOf": [made | option for option in plain]}
-    return (plain or options or [{"type": "STRING"}])[0] | made
-
-
-def texts_only(values: Iterable[Any]) -> bool:
-    return all(isinstance(value, str) for value in values)
-
-
-def countable(kind: str, model: str, body: bytes) -> bytes:
-    """What countTokens takes of a body: the Gemini API the whole, the others words and tools, v1internal turns alone."""
-    if kind == "gemini":
-        return b'{"generateContentRequest":{"model":"models/%b",%b}' % (encoded(model), body[1:])
-    whole = json.loads(body)
-    if kind == "vertex":
-        return dump_bytes(
-            {key: whole[key] for key in ("contents", "systemInstruction", "tools") if key in whole}
-        )
-    system = (
-        [{"role": "user", **whole["systemInstruction"]}] if "systemInstruction" in whole else []
-    )
-    return dump_bytes(
-        {"request": {"model": f"models/{model}", "contents": [*system, *whole["contents"]]}}
-    )
+    if text.lstrip().startswith("{") and '"$ref"' not in text:
+        value = parse_strict(text)
+        if isinstance(value, dict):
+            return value
+    return {"output": text}
 
 
 def unsigned(part: Part) -> Part:
     return replace(part, signature=None) if isinstance(part, ToolCall | Text) else part
 
 
+# ---- schemas
+
+# A function whose schema has none of these words takes no arguments.
+SCHEMA_CONTENT = (
+    *("properties", "$ref", "anyOf", "oneOf", "allOf"),
+    *("patternProperties", "additionalProperties"),
+)
+# Words whose values are no schemas, and those whose values are schemas by name.
+SCHEMA_DATA = {"const", "default", "enum", "example", "examples", "required"}
+SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+# Deeper parts are left as they are, for a walk must not exhaust the stack.
+LONE_REFS_DEPTH_MAX = 128
+
+
+def lone_refs(schema: Any, depth: int = 0) -> Any:
+    """A JSON Schema with each `$ref` that has company moved into an anyOf of its own.
+
+    Google takes only words with a `$` beside a `$ref`.
+    Source: https://ai.google.dev/api/generate-content#GenerationConfig,
+    https://github.com/google-gemini/gemini-cli/issues/4758
+    """
+    if depth > LONE_REFS_DEPTH_MAX or not isinstance(schema, (list, dict)):
+        return schema
+    if isinstance(schema, list):
+        return [lone_refs(one, depth + 1) for one in schema]
+    if not depth and not schema.keys() & {"$defs", "definitions"}:
+        return schema  # a walk of all tools' schemas would double the time of a request
+    moved = schema.copy()
+    for word, value in schema.items():
+        if word in SCHEMA_MAPS and isinstance(value, dict):
+            moved[word] = {name: lone_refs(one, depth + 2) for name, one in value.items()}
+        elif word not in SCHEMA_DATA:
+            moved[word] = lone_refs(value, depth + 1)
+    alone = all(word[:1] == "$" for word in moved)
+    if "$ref" in moved and "anyOf" not in moved and not alone:
+        moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
+    return moved
+
+
+SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
+JSON_TYPES = dict(zip((str, float, int, bool, list, dict, type(None)), SCHEMA_TYPES, strict=True))
+IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
+# Google's Schema has these words as JSON Schema has them, of these types. It has limits of lengths
+# too, but these are what many a schema is refused for.
+# Source: https://github.com/googleapis/python-genai/issues/2170
+SCHEMA_WORDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("title", "description", "pattern", "format"), (str,)),
+    **dict.fromkeys(("minItems", "minLength"), (int,)),
+    **dict.fromkeys(("minimum", "maximum"), (int, float)),
+    "nullable": (bool,),
+    "default": (str, int, float, bool, list, dict),
+}
+# Words that are translated, or that say nothing of a value.
+SCHEMA_HANDLED = {
+    *("type", "enum", "const", "properties", "required", "items"),
+    *("$schema", "$id", "$comment", "$defs", "definitions", "anyOf", "oneOf"),
+}
+NULL = {"type": "NULL"}
+# OpenAI takes ten levels of objects, each of which may be null or stand in a list.
+SCHEMA_DEPTH_MAX = 32
+# References that are written out again and again would make a body of any size.
+SCHEMA_NODES_MAX = 2000
+Schema = Mapping[str, Any]
+Refs = frozenset[str]
+
+
+class SchemaReduction:
+    """Writes a JSON Schema in Google's own form; `losses` are the words that are lost by it.
+
+    A part that has no such form is left out: an object without properties (as a map is), and a
+    reference that leads nowhere or back to where it stands. Other references are written out.
+    Anything is taken, also what is no schema. Source: https://ai.google.dev/api/caching#Schema
+    """
+
+    def __init__(self, root: Schema) -> None:
+        self.root = root
+        self.losses: dict[str, None] = {}
+        self.nodes_left = SCHEMA_NODES_MAX
+
+    def lose(self, *words: str) -> None:
+        self.losses |= dict.fromkeys(words)
+
+    def reduce(
+        self, schema: Any, refs: Refs = frozenset("#"), depth: int = 0
+    ) -> dict[str, Any] | None:
+        """The schema in Google's form, None where it has none; `refs` are those that led to it."""
+        flat, refs = self.flatten(schema, refs, depth)
+        if flat is None:
+            return None
+        if options := options_of(flat):
+            return one_of(self.reduce(option, refs, depth + 1) for option in options)
+        kind = str(flat.get("type")).lower()
+        if kind == "null":
+            return NULL
+        if kind not in SCHEMA_TYPES:
+            self.lose("type")
+            kind = "string"
+        reduced = self.reduce_words(flat, kind)
+        if kind == "array":
+            item = self.reduce({"anyOf": self.item_schemas(flat)}, refs, depth + 1)
+            return item and reduced | {"items": item}
+        if kind == "object":
+            members = self.reduce_members(flat, refs, depth + 1)
+            return members and reduced | members
+        return reduced
+
+    def flatten(self, schema: Any, refs: Refs, depth: int) -> tuple[dict[str, Any] | None, Refs]:
+        """A schema with what it refers to and its allOf laid under it; None where it is endless."""
+        self.nodes_left -= 1
+        if depth > SCHEMA_DEPTH_MAX or self.nodes_left < 0:
+            self.lose("depth")
+            return None, refs
+        flat = dict(schema) if isinstance(schema, Mapping) else {}
+        parts = objects_in(flat.pop("allOf", None))
+        if "$ref" in flat:
+            ref = str(flat.pop("$ref"))
+            target = find_ref(self.root, ref)
+            if ref in refs or target is None:
+                self.lose("$ref")
+                return None, refs
+            refs |= {ref}
+            parts = [target, *parts]
+        reached = refs
+        for part in parts:
+            inner, inner_refs = self.flatten(part, refs, depth + 1)
+            if inner is None:
+                return None, refs
+            lay_under(flat, inner)
+            reached |= inner_refs
+        return flat, reached
+
+    def reduce_words(self, flat: Schema, kind: str) -> dict[str, Any]:
+        """The type, and the words that Google has too; of formats it takes only date-time.
+
+        Source: https://github.com/google-gemini/gemini-cli/issues/3178
+        """
+        words: dict[str, Any] = {"type": kind.upper(), **self.reduce_enum(flat, kind)}
+        for word, types in SCHEMA_WORDS.items():
+            if type(flat.get(word)) in types:
+                words[word] = flat[word]
+        if kind != "string" or words.get("format") != "date-time":
+            words.pop("format", None)
+        said = {word for word, value in flat.items() if value is not None}
+        self.lose(*(said - words.keys() - SCHEMA_HANDLED))
+        return words
+
+    def reduce_enum(self, flat: Schema, kind: str) -> dict[str, Any]:
+        """The enum, if it is one of texts; Google takes no other values, and no empty text."""
+        allowed = [value for value in values_of(flat) if value is not None]
+        if not allowed:
+            return {}
+        if kind == "string" and all(isinstance(value, str) and value for value in allowed):
+            return {"enum": list(dict.fromkeys(allowed))}
+        self.lose(*(flat.keys() & {"const", "enum"}))
+        return {}
+
+    def reduce_members(self, flat: Schema, refs: Refs, depth: int) -> dict[str, Any] | None:
+        """The properties of an object, and which of them are required."""
+        schemas, names = flat.get("properties"), flat.get("required")
+        properties: dict[str, Any] = {}
+        for name, schema in schemas.items() if isinstance(schemas, Mapping) else ():
+            if member := self.reduce(schema, refs, depth):
+                properties[name] = member
+        if not properties:
+            self.lose("object")
+            return None
+        wanted = set(map(str, names)) if isinstance(names, list) else set()
+        if wanted - properties.keys():
+            self.lose("required")
+        members: dict[str, Any] = {"properties": properties}
+        if required := [name for name in properties if name in wanted]:
+            members["required"] = required
+        return members
+
+    def item_schemas(self, flat: Schema) -> list[Any]:
+        """The schemas of an array's items: one for all of them, or those of a tuple."""
+        items = flat.get("items")
+        if isinstance(items, list):
+            self.lose("items")
+        else:
+            items = [items]
+        return objects_in(flat.get("prefixItems")) + objects_in(items)
+
+
+def find_ref(root: Schema, ref: str) -> Schema | None:
+    """The schema that a reference inside of `root` leads to."""
+    found: Any = root
+    for step in ref.split("/")[1:]:
+        if isinstance(found, list):
+            found = {str(index): one for index, one in enumerate(found)}
+        name = unquote(step).replace("~1", "/").replace("~0", "~")
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found if ref.startswith("#/") and isinstance(found, Mapping) else None
+
+
+def lay_under(flat: dict[str, Any], inner: Schema) -> None:
+    """Adds to a schema the words that it inherits; its own words win."""
+    for word, value in inner.items():
+        own = flat.setdefault(word, value)
+        if isinstance(own, Mapping) and isinstance(value, Mapping):
+            flat[word] = {**own, **value, **own}
+        elif word == "required" and isinstance(own, list) and isinstance(value, list):
+            flat[word] = own + value
+
+
+def options_of(flat: Schema) -> list[Schema]:
+    """The schemas that a schema is a choice among: what it lists, or one for each of its types."""
+    for word in ("anyOf", "oneOf"):
+        if options := objects_in(flat.get(word)):
+            beside = {key: value for key, value in flat.items() if key != word}
+            return [{"allOf": [option, beside]} for option in options]
+    if str(flat.get("type")).lower() in SCHEMA_TYPES:
+        return []
+    return [{**flat, "type": kind} for kind in dict.fromkeys(types_of(flat))]
+
+
+def types_of(flat: Schema) -> list[str]:
+    """The types of a schema that names several, or that names none but says something of one."""
+    named = flat.get("type")
+    if isinstance(named, list) and (types := [kind for kind in named if kind in SCHEMA_TYPES]):
+        return types
+    if values := values_of(flat):
+        return [JSON_TYPES.get(type(value), "string") for value in values]
+    return [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
+
+
+def values_of(flat: Schema) -> list[Any]:
+    """The only values that a schema allows; none where it does not list them."""
+    values = flat.get("enum")
+    if "const" in flat:
+        values = [flat["const"]]
+    return values if isinstance(values, list) else []
+
+
+def one_of(schemas: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """One schema in Google's form for any of several; null among them is said by `nullable`.
+
+    Vertex refuses a declaration that says anything beside anyOf.
+    Source: https://github.com/akitaonrails/ai-memory/issues/735
+    """
+    options = [option for schema in schemas if schema for option in schema.get("anyOf", [schema])]
+    if NULL in options:
+        options = [option | {"nullable": True} for option in options if option != NULL] or [NULL]
+    distinct = list({dumps(option): option for option in options}.values())
+    if len(distinct) > 1:
+        return {"anyOf": distinct}
+    return next(iter(distinct), None)
+
+
+def one_object(schema: Schema) -> dict[str, Any]:
+    """One object for a choice among objects, of which none is required; empty where there is none.
+
+    Vertex takes nothing else as a function's parameters.
+    Source: https://github.com/BerriAI/litellm/issues/41639
+    """
+    options = [option for option in schema.get("anyOf", [schema]) if "properties" in option]
+    if len(options) < 2:
+        return dict(*options)
+    members: dict[str, list[dict[str, Any]]] = {}
+    for option in options:
+        for name, member in option["properties"].items():
+            members.setdefault(name, []).append(member)
+    return {"type": "OBJECT", "properties": {name: one_of(members[name]) for name in members}}
+
+
+# ---- beside generateContent
+
+
+def choices_of(request: Request) -> list[Request]:
+    """A request for each of `n` choices.
+
+    A seed counts up, for with the same one all choices would be alike.
+    """
+    seed = request.seed
+    if seed is None:
+        return [request] * request.n
+    return [replace(request, seed=(seed + choice) & 0x7FFFFFFF) for choice in range(request.n)]
+
+
+def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
+    """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+    options: dict[str, Any] = {"model": f"models/{model}"}
+    if dimensions:
+        options["outputDimensionality"] = dimensions
+    return {"requests": [options | {"content": {"parts": [{"text": text}]}} for text in texts]}
+
+
+def countable(kind: str, model: str, body: bytes) -> bytes:
+    """The body of countTokens for a body of generateContent.
+
+    The Gemini API takes the whole, Vertex words and tools, v1internal contents alone.
+    """
+    if kind == "gemini":
+        return b'{"generateContentRequest":{"model":"models/%b",%b}' % (encoded(model), body[1:])
+    whole = json.loads(body)
+    if kind == "vertex":
+        words = ("contents", "systemInstruction", "tools")
+        return dump_bytes({word: whole[word] for word in words if word in whole})
+    contents = whole["contents"]
+    if "systemInstruction" in whole:
+        contents = [{"role": "user", **whole["systemInstruction"]}, *contents]
+    return dump_bytes({"request": {"model": f"models/{model}", "contents": contents}})
+
+
 def refuse_dropped(changes: Iterable[Change]) -> None:
     """Raises BadRequest where something of a request would be lost."""
     lost = [change for change in changes if change.kind == "dropped"]
-    if lost:
-        told = "; ".join(f"{change.pointer}: {change.reason}" for change in lost)
-        text = f"Not everything can be carried over ({told}). Leave it out, or allow it by proxy.strict: false."
-        raise BadRequest(
-            text, code="unsupported_parameter", param=lost[0].pointer.strip("/").replace("/", ".")
-        )
+    if not lost:
+        return
+    losses = "; ".join(f"{change.pointer}: {change.reason}" for change in lost)
+    raise BadRequest(
+        f"Not everything can be carried over ({losses})."
+        " Leave it out, or allow it by proxy.strict: false.",
+        code="unsupported_parameter",
+        param=lost[0].pointer.strip("/").replace("/", "."),
+    )
 
 
 # ==============================================================================
@@ -7349,13 +7441,13 @@ def close_answer(asked: asyncio.Task[Answer]) -> None:
 # ---- the retry loop
 
 
-class Question(Protocol[Answered]):
+class Question(Protocol[Answered_co]):
     """A call of Gemini that the retry loop makes of one account after another, whatever its body comes from."""
 
     barred: Barred
     """Accounts that cannot answer it, and why."""
 
-    async def ask(self, lease: Lease) -> Answered:
+    async def ask(self, lease: Lease) -> Answered_co:
         """Makes one attempt. Raises UpstreamError."""
 
     def mends(self, error: UpstreamError) -> bool:
@@ -7673,7 +7765,7 @@ class Upstream:
 
     # ---- the one retry loop
 
-    async def _retry(self, question: Question[Answered], trace: Trace) -> Answered:
+    async def _retry(self, question: Question[Answered_co], trace: Trace) -> Answered_co:
         """Asks for the model, then for those of models.fallback, while no account can answer for one.
 
         Raises PoolExhausted, or the error that every account would give.
@@ -7697,8 +7789,8 @@ class Upstream:
         raise AssertionError("a chain has a last model")
 
     async def _ask_accounts(
-        self, question: Question[Answered], attempts: Attempts, trace: Trace
-    ) -> Answered:
+        self, question: Question[Answered_co], attempts: Attempts, trace: Trace
+    ) -> Answered_co:
         for number in range(1, ATTEMPTS_MAX + 1):
             lease = await attempts.lease()
             try:
@@ -7712,8 +7804,8 @@ class Upstream:
         raise attempts.exhausted()
 
     async def _attempt(
-        self, question: Question[Answered], lease: Lease, step: Step, trace: Trace
-    ) -> Answered:
+        self, question: Question[Answered_co], lease: Lease, step: Step, trace: Trace
+    ) -> Answered_co:
         """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
         trace.attempts += 1
         trace.account, step.account = lease.account, lease.account.name
@@ -9277,6 +9369,15 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 # ---- the listener
 
 
+def refuse_broken_http() -> web.Response:
+    log.warning("what a client sent is not HTTP/1.1; it may use TLS on this plain port")
+    body = dump_bytes(openai_error(BadRequest(NOT_HTTP)))
+    response = web.Response(body=body, status=400, content_type="application/json")
+    response.headers["Server"] = "agproxy"
+    response.force_close()
+    return response
+
+
 def connection_class(stall_s: float) -> type[web.RequestHandler]:
     """The class of a client's connection, made here so that nothing loads aiohttp before a server is wanted."""
 
@@ -9297,12 +9398,7 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:
                 raise exc  # the client is gone, which is no mistake
             if status != 400:
                 return super().handle_error(request, status, exc, message)
-            log.warning("what a client sent is not HTTP/1.1; it may use TLS on this plain port")
-            body = dump_bytes(openai_error(BadRequest(NOT_HTTP)))
-            response = web.Response(body=body, status=400, content_type="application/json")
-            response.headers["Server"] = "agproxy"
-            response.force_close()
-            return response
+            return refuse_broken_http()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
@@ -9360,17 +9456,17 @@ async def listen(
     stack.push_async_callback(
         runner.shutdown
     )  # what runs is finished before connections are closed
-    connect: Any = functools.partial(
-        connection_class(stall_s),
-        runner.server,
-        loop=loop,
-        access_log=None,
-        keepalive_timeout=KEEP_ALIVE_S,
-        lingering_time=LINGER_S,
-        max_line_size=LINE_BYTES_MAX,
-        max_field_size=LINE_BYTES_MAX,
-        auto_decompress=False,
-    )
+    limits: dict[str, Any] = {
+        "keepalive_timeout": KEEP_ALIVE_S,
+        "lingering_time": LINGER_S,
+        "max_line_size": LINE_BYTES_MAX,
+        "max_field_size": LINE_BYTES_MAX,
+        "auto_decompress": False,  # `unpacked` does it, within bounds
+        "access_log": None,
+    }
+    assert runner.server is not None
+    connection = connection_class(stall_s)
+    connect = functools.partial(connection, runner.server, loop=loop, **limits)
     listener = await loop.create_server(connect, host, port, backlog=1024)
     stack.callback(listener.close)
     for socket in listener.sockets:
@@ -10289,17 +10385,8 @@ def remedy_of(error: UpstreamError, kind: str) -> str:
 @accounts_option
 @click.argument("file", type=click.File("rb"))
 @click.option("--model", help="As if the body named this model.")
-@click.option(
-    "--kind",
-    default="gemini",
-    show_default=True,
-    type=click.Choice(["gemini", "vertex"]),
-    help="Asked upstream.",
-)
 @click.option("--strict", is_flag=True, help="Refuse a body of which something would be dropped.")
-def explain(
-    accounts: str | None, file: BinaryIO, model: str | None, kind: Dialect, strict: bool
-) -> None:
+def explain(accounts: str | None, file: BinaryIO, model: str | None, strict: bool) -> None:
     """Say what becomes of the request body in FILE (- is standard input), without sending anything."""
     config = configured(accounts)
     try:
@@ -10309,7 +10396,7 @@ def explain(
         )
         mapped = map_model(requests[0].model, config, None)
         traits = traits_of(mapped.model, config.traits)
-        built = [build_generate_content(request, traits, kind) for request in requests]
+        built = [build_generate_content(request, traits) for request in requests]
         changes = requests[0].changes + built[0].changes
         if strict:
             refuse_dropped(changes)

@@ -31,7 +31,6 @@ from fake_gemini import OWN_OUTPUT, is_meant, validate
 import antigravity_proxy as agproxy
 
 ID = "0123456789abcdef01234567"
-DIALECTS: tuple[agproxy.Dialect, ...] = ("gemini", "vertex")
 TOOLS = {
     "f": agproxy.Tool("mcp.files/read", "", None, namespace="n"),
     "give_final_answer": agproxy.Tool(agproxy.ANSWER_TOOL, "", None, answers=True),
@@ -124,13 +123,11 @@ def check_answer(events: list[agproxy.Event], forms: Iterable[Callable[[], agpro
             strict_json(agproxy.dump_bytes(form().whole(events)))
 
 
-def findings(body: Any, model: str, dialect: agproxy.Dialect) -> list[Any]:
+def findings(body: Any, model: str) -> list[Any]:
     """What Google would refuse in a body, and what the gateway's own must not have either."""
-    if dialect == "gemini":
-        found = validate(body, "GenerateContentRequest", model=model, enable=OWN_OUTPUT)
-    else:
-        envelope = {"model": model, "project": "p", "request": body}
-        found = validate(envelope, "CodeAssistGenerateContentRequest", enable=OWN_OUTPUT)
+    envelope = {"model": model, "project": "p", "request": body}
+    found = validate(body, "GenerateContentRequest", model=model, enable=OWN_OUTPUT)
+    found += validate(envelope, "CodeAssistGenerateContentRequest", enable=OWN_OUTPUT)
     return [one for one in found if one.rule not in ("roles_alternate", "empty_text") or not is_meant(body, one)]
 
 
@@ -149,10 +146,10 @@ def fetched(request: agproxy.Request) -> agproxy.Request:
     return replace(request, messages=tuple(messages))
 
 
-def build(request: agproxy.Request, model: str, dialect: agproxy.Dialect) -> agproxy.Built:
-    """The body that the upstream is sent."""
+def build(request: agproxy.Request, model: str, reduced: bool) -> agproxy.Built:
+    """The body that the upstream is sent, at first or after it refused a schema."""
     signed = memory().recall(request, model)
-    return agproxy.build_generate_content(signed, agproxy.traits_of(model, {}), dialect)
+    return agproxy.build_generate_content(signed, agproxy.traits_of(model, {}), reduce_schemas=reduced)
 
 
 def received(body: Any) -> Any:
@@ -163,8 +160,9 @@ def received(body: Any) -> Any:
 def check_built(requests: Iterable[agproxy.Request], models: Sequence[str], source: Any) -> None:
     """Each body built from valid requests has no finding, holds all that was said, and can be sent."""
     fetched_ = [fetched(request) for request in requests]
-    built = [(one, model, kind, build(one, model, kind)) for one in fetched_ for model in models for kind in DIALECTS]
-    found = [f"{model} {kind}: {one}" for _, model, kind, made in built for one in findings(made.body, model, kind)]
+    forms = (False, True)
+    built = [(one, model, form, build(one, model, form)) for one in fetched_ for model in models for form in forms]
+    found = [f"{model} {form}: {one}" for _, model, form, made in built for one in findings(made.body, model)]
     assert not found, found
     for request, _, _, made in built:
         check_kept(request, made.body)
@@ -356,8 +354,8 @@ def follow_broken(door: str, body: Any, r: Random) -> None:
         assert error.param or not isinstance(body, dict), f"no param: {error.message}"
         raise
     for request in (parsed if isinstance(parsed, list) else [parsed])[:2]:
-        for dialect in DIALECTS:
-            strict_json(agproxy.dump_bytes(build(request, r.choice(g.MODELS), dialect).body))
+        for reduced in (False, True):
+            strict_json(agproxy.dump_bytes(build(request, r.choice(g.MODELS), reduced).body))
     form = makers(r, [body] * 3)[("chat", "completion", "response").index(door)]
     check_answer(agproxy.GeminiReader(lambda: "c", TOOLS).whole(json.dumps(ANSWER[0]).encode()), [form])
 

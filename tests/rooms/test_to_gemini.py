@@ -38,6 +38,16 @@ def test_what_is_deep_inside_a_schema_is_left_as_it_is() -> None:
     assert agproxy.lone_refs({"$defs": {"a": {}}, "format": deep})["$defs"] == {"a": {}}
 
 
+def test_what_is_left_of_a_schema_is_told_once_and_a_function_without_any_takes_nothing() -> None:
+    node = {"type": "object", "properties": {"kids": {"type": "array", "items": {"$ref": "#"}}}}
+    tool = agproxy.Tool("f", "", node, source="tools[0].function")
+    built = agproxy.build_generate_content(agproxy.Request("m", (), tools=(tool,)), agproxy.Traits())
+    assert built.body["tools"][0]["functionDeclarations"] == [{"name": "f", "description": "f"}]
+    told = [(change.pointer, change.kind, change.reason) for change in built.changes]
+    pointer, reason = "/tools/0/function/parameters", "Google's Schema has no such"
+    assert told == [(pointer, "dropped", f"{reason} '{word}'") for word in ("$ref", "object")]
+
+
 def test_results_stand_after_their_calls_in_call_order() -> None:
     made = contents(
         {"role": "user", "content": "go"},
