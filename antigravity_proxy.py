@@ -1702,7 +1702,7 @@ CHOICES_MAX = 128  # OpenAI's limit of `n`; each choice is a call of its own
 
 def parse_sampling(fields: Fields) -> dict[str, Any]:
     """The attributes of a Request that chat, completions and Responses name alike."""
-    stream_options = fields.object("stream_options")
+    stream_options = fields.object("stream_options") or Fields({})
     return {
         "temperature": fields.number("temperature", 0, 2),
         "top_p": fields.number("top_p", 0, 1),
@@ -1712,7 +1712,7 @@ def parse_sampling(fields: Fields) -> dict[str, Any]:
         "stop": parse_stop(fields),
         "n": fields.count("n", CHOICES_MAX) or 1,
         "stream": fields.flag("stream"),
-        "include_usage": bool(stream_options and stream_options.flag("include_usage")),
+        "include_usage": stream_options.flag("include_usage"),
     }
 
 
@@ -1789,10 +1789,6 @@ HOSTED = (
 )
 HOSTED_TOOLS = re.compile(rf"{HOSTED}|web_search\w+|computer\w+|mcp|programmatic_tool_calling")
 WEB_SEARCH = re.compile(r"web_search\w*")
-# Responses input items that only such a tool makes; in a replayed history they are passed over.
-HOSTED_ITEMS = re.compile(
-    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
-)
 
 
 def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
@@ -1908,7 +1904,7 @@ def parse_forced_tool(choice: Fields) -> ToolChoice:
 
 
 def parse_allowed_tools(allowed: Fields) -> ToolChoice:
-    listed = allowed.objects("tools") or allowed.missing("tools")
+    listed = allowed.objects("tools") or [allowed]  # which names no tool, and is refused for that
     own = [tool for tool in listed if not HOSTED_TOOLS.fullmatch(str(tool.value.get("type")))]
     if len(own) < len(listed):
         allowed.change("tools", "dropped", "a hosted tool cannot be chosen")
@@ -1924,49 +1920,28 @@ def tool_name(tool: Fields) -> str:
     return (tool.object("function") or tool.object("custom") or tool).text("name") or ""
 
 
-# ---- messages
+# ---- contents
 
 SYSTEM_ROLES = ("system", "developer")
 CALL_KEYS = {False: ("function", "arguments"), True: ("custom", "input")}  # by ToolCall.custom
 NO_TEXT = Text("")
 
 
-def parse_message(message: Fields) -> Message:
-    match message.text("role"):
-        case "user":
-            if message.value.get("content") is None:
-                message.missing("content")
-            return Message("user", tuple(parse_content(message, parse_block)))
-        case "assistant":
-            return Message("assistant", tuple(parse_assistant_parts(message)))
-        case "tool":
-            return parse_result(message, message.needed_text("tool_call_id"))
-        case "function":
-            return parse_result(message, f"call_{message.needed_text('name')}")
-        case role:
-            remedy = "Send system, developer, user, assistant or tool"
-            raise message.wrong("role", f"is '{role}'", remedy)
-
-
-def parse_result(message: Fields, call_id: str) -> Message:
-    return Message("tool", (ToolResult(call_id, tuple(parse_content(message, parse_part))),))
-
-
 def texts_of(message: Fields, key: str = "content") -> list[str]:
-    """The words of an instruction; Gemini takes no others."""
+    """The texts of an instruction."""
     if message.value.get(key) is None:
         message.missing(key)
-    if isinstance(message.value[key], str):
-        return [message.value[key]]
-    texts = []
-    for i, part in enumerate(message.objects(key)):
-        match parse_part(part):
-            case Text(text):
-                texts.append(text)
-            case Media():
-                reason = "Gemini takes instructions in words only"
-                message.change(f"{key}[{i}]", "dropped", reason)
-    return texts
+    return [part.text for part in parse_content(message, parse_words, key)]
+
+
+def parse_words(part: Fields) -> Text:
+    """A part of an instruction, which can be words only."""
+    parsed = parse_part(part)
+    if isinstance(parsed, Text):
+        return parsed
+    reason = "Gemini takes instructions in words only"
+    part.changes.append(Change(pointer_of(part.path), "dropped", reason))
+    return NO_TEXT
 
 
 def parse_content(
@@ -1977,57 +1952,6 @@ def parse_content(
     if isinstance(content, str):
         return [Text(content)] if content else []
     return [part for item in message.objects(key) if (part := parse(item)) != NO_TEXT]
-
-
-def parse_block(part: Fields) -> Part:
-    """A part of a chat message.
-
-    To a model that is named claude-* Cursor sends calls and results in Anthropic's form.
-    Source: https://github.com/router-for-me/CLIProxyAPI/pull/3804
-    """
-    match part.text("type"):
-        case "tool_use":
-            arguments = dumps(part.get("input", "an object") or {})
-            return ToolCall(part.needed_text("id"), part.needed_text("name"), arguments)
-        case "tool_result":
-            content = tuple(parse_content(part, parse_part))
-            return ToolResult(part.needed_text("tool_use_id"), content)
-        case "thinking" | "redacted_thinking":
-            return Thinking("")
-        case _:
-            return parse_part(part)
-
-
-def parse_assistant_parts(message: Fields) -> list[Part]:
-    """The texts, images and calls of a model. A client sends images back as it was sent them."""
-    parts: list[Part] = []
-    for part in parse_content(message, parse_block):
-        if isinstance(part, Text) and ";base64," in part.text:
-            parts += split_images(part.text)
-        else:
-            parts.append(part)
-    parts += map(parse_part, message.objects("images"))
-    parts += map(parse_call, message.objects("tool_calls"))
-    if call := message.object("function_call"):
-        name = call.needed_text("name")
-        parts.append(ToolCall(f"call_{name}", name, call.text("arguments") or ""))
-    return parts
-
-
-MARKDOWN_IMAGE = re.compile(
-    r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII
-)
-
-
-def split_images(text: str) -> list[Text | Media]:
-    """A text and its Markdown images: as words these would be a token for every few bytes."""
-    parts: list[Text | Media] = []
-    end = 0
-    for image in MARKDOWN_IMAGE.finditer(text):
-        if is_base64(image[2]):
-            parts += [Text(text[end : image.start()]), Media(image[1], image[2])]
-            end = image.end()
-    return [*parts, Text(text[end:])]
 
 
 def parse_part(part: Fields) -> Text | Media:
@@ -2047,23 +1971,6 @@ def parse_part(part: Fields) -> Text | Media:
             return parse_file(part.object("file") or part)
         case _:
             raise part.not_served("type", "Send text, image_url, input_audio or file")
-
-
-def parse_call(call: Fields) -> ToolCall:
-    custom = call.text("type") == "custom"
-    kind, key = CALL_KEYS[custom]
-    inner = call.object(kind) or call.missing(kind)
-    id, name = call.needed_text("id"), inner.needed_text("name")
-    return ToolCall(id, name, inner.text(key) or "", signature_of(call), custom=custom)
-
-
-def signature_of(call: Fields) -> str | None:
-    """The thought signature where Google's own OpenAI endpoint has it."""
-    match call.value.get("extra_content"):
-        case {"google": {"thought_signature": str(signature)}} if is_base64(signature):
-            return signature
-        case _:
-            return None
 
 
 def render_citation(citation: Citation) -> dict[str, Any]:
@@ -2250,20 +2157,20 @@ def parse_output(fields: Fields) -> dict[str, Any]:
     limit = "max_completion_tokens"
     if fields.count(limit) is None:
         limit = "max_tokens"
-    sources = {"max_output_tokens": f"/{limit}", "json_format": "/response_format"}
-    logprobs = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0)
-    if fields.flag("logprobs"):
-        logprobs = logprobs or 0
-    else:
-        logprobs = logprobs or None  # no alternatives alone ask for nothing
-        sources["logprobs"] = "top_logprobs"
+    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or 0
+    asked = fields.flag("logprobs")
     image = fields.object("image_config") or Fields({})
     return {
         "max_output_tokens": fields.count(limit),
-        "logprobs": logprobs,
+        "logprobs": alternatives if asked or alternatives else None,
         "json_format": parse_format(fields.object("response_format"), nested=True),
         "modalities": parse_modalities(fields),
-        "sources": sources | search_source(fields),
+        "sources": {
+            "max_output_tokens": f"/{limit}",
+            "json_format": "/response_format",
+            "logprobs": "logprobs" if asked else "top_logprobs",
+            **search_source(fields),
+        },
         "aspect_ratio": image.text("aspect_ratio"),
         "image_size": image.text("image_size"),
     }
@@ -2276,6 +2183,101 @@ def parse_modalities(fields: Fields) -> tuple[str, ...]:
         what = "asks for what is not served"
         raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
     return tuple(modalities)
+
+
+# ---- messages
+
+
+def parse_message(message: Fields) -> Message:
+    match message.text("role"):
+        case "user":
+            if message.value.get("content") is None:
+                message.missing("content")
+            return Message("user", tuple(parse_content(message, parse_block)))
+        case "assistant":
+            return Message("assistant", tuple(parse_assistant_parts(message)))
+        case "tool":
+            return parse_result(message, message.needed_text("tool_call_id"))
+        case "function":
+            return parse_result(message, f"call_{message.needed_text('name')}")
+        case role:
+            remedy = "Send system, developer, user, assistant or tool"
+            raise message.wrong("role", f"is '{role}'", remedy)
+
+
+def parse_result(message: Fields, call_id: str) -> Message:
+    return Message("tool", (ToolResult(call_id, tuple(parse_content(message, parse_part))),))
+
+
+def parse_block(part: Fields) -> Part:
+    """A part of a chat message.
+
+    To a model that is named claude-* Cursor sends calls and results in Anthropic's form.
+    Source: https://github.com/router-for-me/CLIProxyAPI/pull/3804
+    """
+    match part.text("type"):
+        case "tool_use":
+            arguments = dumps(part.get("input", "an object") or {})
+            return ToolCall(part.needed_text("id"), part.needed_text("name"), arguments)
+        case "tool_result":
+            content = tuple(parse_content(part, parse_part))
+            return ToolResult(part.needed_text("tool_use_id"), content)
+        case "thinking" | "redacted_thinking":
+            return Thinking("")
+        case _:
+            return parse_part(part)
+
+
+def parse_assistant_parts(message: Fields) -> list[Part]:
+    """The texts, images and calls of a model. A client sends images back as it was sent them."""
+    parts: list[Part] = []
+    for part in parse_content(message, parse_block):
+        if isinstance(part, Text) and ";base64," in part.text:
+            parts += split_images(part.text)
+        else:
+            parts.append(part)
+    parts += map(parse_part, message.objects("images"))
+    parts += map(parse_call, message.objects("tool_calls"))
+    if call := message.object("function_call"):
+        name = call.needed_text("name")
+        parts.append(ToolCall(f"call_{name}", name, call.text("arguments") or ""))
+    return parts
+
+
+MARKDOWN_IMAGE = re.compile(
+    r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII
+)
+
+
+def split_images(text: str) -> list[Text | Media]:
+    """A text and its Markdown images: as words these would be a token for every few bytes."""
+    parts: list[Text | Media] = []
+    end = 0
+    for image in MARKDOWN_IMAGE.finditer(text):
+        if is_base64(image[2]):
+            parts += [Text(text[end : image.start()]), Media(image[1], image[2])]
+            end = image.end()
+    return [*parts, Text(text[end:])]
+
+
+def parse_call(call: Fields) -> ToolCall:
+    custom = call.text("type") == "custom"
+    kind, key = CALL_KEYS[custom]
+    inner = call.object(kind) or call.missing(kind)
+    id, name = call.needed_text("id"), inner.needed_text("name")
+    return ToolCall(id, name, inner.text(key) or "", signature_of(call), custom=custom)
+
+
+def signature_of(call: Fields) -> str | None:
+    """The thought signature where Google's own OpenAI endpoint has it."""
+    match call.value.get("extra_content"):
+        case {"google": {"thought_signature": str(signature)}} if is_base64(signature):
+            return signature
+        case _:
+            return None
+
+
+# ---- completions
 
 
 def parse_completion(body: Any, past: Past = None) -> list[Request]:
@@ -2355,7 +2357,7 @@ class ChoiceRenderer(Renderer):
     """
 
     def __init__(self, head: Head, prefix: str, kind: str, **more: str) -> None:
-        self._known = {
+        self._known: dict[str, Any] = {
             "id": f"{prefix}-{head.id}",
             "object": kind,
             "created": head.created,
@@ -2401,8 +2403,12 @@ class ChoiceRenderer(Renderer):
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         reply = collect(events)
-        choices = [self.whole_choice(*each) for each in sorted(reply.choices.items())]
-        return {**self._known, "choices": choices, "usage": render_usage(reply.usage)}
+        return {
+            **self._known,
+            "object": self._known["object"].removesuffix(".chunk"),
+            "choices": [self.whole_choice(*each) for each in sorted(reply.choices.items())],
+            "usage": render_usage(reply.usage),
+        }
 
     @abstractmethod
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
@@ -2519,9 +2525,6 @@ class ChatRenderer(ChoiceRenderer):
             case _:
                 assert_never(part)
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        return super().whole(events) | {"object": "chat.completion"}
-
     def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
         for part in choice.parts:
@@ -2624,6 +2627,12 @@ RESPONSE_FIELDS = (
     | fates("ignored", "a whole number", max_tool_calls="counts hosted tools only")
     | fates("ignored", "an object", client_metadata="no effect on the answer")
     | fates("dropped", n=NOT_HERE, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
+)
+
+
+# Responses input items that only such a tool makes; in a replayed history they are passed over.
+HOSTED_ITEMS = re.compile(
+    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
 )
 
 
