@@ -4547,7 +4547,7 @@ class GeminiReader:
         events, self._events = self._events, []
         return events
 
-    def _render_content(self, shape: Shape, raw: bytes) -> bool:
+    def _more(self, shape: Shape, raw: bytes) -> bool:
         """Reads a chunk that only goes on as the one before did, without a parser; false where it is another."""
         try:
             text = raw.decode()
