@@ -2058,17 +2058,6 @@ DONE = "data: [DONE]\n\n"
 FINGERPRINT = "fp_agproxy"
 
 
-def openai_error(error: GatewayError) -> dict[str, Any]:
-    return {
-        "error": {
-            "message": error.message,
-            "type": error.type,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
-
-
 def render_citation(citation: Citation) -> dict[str, Any]:
     span = {"start_index": citation.start, "end_index": citation.end}
     return span | {"url": citation.url, "title": citation.title}
@@ -2076,18 +2065,16 @@ def render_citation(citation: Citation) -> dict[str, Any]:
 
 @value
 class Head:
-    """What the objects of one answer repeat."""
+    """The values that all objects of one answer repeat."""
 
-    id: str  # 24 hexadecimal digits; each form puts its own prefix before them
+    id: str  # 24 hexadecimal digits; each format puts its own prefix before them
     created: int
     model: str
     include_usage: bool = False
-    images_in_text: bool = (
-        False  # generated images are Markdown in the text, for clients that know no other place
-    )
+    images_in_text: bool = False  # as Markdown, for clients that look for images nowhere else
     now: Callable[[], float] = float
     seal: Callable[[ToolCall | Text], str] | None = None
-    """How a signed part's signature is given to the client, where it asked for that."""
+    """Encrypts the signature of a signed part, where the client asked to be sent it."""
 
 
 class Renderer(ABC):
@@ -2098,13 +2085,57 @@ class Renderer(ABC):
     @abstractmethod
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None: ...
 
-    @abstractmethod
     def frames(self, events: Iterable[Event]) -> str:
-        """What a stream shows of the events of one read."""
+        """The part of a stream that shows the events of one read."""
+        return "".join(map(self.render, events))
+
+    @abstractmethod
+    def render(self, event: Event) -> str:
+        """The frames of one event, "" where the format has nothing to say."""
 
     @abstractmethod
     def whole(self, events: Sequence[Event]) -> Any:
         """The object of a whole answer. Raises the GatewayError of a Failed event."""
+
+
+def openai_error(error: GatewayError) -> dict[str, Any]:
+    details = {"message": error.message, "type": error.type}
+    return {"error": details | {"param": error.param, "code": error.code}}
+
+
+@value
+class Listed:
+    """A model in the list of models."""
+
+    id: str
+    owner: str
+
+
+def openai_models(listed: Sequence[Listed], one: bool) -> dict[str, Any]:
+    """The list of models, or the object of `one` that was asked for by its name."""
+    models = [
+        {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
+        for model in listed
+    ]
+    return models[0] if one else {"object": "list", "data": models}
+
+
+Past = Sequence[Any] | None  # the items that a kept conversation goes on with; None: none are kept
+
+
+@value
+class Door:
+    """Everything that a front format is."""
+
+    path: str
+    fields: Fates
+    parse: Callable[[Any, Past], list[Request]]
+    renderer: type[Renderer]
+    error: Callable[[GatewayError], dict[str, Any]] = openai_error
+    models: Callable[[Sequence[Listed], bool], Any] = openai_models
+    counts: Callable[[int], Any] | None = None  # the answer to a request to count tokens
+    keeps: bool = False  # its answers can be stored and gone on with
+    long_field: str = "messages"  # the field that is too long where the context is exceeded
 
 
 # ==============================================================================
