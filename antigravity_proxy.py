@@ -2593,15 +2593,12 @@ RESPONSE_FIELDS: Fates = {
     **dict.fromkeys(("conversation", "prompt"), ("mapped", "refused")),
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
+RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
 
 def read_body(body: Any) -> tuple[list[Request], Fates]:
     """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
-    given = (
-        {key for key, value in body.items() if value is not None}
-        if isinstance(body, dict)
-        else set()
-    )
+    given = {key for key, value in Fields(body).value.items() if value is not None}
     if "prompt" in given and not given & {"messages", "input"}:
         return parse_completion(body), COMPLETION_FIELDS
     if "input" in given and "messages" not in given:
@@ -2609,16 +2606,12 @@ def read_body(body: Any) -> tuple[list[Request], Fates]:
     return [parse_chat(body)], CHAT_FIELDS
 
 
-def parse_response(body: Any, past: Sequence[Any] | None = None) -> list[Request]:
-    """The one request of a Responses body. Raises BadRequest.
-
-    `past` are the items of the conversation that the input goes on with; None: nothing is kept.
-    """
+def parse_response(body: Any, past: Past = None) -> list[Request]:
+    """The one request of a Responses body. Raises BadRequest."""
     fields = Fields(body)
     refuse_state(fields, keeps=past is not None)
     messages, system, more_tools = parse_input(fields, past or ())
     tools = each_once(fields, (*parse_tools(fields), *more_tools))
-    text = fields.object("text")
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
     fields.count("top_logprobs", 20, low=0)
     request = Request(
@@ -2629,14 +2622,9 @@ def parse_response(body: Any, past: Sequence[Any] | None = None) -> list[Request
         tool_choice=parse_tool_choice(fields, tools),
         parallel_calls=fields.flag("parallel_tool_calls", default=True),
         max_output_tokens=fields.count(limit),
-        json_format=parse_format(text and text.object("format"), nested=False),
+        json_format=parse_text_format(fields),
         thinking=parse_reasoning(fields),
-        sources={
-            "max_output_tokens": f"/{limit}",
-            "json_format": "/text/format",
-            "messages": "/input",
-            **search_source(fields),
-        },
+        sources={**RESPONSE_SOURCES, "max_output_tokens": f"/{limit}", **search_source(fields)},
         **parse_sampling(fields) | {"n": 1},
     )
     return [with_changes(request, fields, RESPONSE_FIELDS)]
@@ -2659,6 +2647,11 @@ def not_kept(id: str) -> BadRequest:
     return BadRequest(text, code="previous_response_not_found", param="previous_response_id")
 
 
+def parse_text_format(fields: Fields) -> JsonFormat | None:
+    text = fields.object("text")
+    return parse_format(text and text.object("format"), nested=False)
+
+
 def parse_reasoning(fields: Fields) -> ThinkingWish:
     reasoning = fields.object("reasoning") or Fields({})
     effort = reasoning.text("effort")
@@ -2673,38 +2666,41 @@ def parse_input(
     fields: Fields, past: Sequence[Any]
 ) -> tuple[tuple[Message, ...], tuple[str, ...], list[Tool]]:
     """The messages, the instructions and the additional tools of a Responses body."""
-    # The changes of past items were reported when they were new: a list of their own takes them.
-    items = [Fields(item, f"past[{i}]") for i, item in enumerate(past)]
-    if isinstance(fields.value.get("input"), str):
-        items.append(Fields({"role": "user", "content": fields.value["input"]}, "input"))
-    elif fields.value.get("input") is None:
-        fields.missing("input")
-    else:
-        items += fields.objects("input")
     messages: list[Message] = []
     system: list[str] = []
     tools: list[Tool] = []
-    for item in items:
+    if instructions := fields.text("instructions"):
+        system.append(instructions)
+    for item in input_items(fields, past):
         if item.value.get("type") == "additional_tools":
             tools[:0] = parse_tools(item)  # so that of two with one name the newer holds
         elif item.value.get("role") in SYSTEM_ROLES:
             system += texts_of(item)
         elif message := parse_item(item):
             messages.append(message)
-    if instructions := fields.text("instructions"):
-        system.insert(0, instructions)
     return joined(messages), tuple(system), tools
 
 
+def input_items(fields: Fields, past: Sequence[Any]) -> list[Fields]:
+    # The changes of past items were reported when they were new: each has a list of its own.
+    items = [Fields(item, f"past[{i}]") for i, item in enumerate(past)]
+    value = fields.value.get("input")
+    if value is None:
+        fields.missing("input")
+    if isinstance(value, str):
+        return [*items, Fields({"role": "user", "content": value}, "input")]
+    return items + fields.objects("input")
+
+
 def joined(messages: Iterable[Message]) -> tuple[Message, ...]:
-    """The messages, with neighbours of one role as one; a user's messages stay as they are."""
-    whole: list[Message] = []
-    for role, group in itertools.groupby(messages, key=lambda message: message.role):
-        if role == "user":
-            whole += group
-        else:
-            whole.append(Message(role, tuple(part for one in group for part in one.parts)))
-    return tuple(whole)
+    """The messages, neighbours of one role as one; but a user's messages stay apart."""
+    groups = itertools.groupby(
+        messages, lambda message: (message.role, message.role == "user" and id(message))
+    )
+    return tuple(
+        Message(role, tuple(part for message in group for part in message.parts))
+        for (role, _), group in groups
+    )
 
 
 def parse_item(item: Fields) -> Message | None:
@@ -2713,11 +2709,15 @@ def parse_item(item: Fields) -> Message | None:
 
 
 def parse_call_item(item: Fields) -> Message:
-    custom = item.value["type"] == "custom_tool_call"
-    text = item.text("input" if custom else "arguments") or ""
-    id, name = item.needed_text("call_id"), item.needed_text("name")
-    namespace = item.text("namespace") or None
-    return Message("assistant", (ToolCall(id, name, text, namespace=namespace, custom=custom),))
+    kind = item.value["type"]
+    call = ToolCall(
+        item.needed_text("call_id"),
+        item.needed_text("name"),
+        item.text(ITEM_KINDS[kind].member) or "",
+        namespace=item.text("namespace") or None,
+        custom=kind == "custom_tool_call",
+    )
+    return Message("assistant", (call,))
 
 
 def parse_output_item(item: Fields) -> Message:
@@ -2774,6 +2774,16 @@ ITEM_PARSERS: Mapping[str, Callable[[Fields], Message | None]] = {
 
 
 @value
+class PartKind:
+    """How a stream shows the one part of an item whose member is a list."""
+
+    name: str  # of the events around the part
+    place: Mapping[str, int]  # of the part in the list
+    blank: Mapping[str, Any]  # the part before its first delta
+    extra: Mapping[str, Any]  # stands in each event of the part's text
+
+
+@value
 class ItemKind:
     """How a stream shows the output items of one type: opened without a member, then filled."""
 
@@ -2781,52 +2791,27 @@ class ItemKind:
     member: str = ""  # what an item lacks when it opens ...
     empty: Any = None  # ... and what stands there instead
     deltas: str = ""  # name of the events that fill the member
+    part: PartKind | None = None
     done: tuple[str, ...] = ()  # members that the event behind the deltas repeats
-    part: str = ""  # where the member is a list: name of the events around its one part
-    place: Mapping[str, int] = field(default_factory=dict)  # of that part in the list
-    blank: Mapping[str, Any] = field(default_factory=dict)  # that part before its first delta
-    extra: Mapping[str, Any] = field(default_factory=dict)  # stands in each event of the text
-    steps: tuple[str, ...] = ()  # events of an item that comes as a whole
 
 
-TEXT_PART: Mapping[str, Any] = {
-    "type": "output_text",
-    "text": "",
-    "annotations": [],
-    "logprobs": [],
-}
-SUMMARY_PART: Mapping[str, Any] = {"type": "summary_text", "text": ""}
+CONTENT_PART = PartKind(
+    "content_part",
+    {"content_index": 0},
+    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
+    {"logprobs": []},
+)
+SUMMARY_PART = PartKind(
+    "reasoning_summary_part", {"summary_index": 0}, {"type": "summary_text", "text": ""}, {}
+)
+CALL_DELTAS, CUSTOM_DELTAS = "function_call_arguments", "custom_tool_call_input"
 ITEM_KINDS: Mapping[str, ItemKind] = {
-    "message": ItemKind(
-        "msg",
-        "content",
-        [],
-        "output_text",
-        part="content_part",
-        place={"content_index": 0},
-        blank=TEXT_PART,
-        extra={"logprobs": []},
-    ),
-    "reasoning": ItemKind(
-        "rs",
-        "summary",
-        [],
-        "reasoning_summary_text",
-        part="reasoning_summary_part",
-        place={"summary_index": 0},
-        blank=SUMMARY_PART,
-    ),
-    "function_call": ItemKind(
-        "fc", "arguments", "", "function_call_arguments", done=("name", "arguments")
-    ),
-    "custom_tool_call": ItemKind("ctc", "input", "", "custom_tool_call_input", done=("input",)),
+    "message": ItemKind("msg", "content", [], "output_text", CONTENT_PART),
+    "reasoning": ItemKind("rs", "summary", [], "reasoning_summary_text", SUMMARY_PART),
+    "function_call": ItemKind("fc", "arguments", "", CALL_DELTAS, done=("name", "arguments")),
+    "custom_tool_call": ItemKind("ctc", "input", "", CUSTOM_DELTAS, done=("input",)),
     "image_generation_call": ItemKind("ig", "result"),
-    "web_search_call": ItemKind(
-        "ws",
-        steps=tuple(
-            f"web_search_call.{step}" for step in ("in_progress", "searching", "completed")
-        ),
-    ),
+    "web_search_call": ItemKind("ws"),
 }
 
 
@@ -2841,9 +2826,8 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             content = [render_text_part(part)]
             return new_item("message", id, role="assistant", status=status, content=content)
         case Thinking(text, signature):
-            item = new_item(
-                "reasoning", id, summary=[{**SUMMARY_PART, "text": text}], status=status
-            )
+            summary = [{**SUMMARY_PART.blank, "text": text}]
+            item = new_item("reasoning", id, summary=summary, status=status)
             if signature:
                 item["encrypted_content"] = signature
             return item
@@ -2858,8 +2842,10 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
 
 
 def render_text_part(text: Text) -> dict[str, Any]:
-    annotations = [{"type": "url_citation", **render_citation(one)} for one in text.citations]
-    return {**TEXT_PART, "text": text.text, "annotations": annotations}
+    annotations = [
+        {"type": "url_citation", **render_citation(citation)} for citation in text.citations
+    ]
+    return {**CONTENT_PART.blank, "text": text.text, "annotations": annotations}
 
 
 def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
@@ -2881,6 +2867,7 @@ def text_of_item(item: Mapping[str, Any]) -> str:
 # ---- the Response object
 
 UNFINISHED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+RESPONSE_CONSTANTS = {"object": "response", "status": "in_progress", "service_tier": "default"}
 # What a Response object repeats of the body, and what stands there where the body has nothing.
 RESPONSE_ECHOES: Mapping[str, Any] = {
     "max_output_tokens": None,
@@ -2915,9 +2902,7 @@ def new_response(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
     reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
     return {
         "id": f"resp_{head.id}",
-        "object": "response",
-        "status": "in_progress",
-        "service_tier": "default",
+        **RESPONSE_CONSTANTS,
         **UNFINISHED,
         "created_at": head.created,
         "background": bool(body.get("background")),
@@ -2976,19 +2961,16 @@ class ResponseRenderer(Renderer):
         self.response = new_response(head, body)  # as far as the answer has come
         self.signed: list[ToolCall | Text] = []
         self._sequence = 0
-        self._item: Mapping[str, Any] = {}  # the last that was opened
+        self._item_id = ""  # of the item that is open
         self._before_delta = ""
         self._held: Text | Thinking | None = None  # ended, but not yet shown as such
         self._incomplete: str | None = None
         self._searches: tuple[str, ...] = ()
         self._silent = False  # only the object is wanted
 
-    def frames(self, events: Iterable[Event]) -> str:
-        return "".join(map(self.render, events))
-
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
         """The Response object, with `choices` for scripts that read the text where chat has it."""
-        choices = ChatRenderer(self._head, {}).whole(events)["choices"]
+        choices = ChatRenderer(self._head, {}).whole(events)["choices"][:1]
         self._silent = True
         self.frames(event for event in events if not isinstance(event, Delta))
         return self.response | {"choices": choices}
@@ -3002,7 +2984,7 @@ class ResponseRenderer(Renderer):
             case Started():
                 return self.begin("in_progress")
             case PartStart(part=part):
-                return self._release("completed", part) + self._open(self._item_of(part))
+                return self._start_part(part)
             case PartEnd(part=part):
                 return self._end_part(part)
             case Annotated(searches=searches):
@@ -3049,10 +3031,11 @@ class ResponseRenderer(Renderer):
 
     def _complete(self, usage: Usage) -> str:
         if self._incomplete:
-            end: dict[str, Any] = {"incomplete_details": {"reason": self._incomplete}}
-            self.response |= end | {"status": "incomplete"}
+            self.response["status"] = "incomplete"
+            self.response["incomplete_details"] = {"reason": self._incomplete}
         else:
-            self.response |= {"completed_at": int(self._head.now()), "status": "completed"}
+            self.response["status"] = "completed"
+            self.response["completed_at"] = int(self._head.now())
         self.response["usage"] = render_response_usage(usage)
         return self._end()
 
@@ -3060,21 +3043,20 @@ class ResponseRenderer(Renderer):
         if isinstance(error, Cancelled):
             self.response["status"] = "cancelled"
             return self._end()
-        told = openai_error(error)["error"]
         failure = {"code": error.failed_code, "message": error.message}
         self.response |= {"status": "failed", "error": failure}
-        flat = {key: told[key] for key in ("code", "message", "param")}
-        return self._frame("error", flat | {"error": told}) + self._end()
+        nested = openai_error(error)
+        flat = {key: nested["error"][key] for key in ("code", "message", "param")}
+        return self._frame("error", **flat, **nested) + self._end()
 
     def _end(self) -> str:
         """The one event that ends a stream; a cancelled response has none of its own."""
-        return (
-            self._response_frame(self.response["status"].replace("cancelled", "incomplete")) + DONE
-        )
+        name = self.response["status"].replace("cancelled", "incomplete")
+        return self._response_frame(name) + DONE
 
     # ---- frames
 
-    def _frame(self, name: str, members: Mapping[str, Any]) -> str:
+    def _frame(self, name: str, /, **members: Any) -> str:
         if self._silent:
             return ""
         event = {"type": name, "sequence_number": self._sequence, **members}
@@ -3082,18 +3064,17 @@ class ResponseRenderer(Renderer):
         return f"event: {name}\ndata: {dumps(event)}\n\n"
 
     def _response_frame(self, name: str) -> str:
-        return self._frame(f"response.{name}", {"response": self.response})
+        return self._frame(f"response.{name}", response=self.response)
 
     def _output_frame(self, name: str, item: Mapping[str, Any]) -> str:
-        members = {"output_index": len(self.response["output"]), "item": item}
-        return self._frame(f"response.output_item.{name}", members)
+        index = len(self.response["output"])
+        return self._frame(f"response.output_item.{name}", output_index=index, item=item)
 
-    def _item_frame(self, name: str, members: Mapping[str, Any]) -> str:
-        return self._frame(f"response.{name}", self._placed(members))
+    def _item_frame(self, name: str, /, **members: Any) -> str:
+        return self._frame(f"response.{name}", **self._place(), **members)
 
-    def _placed(self, members: Mapping[str, Any]) -> dict[str, Any]:
-        place = {"item_id": self._item["id"], "output_index": len(self.response["output"])}
-        return {**place, **members}
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": len(self.response["output"])}
 
     def _delta(self, text: str) -> str:
         self._sequence += 1
@@ -3101,25 +3082,24 @@ class ResponseRenderer(Renderer):
 
     # ---- items
 
-    def _item_of(self, part: Part, status: str = "in_progress") -> dict[str, Any] | None:
-        return render_item(part, f"{self._head.id}{len(self.response['output']):04x}", status)
+    def _next_id(self) -> str:
+        return f"{self._head.id}{len(self.response['output']):04x}"
 
     def _open(self, item: dict[str, Any] | None) -> str:
         if item is None or self._silent:
             return ""
-        self._item, kind = item, ITEM_KINDS[item["type"]]
-        delta = {
-            "type": f"response.{kind.deltas}.delta",
-            **self._placed({**kind.place, **kind.extra}),
-        }
-        before = dumps(delta)[:-1]
-        self._before_delta = f'event: {delta["type"]}\ndata: {before},"sequence_number":'
+        kind, self._item_id = ITEM_KINDS[item["type"]], item["id"]
+        delta = {"type": f"response.{kind.deltas}.delta", **self._place()}
         opened = item | {"status": "in_progress"}
         if kind.member:
             opened[kind.member] = kind.empty
         frames = self._output_frame("added", opened)
         if kind.part and item[kind.member]:
-            frames += self._item_frame(f"{kind.part}.added", {**kind.place, "part": kind.blank})
+            delta |= {**kind.part.place, **kind.part.extra}
+            place, part = kind.part.place, kind.part.blank
+            frames += self._item_frame(f"{kind.part.name}.added", **place, part=part)
+        head = f"event: {delta['type']}\ndata: {dumps(delta)[:-1]}"
+        self._before_delta = f'{head},"sequence_number":'
         return frames
 
     def _done(self, item: dict[str, Any]) -> str:
@@ -3132,20 +3112,27 @@ class ResponseRenderer(Renderer):
         """The events between the last delta of an item and its own end."""
         kind = ITEM_KINDS[item["type"]]
         if kind.part:
-            return "".join(self._part_done(kind, part) for part in item[kind.member])
-        frames = "".join(self._item_frame(step, {}) for step in kind.steps)
-        if kind.done:
-            frames += self._item_frame(f"{kind.deltas}.done", {key: item[key] for key in kind.done})
-        return frames
+            texts = (self._fill_part(kind.deltas, kind.part, part) for part in item[kind.member])
+            return "".join(texts)
+        if item["type"] == "web_search_call":
+            steps = ("in_progress", "searching", "completed")
+            return "".join(self._item_frame(f"web_search_call.{step}") for step in steps)
+        if not kind.done:
+            return ""
+        return self._item_frame(f"{kind.deltas}.done", **{key: item[key] for key in kind.done})
 
-    def _part_done(self, kind: ItemKind, part: Mapping[str, Any]) -> str:
+    def _fill_part(self, deltas: str, kind: PartKind, part: Mapping[str, Any]) -> str:
         frames = ""
         for i, annotation in enumerate(part.get("annotations", ())):
             members = {**kind.place, "annotation_index": i, "annotation": annotation}
-            frames += self._item_frame(f"{kind.deltas}.annotation.added", members)
+            frames += self._item_frame(f"{deltas}.annotation.added", **members)
         text = {**kind.place, "text": part["text"], **kind.extra}
-        frames += self._item_frame(f"{kind.deltas}.done", text)
-        return frames + self._item_frame(f"{kind.part}.done", {**kind.place, "part": part})
+        frames += self._item_frame(f"{deltas}.done", **text)
+        return frames + self._item_frame(f"{kind.name}.done", **kind.place, part=part)
+
+    def _start_part(self, part: Part) -> str:
+        frames = self._release("completed", part)
+        return frames + self._open(render_item(part, self._next_id(), "in_progress"))
 
     def _end_part(self, part: Part) -> str:
         if isinstance(part, Text | Thinking):
@@ -3156,7 +3143,7 @@ class ResponseRenderer(Renderer):
     def _finish_part(self, part: Part, status: str) -> str:
         if isinstance(part, ToolCall | Text) and part.signature:
             self.signed.append(part)
-        item = self._item_of(part, status)
+        item = render_item(part, self._next_id(), status)
         return self._done(item) if item else ""
 
     def _release(self, status: str, then: Part | None = None) -> str:
@@ -3180,18 +3167,22 @@ class ResponseRenderer(Renderer):
 
     def _carry(self, sealed: str) -> str:
         """A reasoning item without words that carries a sealed signature."""
-        item = sealed and self._item_of(Thinking("", sealed), "completed")
-        if not item:
+        if not sealed:
             return ""
-        item["summary"] = []
-        return self._open(item) + self._done(item)
+        return self._add("reasoning", summary=[], status="completed", encrypted_content=sealed)
 
     def _search(self) -> str:
         """The web search behind an answer; Gemini reports it only at the answer's end."""
         action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
-        id = f"{self._head.id}{len(self.response['output']):04x}"
-        item = new_item("web_search_call", id, status="completed", action=action)
+        return self._add("web_search_call", status="completed", action=action)
+
+    def _add(self, kind: str, **members: Any) -> str:
+        item = new_item(kind, self._next_id(), **members)
         return self._open(item) + self._done(item)
+
+
+def render_token_count(tokens: int) -> dict[str, Any]:
+    return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
 # ---- input items, as they are kept and listed
@@ -3226,7 +3217,7 @@ def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
 
 def render_input_parts(content: Any, name: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": name, "text": content}]
+        content = [{"type": name, "text": content}]
     return [render_input_part(part, name) for part in content]
 
 
@@ -3234,14 +3225,12 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
     """A part in Responses' form, from that or from chat's."""
     match part:
         case {"type": "text" | "input_text" | "output_text"}:
-            lists = {"annotations": [], "logprobs": []} if name == "output_text" else {}
-            return lists | without_nulls(part) | {"type": name}
+            lists: dict[str, Any] = {"annotations": [], "logprobs": []}
+            first = lists if name == "output_text" else {}
+            return first | without_nulls(part) | {"type": name}
         case {"type": "image_url", "image_url": {"url": url} as image}:
-            return {
-                "type": "input_image",
-                "detail": image.get("detail") or "auto",
-                "image_url": url,
-            }
+            detail = image.get("detail") or "auto"
+            return {"type": "input_image", "detail": detail, "image_url": url}
         case {"type": "input_image" | "image_url"}:
             return {**part, "type": "input_image", "detail": part.get("detail") or "auto"}
         case {"type": "file", "file": inner}:
@@ -3252,6 +3241,17 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in members.items() if value is not None}
+
+
+RESPONSES = Door(
+    "/v1/responses",
+    RESPONSE_FIELDS,
+    parse_response,
+    ResponseRenderer,
+    counts=render_token_count,
+    keeps=True,
+    long_field="input",
+)
 
 
 # ==============================================================================
@@ -5018,26 +5018,23 @@ class SignatureMemory:
 
     def __init__(self, size: int = SIGNATURES_MAX) -> None:
         self._size = size
-        self._known: dict[str, tuple[str, Any]] = {}  # the model that signed, and the signature
+        self._known: dict[str, list[Any]] = {}  # the rest of an entry, by its key
 
     def remember(self, events: Iterable[Event], model: str) -> None:
-        for event in events:
-            if not isinstance(event, PartEnd):
-                continue
-            part = event.part
-            if isinstance(part, ToolCall | Text) and part.signature:
-                self._known[signature_key(part)] = (model, part.signature)
-        self._forget()
+        self.learn(
+            signature_entry(event.part, model)
+            for event in events
+            if isinstance(event, PartEnd)
+            and isinstance(event.part, ToolCall | Text)
+            and event.part.signature
+        )
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
-        """Takes in entries of earlier answers, made by `signature_entry`."""
-        for key, model, signature, *span in entries:
-            self._known[key] = (model, Signature(signature, *span) if span else signature)
-        self._forget()
-
-    def _forget(self) -> None:
-        while len(self._known) > self._size:
-            del self._known[next(iter(self._known))]
+        """Takes in entries made by `signature_entry`."""
+        for key, *entry in entries:
+            self._known[key] = entry
+            if len(self._known) > self._size:
+                del self._known[next(iter(self._known))]
 
     def recall(self, request: Request, model: str) -> Request:
         """The request with the signatures of this model put back, and without other models'."""
@@ -5047,8 +5044,10 @@ class SignatureMemory:
         def signed(part: Part) -> Part:
             if not isinstance(part, ToolCall | Text):
                 return part
-            signer, known = self._known.get(signature_key(part), (model, None))
-            signature: Any = (part.signature or known) if signer == model else None
+            signer, *known = self._known.get(signature_key(part), (model, None))
+            signature: Any = None
+            if signer == model:
+                signature = part.signature or signature_of(*known)
             return part if signature is part.signature else replace(part, signature=signature)
 
         return with_signatures(request, signed)
@@ -5064,6 +5063,11 @@ def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
     if isinstance(part.signature, Signature):
         return [*entry, part.signature.value, part.signature.start, part.signature.end]
     return [*entry, part.signature]
+
+
+def signature_of(signature: Any, *span: int) -> Any:
+    """The signature of an entry: a text's has a span."""
+    return Signature(signature, *span) if span else signature
 
 
 def seal_entry(entry: list[Any], secret: bytes) -> str:
@@ -5091,8 +5095,10 @@ def unseal_entry(text: str, secret: bytes) -> list[Any] | None:
 def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
     """The request with each part of the model's messages replaced by what `signed` makes of it."""
     messages = [
-        replace(one, parts=tuple(map(signed, one.parts))) if one.role == "assistant" else one
-        for one in request.messages
+        replace(message, parts=tuple(map(signed, message.parts)))
+        if message.role == "assistant"
+        else message
+        for message in request.messages
     ]
     return replace(request, messages=tuple(messages))
 
@@ -9163,7 +9169,7 @@ class Gateway(App):
         trace.model = request.model
         trace.mapped_model = await self._upstream.resolve(request.model)
         tokens = await self._upstream.count(await self._upstream.media.filled(request), trace)
-        return json_response({"object": "response.input_tokens", "input_tokens": tokens}, trace)
+        return json_response(render_token_count(tokens), trace)
 
     async def _serve_stored(self, http: HttpRequest, trace: Trace, id: str) -> HttpResponse:
         """What is asked of a response that is kept. Raises ResponseNotFound."""

@@ -166,7 +166,7 @@ def parsed(table: str, body: Any) -> Any:
         case "embeddings":
             return agproxy.parse_embeddings(body)
         case _:
-            return [agproxy.parse_response(body)]
+            return agproxy.parse_response(body)
 
 
 @cache
@@ -525,7 +525,7 @@ def test_the_longest_lists_are_read_in_time() -> None:
     tools = [{"type": "function", "name": f"f{i}"} for i in range(30_000)]
     choice = {"type": "allowed_tools", "mode": "required", "tools": tools}
     began = time.process_time()
-    request = agproxy.parse_response(
+    (request,) = agproxy.parse_response(
         {"model": "gpt-4o", "input": [item] * 100_000, "tools": tools, "tool_choice": choice}
     )
     assert [len(message.parts) for message in request.messages] == [100_000]

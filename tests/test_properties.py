@@ -48,7 +48,7 @@ def test_any_chat_body_is_one_that_google_takes(r: Random) -> None:
 def test_any_responses_body_is_one_that_google_takes(r: Random) -> None:
     body = g.response_body(r)
     hypothesis.note(body)
-    fuzz.check_built([agproxy.parse_response(fuzz.received(body))], g.MODELS, body)
+    fuzz.check_built(agproxy.parse_response(fuzz.received(body)), g.MODELS, body)
 
 
 @examples(15)
