@@ -2584,20 +2584,22 @@ RESPONSE_FIELDS: Fates = {
     "text": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
     "reasoning": ("mapped", "generationConfig.thinkingConfig"),
     "include": ("ignored", "what there is, is included"),
-    **dict.fromkeys(("truncation", "context_management"), ("ignored", "nothing is truncated")),
+    "truncation": ("ignored", "nothing is truncated"),
+    "context_management": ("ignored", "nothing is truncated"),
     "max_tool_calls": ("ignored", "counts hosted tools only"),
     "client_metadata": ("ignored", "no effect on the answer"),
     "store": ("mapped", "the response is kept, for previous_response_id"),
     "previous_response_id": ("mapped", "the conversation that is kept, before the input"),
     "background": ("mapped", "answered beside the connection, where responses are kept"),
-    **dict.fromkeys(("conversation", "prompt"), ("mapped", "refused")),
+    "conversation": ("mapped", "refused"),
+    "prompt": ("mapped", "refused"),
     **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
 }
 RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
 
 def read_body(body: Any) -> tuple[list[Request], Fates]:
-    """The requests of a body of any of the three APIs, and its table of fields. Raises BadRequest."""
+    """The requests of a body of any format, and its table of fields. Raises BadRequest."""
     given = {key for key, value in Fields(body).value.items() if value is not None}
     if "prompt" in given and not given & {"messages", "input"}:
         return parse_completion(body), COMPLETION_FIELDS
@@ -2610,8 +2612,7 @@ def parse_response(body: Any, past: Past = None) -> list[Request]:
     """The one request of a Responses body. Raises BadRequest."""
     fields = Fields(body)
     refuse_state(fields, keeps=past is not None)
-    messages, system, more_tools = parse_input(fields, past or ())
-    tools = each_once(fields, (*parse_tools(fields), *more_tools))
+    messages, system, tools = parse_input(fields, past or ())
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
     fields.count("top_logprobs", 20, low=0)
     request = Request(
@@ -2664,20 +2665,21 @@ def parse_reasoning(fields: Fields) -> ThinkingWish:
 
 def parse_input(
     fields: Fields, past: Sequence[Any]
-) -> tuple[tuple[Message, ...], tuple[str, ...], list[Tool]]:
-    """The messages, the instructions and the additional tools of a Responses body."""
+) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
+    """The messages, instructions and tools of a Responses body. Items can bring tools too."""
     messages: list[Message] = []
     system: list[str] = []
-    tools: list[Tool] = []
+    added: list[Tool] = []
     if instructions := fields.text("instructions"):
         system.append(instructions)
     for item in input_items(fields, past):
         if item.value.get("type") == "additional_tools":
-            tools[:0] = parse_tools(item)  # so that of two with one name the newer holds
+            added[:0] = parse_tools(item)  # so that of two with one name the newer holds
         elif item.value.get("role") in SYSTEM_ROLES:
             system += texts_of(item)
         elif message := parse_item(item):
             messages.append(message)
+    tools = each_once(fields, (*parse_tools(fields), *added))
     return joined(messages), tuple(system), tools
 
 
@@ -2709,13 +2711,13 @@ def parse_item(item: Fields) -> Message | None:
 
 
 def parse_call_item(item: Fields) -> Message:
-    kind = item.value["type"]
+    custom = item.value["type"] == "custom_tool_call"
     call = ToolCall(
         item.needed_text("call_id"),
         item.needed_text("name"),
-        item.text(ITEM_KINDS[kind].member) or "",
+        item.text("input" if custom else "arguments") or "",
         namespace=item.text("namespace") or None,
-        custom=kind == "custom_tool_call",
+        custom=custom,
     )
     return Message("assistant", (call,))
 
@@ -2773,101 +2775,123 @@ ITEM_PARSERS: Mapping[str, Callable[[Fields], Message | None]] = {
 # ---- output items
 
 
-@value
-class PartKind:
-    """How a stream shows the one part of an item whose member is a list."""
-
-    name: str  # of the events around the part
-    place: Mapping[str, int]  # of the part in the list
-    blank: Mapping[str, Any]  # the part before its first delta
-    extra: Mapping[str, Any]  # stands in each event of the part's text
-
-
-@value
-class ItemKind:
-    """How a stream shows the output items of one type: opened without a member, then filled."""
-
-    prefix: str  # of its ids
-    member: str = ""  # what an item lacks when it opens ...
-    empty: Any = None  # ... and what stands there instead
-    deltas: str = ""  # name of the events that fill the member
-    part: PartKind | None = None
-    done: tuple[str, ...] = ()  # members that the event behind the deltas repeats
-
-
-CONTENT_PART = PartKind(
-    "content_part",
-    {"content_index": 0},
-    {"type": "output_text", "text": "", "annotations": [], "logprobs": []},
-    {"logprobs": []},
-)
-SUMMARY_PART = PartKind(
-    "reasoning_summary_part", {"summary_index": 0}, {"type": "summary_text", "text": ""}, {}
-)
-CALL_DELTAS, CUSTOM_DELTAS = "function_call_arguments", "custom_tool_call_input"
-ITEM_KINDS: Mapping[str, ItemKind] = {
-    "message": ItemKind("msg", "content", [], "output_text", CONTENT_PART),
-    "reasoning": ItemKind("rs", "summary", [], "reasoning_summary_text", SUMMARY_PART),
-    "function_call": ItemKind("fc", "arguments", "", CALL_DELTAS, done=("name", "arguments")),
-    "custom_tool_call": ItemKind("ctc", "input", "", CUSTOM_DELTAS, done=("input",)),
-    "image_generation_call": ItemKind("ig", "result"),
-    "web_search_call": ItemKind("ws"),
-}
-
-
-def new_item(kind: str, id: str, **members: Any) -> dict[str, Any]:
-    return {"id": f"{ITEM_KINDS[kind].prefix}_{id}", "type": kind, **members}
-
-
 def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
     """A part as an output item; None for a part that no output item can hold."""
+    item: dict[str, Any]
     match part:
         case Text():
-            content = [render_text_part(part)]
-            return new_item("message", id, role="assistant", status=status, content=content)
+            item = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
+            return item | {"content": [text_part(part)]}
         case Thinking(text, signature):
-            summary = [{**SUMMARY_PART.blank, "text": text}]
-            item = new_item("reasoning", id, summary=summary, status=status)
+            item = {"id": f"rs_{id}", "type": "reasoning"}
+            item |= {"summary": [summary_part(text)], "status": status}
             if signature:
                 item["encrypted_content"] = signature
             return item
         case ToolCall():
             return render_call_item(part, id, status)
         case Media(mime, data) if mime.startswith("image/"):
-            return new_item("image_generation_call", id, status=status, result=data)
+            item = {"id": f"ig_{id}", "type": "image_generation_call"}
+            return item | {"status": status, "result": data}
         case Media() | ToolResult():
             return None
         case _:
             assert_never(part)
 
 
-def render_text_part(text: Text) -> dict[str, Any]:
+def text_part(text: Text) -> dict[str, Any]:
     annotations = [
         {"type": "url_citation", **render_citation(citation)} for citation in text.citations
     ]
-    return {**CONTENT_PART.blank, "text": text.text, "annotations": annotations}
+    part = {"type": "output_text", "text": text.text, "annotations": annotations}
+    return part | {"logprobs": []}
+
+
+def summary_part(text: str) -> dict[str, Any]:
+    return {"type": "summary_text", "text": text}
 
 
 def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
-    kind = "custom_tool_call" if call.custom else "function_call"
-    item = new_item(kind, id, call_id=call.id, name=call.name)
+    prefix, kind, member = "fc", "function_call", "arguments"
+    if call.custom:
+        prefix, kind, member = "ctc", "custom_tool_call", "input"
+    item = {"id": f"{prefix}_{id}", "type": kind, "call_id": call.id, "name": call.name}
     if call.namespace:
         item["namespace"] = call.namespace
-    return item | {ITEM_KINDS[kind].member: call.arguments, "status": status}
+    return item | {member: call.arguments, "status": status}
 
 
-def text_of_item(item: Mapping[str, Any]) -> str:
-    """The text that the deltas of an output item add up to."""
-    kind = ITEM_KINDS[item["type"]]
-    if kind.part:
-        return "".join(part["text"] for part in item[kind.member])
-    return str(item[kind.member]) if kind.deltas else ""
+@value
+class Filling:
+    """How a stream fills an output item between the two events that open and end it."""
+
+    empty: dict[str, Any]  # the members that are filled, as they stand when the item opens
+    deltas: str = ""  # the name of the deltas' events
+    place: Mapping[str, Any] = field(default_factory=dict)  # what each delta repeats
+    text: str = ""  # what the deltas add up to
+    before: Sequence[tuple[str, Mapping[str, Any]]] = ()  # the events before the deltas
+    after: Sequence[tuple[str, Mapping[str, Any]]] = ()  # and behind them
+
+
+def filling_of(item: Mapping[str, Any]) -> Filling:
+    """The filling of a whole item; an image is not sent in pieces."""
+    match item:
+        case {"type": "message", "content": [part]}:
+            return text_filling(part)
+        case {"type": "reasoning", "summary": [part]}:
+            return summary_filling(part)
+        case {"type": "reasoning"}:
+            return Filling({"summary": []})
+        case {"type": "function_call"}:
+            return call_filling(item, "function_call_arguments", ("name", "arguments"))
+        case {"type": "custom_tool_call"}:
+            return call_filling(item, "custom_tool_call_input", ("input",))
+        case {"type": "web_search_call"}:
+            steps = ("in_progress", "searching", "completed")
+            return Filling({}, after=[(f"web_search_call.{step}", {}) for step in steps])
+        case _:
+            return Filling({"result": None})
+
+
+def text_filling(part: Mapping[str, Any]) -> Filling:
+    place, text = {"content_index": 0}, part["text"]
+    annotations = [
+        ("output_text.annotation.added", {**place, "annotation_index": i, "annotation": annotation})
+        for i, annotation in enumerate(part["annotations"])
+    ]
+    done = ("output_text.done", {**place, "text": text, "logprobs": []})
+    return Filling(
+        {"content": []},
+        "output_text",
+        {**place, "logprobs": []},
+        text,
+        before=[("content_part.added", {**place, "part": text_part(Text(""))})],
+        after=[*annotations, done, ("content_part.done", {**place, "part": part})],
+    )
+
+
+def summary_filling(part: Mapping[str, Any]) -> Filling:
+    place, text = {"summary_index": 0}, part["text"]
+    done = ("reasoning_summary_text.done", {**place, "text": text})
+    return Filling(
+        {"summary": []},
+        "reasoning_summary_text",
+        place,
+        text,
+        before=[("reasoning_summary_part.added", {**place, "part": summary_part("")})],
+        after=[done, ("reasoning_summary_part.done", {**place, "part": part})],
+    )
+
+
+def call_filling(item: Mapping[str, Any], deltas: str, repeated: Sequence[str]) -> Filling:
+    """The filling of a call, whose text is the last of the members that are repeated at its end."""
+    member, done = repeated[-1], {key: item[key] for key in repeated}
+    return Filling({member: ""}, deltas, text=item[member], after=[(f"{deltas}.done", done)])
 
 
 # ---- the Response object
 
 UNFINISHED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
-RESPONSE_CONSTANTS = {"object": "response", "status": "in_progress", "service_tier": "default"}
 # What a Response object repeats of the body, and what stands there where the body has nothing.
 RESPONSE_ECHOES: Mapping[str, Any] = {
     "max_output_tokens": None,
@@ -2899,30 +2923,30 @@ def new_response(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
 
     Source: https://platform.openai.com/docs/api-reference/responses/object
     """
-    reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
+    reasoning = body.get("reasoning") or {}
     return {
         "id": f"resp_{head.id}",
-        **RESPONSE_CONSTANTS,
+        "object": "response",
+        "status": "in_progress",
+        "service_tier": "default",
         **UNFINISHED,
         "created_at": head.created,
         "background": bool(body.get("background")),
         "model": head.model,
         "output": [],
         "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "text": {
-            "format": render_format(text.get("format") or {"type": "text"}),
-            "verbosity": text.get("verbosity") or "medium",
-        },
+        "text": render_text_settings(body.get("text") or {}),
         "tools": [render_tool(tool) for tool in body.get("tools") or ()],
         **RESPONSE_ECHOES,
         **{key: body[key] for key in RESPONSE_ECHOES if body.get(key) is not None},
     }
 
 
-def render_format(format: Mapping[str, Any]) -> Mapping[str, Any]:
-    if format.get("type") != "json_schema":
-        return format
-    return {"description": None, **format, "strict": bool(format.get("strict"))}
+def render_text_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    format = text.get("format") or {"type": "text"}
+    if format.get("type") == "json_schema":
+        format = {"description": None, **format, "strict": bool(format.get("strict"))}
+    return {"format": format, "verbosity": text.get("verbosity") or "medium"}
 
 
 def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
@@ -3002,8 +3026,8 @@ class ResponseRenderer(Renderer):
     def begin(self, status: str) -> str:
         """The stream's beginning: first as `queued` if the response waits, then `in_progress`."""
         self.response["status"] = status
-        first = "" if self._sequence else self._response_frame("created")
-        return first + self._response_frame(status)
+        first = "" if self._sequence else self._frame("response.created", response=self.response)
+        return first + self._frame(f"response.{status}", response=self.response)
 
     def replay(self, response: dict[str, Any], at: int) -> str:
         """The stream of a response that is over; its end has at least the sequence number `at`.
@@ -3013,10 +3037,8 @@ class ResponseRenderer(Renderer):
         self.response = {**response, **UNFINISHED, "output": []}
         frames = self.begin("in_progress")
         for item in response["output"]:
-            frames += self._open(item)
-            if text := text_of_item(item):
-                frames += self._delta(text)
-            frames += self._done(item)
+            text = filling_of(item).text
+            frames += self._open(item) + (text and self._delta(text)) + self._done(item)
         self.response, self._sequence = response, max(self._sequence, at)
         return frames + self._end()
 
@@ -3052,7 +3074,7 @@ class ResponseRenderer(Renderer):
     def _end(self) -> str:
         """The one event that ends a stream; a cancelled response has none of its own."""
         name = self.response["status"].replace("cancelled", "incomplete")
-        return self._response_frame(name) + DONE
+        return self._frame(f"response.{name}", response=self.response) + DONE
 
     # ---- frames
 
@@ -3063,15 +3085,10 @@ class ResponseRenderer(Renderer):
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
 
-    def _response_frame(self, name: str) -> str:
-        return self._frame(f"response.{name}", response=self.response)
-
-    def _output_frame(self, name: str, item: Mapping[str, Any]) -> str:
-        index = len(self.response["output"])
-        return self._frame(f"response.output_item.{name}", output_index=index, item=item)
-
-    def _item_frame(self, name: str, /, **members: Any) -> str:
-        return self._frame(f"response.{name}", **self._place(), **members)
+    def _item_frames(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+        place = self._place()
+        frames = (self._frame(f"response.{name}", **place, **members) for name, members in events)
+        return "".join(frames)
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._item_id, "output_index": len(self.response["output"])}
@@ -3088,47 +3105,23 @@ class ResponseRenderer(Renderer):
     def _open(self, item: dict[str, Any] | None) -> str:
         if item is None or self._silent:
             return ""
-        kind, self._item_id = ITEM_KINDS[item["type"]], item["id"]
-        delta = {"type": f"response.{kind.deltas}.delta", **self._place()}
-        opened = item | {"status": "in_progress"}
-        if kind.member:
-            opened[kind.member] = kind.empty
-        frames = self._output_frame("added", opened)
-        if kind.part and item[kind.member]:
-            delta |= {**kind.part.place, **kind.part.extra}
-            place, part = kind.part.place, kind.part.blank
-            frames += self._item_frame(f"{kind.part.name}.added", **place, part=part)
-        head = f"event: {delta['type']}\ndata: {dumps(delta)[:-1]}"
-        self._before_delta = f'{head},"sequence_number":'
-        return frames
+        self._item_id, filling = item["id"], filling_of(item)
+        name = f"response.{filling.deltas}.delta"
+        before = dumps({"type": name, **self._place(), **filling.place})[:-1]
+        self._before_delta = f'event: {name}\ndata: {before},"sequence_number":'
+        frames = self._output_frame("added", item | {"status": "in_progress"} | filling.empty)
+        return frames + self._item_frames(filling.before)
 
     def _done(self, item: dict[str, Any]) -> str:
-        frames = "" if self._silent else self._fill(item)
-        frames += self._output_frame("done", item)
+        frames = ""
+        if not self._silent:
+            frames = self._item_frames(filling_of(item).after) + self._output_frame("done", item)
         self.response["output"].append(item)
         return frames
 
-    def _fill(self, item: Mapping[str, Any]) -> str:
-        """The events between the last delta of an item and its own end."""
-        kind = ITEM_KINDS[item["type"]]
-        if kind.part:
-            texts = (self._fill_part(kind.deltas, kind.part, part) for part in item[kind.member])
-            return "".join(texts)
-        if item["type"] == "web_search_call":
-            steps = ("in_progress", "searching", "completed")
-            return "".join(self._item_frame(f"web_search_call.{step}") for step in steps)
-        if not kind.done:
-            return ""
-        return self._item_frame(f"{kind.deltas}.done", **{key: item[key] for key in kind.done})
-
-    def _fill_part(self, deltas: str, kind: PartKind, part: Mapping[str, Any]) -> str:
-        frames = ""
-        for i, annotation in enumerate(part.get("annotations", ())):
-            members = {**kind.place, "annotation_index": i, "annotation": annotation}
-            frames += self._item_frame(f"{deltas}.annotation.added", **members)
-        text = {**kind.place, "text": part["text"], **kind.extra}
-        frames += self._item_frame(f"{deltas}.done", **text)
-        return frames + self._item_frame(f"{kind.name}.done", **kind.place, part=part)
+    def _output_frame(self, name: str, item: Mapping[str, Any]) -> str:
+        index = len(self.response["output"])
+        return self._frame(f"response.output_item.{name}", output_index=index, item=item)
 
     def _start_part(self, part: Part) -> str:
         frames = self._release("completed", part)
@@ -3169,15 +3162,16 @@ class ResponseRenderer(Renderer):
         """A reasoning item without words that carries a sealed signature."""
         if not sealed:
             return ""
-        return self._add("reasoning", summary=[], status="completed", encrypted_content=sealed)
+        item = {"id": f"rs_{self._next_id()}", "type": "reasoning", "summary": []}
+        return self._add(item | {"status": "completed", "encrypted_content": sealed})
 
     def _search(self) -> str:
         """The web search behind an answer; Gemini reports it only at the answer's end."""
         action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
-        return self._add("web_search_call", status="completed", action=action)
+        item = {"id": f"ws_{self._next_id()}", "type": "web_search_call", "status": "completed"}
+        return self._add(item | {"action": action})
 
-    def _add(self, kind: str, **members: Any) -> str:
-        item = new_item(kind, self._next_id(), **members)
+    def _add(self, item: dict[str, Any]) -> str:
         return self._open(item) + self._done(item)
 
 
@@ -5021,13 +5015,11 @@ class SignatureMemory:
         self._known: dict[str, list[Any]] = {}  # the rest of an entry, by its key
 
     def remember(self, events: Iterable[Event], model: str) -> None:
-        self.learn(
-            signature_entry(event.part, model)
-            for event in events
-            if isinstance(event, PartEnd)
-            and isinstance(event.part, ToolCall | Text)
-            and event.part.signature
-        )
+        for event in events:
+            if not isinstance(event, PartEnd):
+                continue
+            if isinstance(event.part, ToolCall | Text) and event.part.signature:
+                self.learn([signature_entry(event.part, model)])
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
         """Takes in entries made by `signature_entry`."""
