@@ -1443,624 +1443,34 @@ def is_address(host: str) -> bool:
 # 5. Doors
 # ==============================================================================
 
-STOPS_MAX = 5  # of Gemini
-CHOICES_MAX = 128
-MODEL_CHARS_MAX = 512
-CUSTOM_PARAMETERS = {
-    "type": "object",
-    "properties": {"input": {"type": "string"}},
-    "required": ["input"],
-}
-# Source: https://ai.google.dev/gemini-api/docs/image-understanding, .../audio, .../video-understanding, .../document-processing
-MEDIA_TYPES = re.compile(
-    r"(?a)image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf"
-)
-MEDIA_ALIASES = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav"} | dict.fromkeys(
-    ("application/json", "application/xml", "application/javascript", "application/x-yaml"),
-    "text/plain",
-)
-AUDIO_FORMATS = ("wav", "mp3", "mpeg", "aac", "aiff", "flac", "ogg")
-FILE_TYPES = {
-    **dict.fromkeys(("", "pdf"), "application/pdf"),
-    **dict.fromkeys(("txt", "md", "py", "json"), "text/plain"),
-    **dict.fromkeys(("jpg", "jpeg"), "image/jpeg"),
-    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
-} | {
-    "png": "image/png",
-    "webp": "image/webp",
-    "mp3": "audio/mp3",
-    "wav": "audio/wav",
-    "mp4": "video/mp4",
-}
-# What becomes of each field of a body: carried over, known to have no effect here, or lost.
-Fates = Mapping[str, tuple[Literal["mapped", "ignored", "dropped"], str]]
-SAMPLING_FIELDS: Fates = {
-    "model": ("mapped", "the model in the URL"),
-    "temperature": ("mapped", "generationConfig.temperature"),
-    "top_p": ("mapped", "generationConfig.topP"),
-    "presence_penalty": ("mapped", "generationConfig.presencePenalty"),
-    "frequency_penalty": ("mapped", "generationConfig.frequencyPenalty"),
-    "seed": ("mapped", "generationConfig.seed"),
-    "stop": ("mapped", "generationConfig.stopSequences"),
-    "n": ("mapped", "as many upstream calls"),
-    "logprobs": ("mapped", "generationConfig.responseLogprobs"),
-    "top_logprobs": ("mapped", "generationConfig.logprobs, as far as logprobs are"),
-    "stream": ("mapped", "streamGenerateContent"),
-    "stream_options": ("mapped", "the usage chunk"),
-    "max_tokens": (
-        "mapped",
-        "generationConfig.maxOutputTokens, where max_completion_tokens is not there",
-    ),
-    "logit_bias": ("dropped", "Gemini has no bias by token"),
-    "user": ("ignored", "who asks has no effect on the answer"),
-    "service_tier": ("ignored", "there is one tier"),
-    **dict.fromkeys(
-        ("metadata", "store", "safety_identifier"), ("ignored", "no effect on the answer")
-    ),
-    "prompt_cache_key": ("ignored", "Gemini caches prompts by itself"),
-    "prompt_cache_retention": ("ignored", "Gemini caches prompts by itself"),
-    "prompt_cache_options": ("ignored", "Gemini caches prompts by itself"),
-    **dict.fromkeys(("extra_body", "google"), ("mapped", "google.thinking_config")),
-}
-TOOL_FIELDS: Fates = {
-    "tools": ("mapped", "tools[0].functionDeclarations"),
-    "tool_choice": ("mapped", "toolConfig.functionCallingConfig"),
-    "parallel_tool_calls": ("mapped", "further calls are left out of the answer"),
-    "moderation": ("ignored", "Gemini has filters of its own"),
-}
-# Fields that nothing reads are of the right type all the same.
-UNREAD_FIELDS: Mapping[str, tuple[Collection[type], str]] = {
-    **dict.fromkeys(
-        ("logit_bias", "metadata", "prompt_cache_options", "moderation"), ((dict,), "an object")
-    ),
-    **dict.fromkeys(("prediction", "client_metadata"), ((dict,), "an object")),
-    **dict.fromkeys(
-        ("user", "service_tier", "safety_identifier", "truncation", "verbosity"),
-        ((str,), "a string"),
-    ),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_retention"), ((str,), "a string")),
-    **dict.fromkeys(("include", "context_management"), ((list,), "an array")),
-    **dict.fromkeys(("best_of", "max_tool_calls"), ((int,), "a whole number")),
-    **dict.fromkeys(("store", "echo"), ((bool,), "true or false")),
-}
-# Tools that OpenAI itself would run; Codex sends web_search with every request.
-HOSTED = "web_search|file_search|code_interpreter|image_generation|computer|local_shell|shell|apply_patch|tool_search"
-HOSTED_TOOLS = re.compile(rf"{HOSTED}|web_search\w+|computer\w+|mcp|programmatic_tool_calling")
-WEB_SEARCH = re.compile(r"web_search\w*")
-# Responses input items that only such a tool makes; in a replayed history they are passed over.
-HOSTED_ITEMS = re.compile(
-    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
-)
-
-
-class Fields:
-    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the field's path."""
-
-    def __init__(self, value: Any, path: str = "", changes: list[Change] | None = None) -> None:
-        if not isinstance(value, dict):
-            what = f"'{path}'" if path else "The body"
-            raise BadRequest(
-                f"{what} is not a JSON object. Send {{...}}.",
-                code="invalid_type",
-                param=path or None,
-            )
-        self.value = value
-        self.path = path
-        self.changes: list[Change] = (
-            [] if changes is None else changes
-        )  # one list for the whole body
-
-    def at(self, key: str) -> str:
-        return f"{self.path}.{key}" if self.path else key
-
-    def change(self, key: str, kind: ChangeKind, reason: str) -> None:
-        self.changes.append(Change(pointer_of(self.at(key)), kind, reason))
-
-    def get(self, key: str, kinds: Collection[type], word: str) -> Any:
-        value = self.value.get(key)
-        if value is None or value.__class__ in kinds:
-            return value
-        raise self.wrong(key, "has the wrong type", f"Send {word}", "invalid_type")
-
-    def text(self, key: str) -> str | None:
-        value: str | None = self.value.get(key)
-        return (
-            value if value is None or value.__class__ is str else self.get(key, (str,), "a string")
-        )
-
-    def needed_text(self, key: str) -> str:
-        return self.text(key) or self.missing(key)
-
-    def model(self) -> str:
-        """The model's name: it is looked up, logged, and sent on in a URL and in headers."""
-        name = self.needed_text("model")
-        if len(name) > MODEL_CHARS_MAX:
-            raise self.wrong(
-                "model", f"has {len(name)} characters", f"Send at most {MODEL_CHARS_MAX}"
-            )
-        return name
-
-    def missing(self, key: str) -> NoReturn:
-        raise self.wrong(key, "is missing", "Add it", "missing_required_parameter")
-
-    def wrong(self, key: str, what: str, remedy: str, code: str = "invalid_value") -> BadRequest:
-        """The refusal of a field: what is wrong with it, and what to do."""
-        what = what if len(what) <= ERROR_CHARS_MAX else f"{what[:ERROR_CHARS_MAX]}…"
-        return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
-
-    def flag(self, key: str, default: bool = False) -> bool:
-        value = self.get(key, (bool,), "true or false") if key in self.value else None
-        return default if value is None else bool(value)
-
-    def number(self, key: str, low: float, high: float) -> float | None:
-        value: float | None = self.get(key, (int, float), "a number") if key in self.value else None
-        if value is not None and not low <= value <= high:
-            code = "decimal_below_min_value" if value < low else "decimal_above_max_value"
-            raise self.wrong(key, f"is {value}", f"Send a number from {low} to {high}", code)
-        return value
-
-    def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
-        value: int | None = self.get(key, (int,), "a whole number") if key in self.value else None
-        if value is not None and not low <= value <= high:
-            code = "integer_below_min_value" if value < low else "integer_above_max_value"
-            limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-            raise self.wrong(key, f"is {value}", f"Send a whole number, {limits}", code)
-        return value
-
-    def object(self, key: str) -> Fields | None:
-        value = self.get(key, (dict,), "an object") if key in self.value else None
-        return None if value is None else Fields(value, self.at(key), self.changes)
-
-    def objects(self, key: str) -> list[Fields]:
-        items, path = self.get(key, (list,), "an array") or (), self.at(key)
-        return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
-
-
-SYSTEM_ROLES = ("system", "developer")
-
-
-def with_changes(request: Request, fields: Fields, table: Fates) -> Request:
-    """The request, with what its body holds that cannot be served. Raises BadRequest for a wrong type."""
-    for key, value in fields.value.items():
-        fate, reason = table.get(key, ("dropped", "unknown field"))
-        if key in UNREAD_FIELDS and key in table:
-            fields.get(key, *UNREAD_FIELDS[key])
-        if fate == "dropped" and value is not False and value not in (None, [], {}):
-            fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
-    return replace(request, changes=tuple(fields.changes)) if fields.changes else request
-
-
-def explain_fields(
-    body: Mapping[str, Any], table: Fates, changes: Iterable[Change]
-) -> dict[str, str]:
-    """What becomes of each field of a body, and of each place inside one that was changed, by JSON pointer."""
-    told: dict[str, str] = {}
-    for change in changes:
-        before = f"{told[change.pointer]}; " if change.pointer in told else f"{change.kind}: "
-        told[change.pointer] = before + change.reason
-    fields = {
-        f"/{escaped(key)}": ": ".join(table.get(key, ("dropped", "unknown field"))) for key in body
-    }
-    absent = {
-        f"/{escaped(key)}": "ignored: null is as if it were not there"
-        for key in body
-        if body[key] is None
-    }
-    return fields | absent | told
-
-
-def parse_sampling(fields: Fields) -> dict[str, Any]:
-    """The fields that chat, completions and Responses share."""
-    stream_options = fields.object("stream_options")
-    return {
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "seed": parse_seed(fields),
-        "stop": parse_stop(fields),
-        "n": fields.count("n", CHOICES_MAX) or 1,
-        "stream": fields.flag("stream"),
-        "include_usage": bool(stream_options and stream_options.flag("include_usage")),
-    }
-
-
-def parse_seed(fields: Fields) -> int | None:
-    """The seed; Gemini's has 32 bits."""
-    seed: int | None = fields.get("seed", (int,), "a whole number")
-    if seed is not None and seed != seed & 0x7FFFFFFF:
-        fields.change("seed", "clamped", "its lower 31 bits are sent")
-    return None if seed is None else seed & 0x7FFFFFFF
-
-
-def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: bool) -> ThinkingWish:
-    """The wish for thinking: an effort, or Google's own thinking_config, which its SDK users send in `extra_body`."""
-    extra = fields.object("extra_body")
-    google = (extra or fields).object("google")
-    config = google.object("thinking_config") if google else None
-    for inner, read in ((extra, "google"), (google, "thinking_config")):
-        for key in inner.value if inner else ():
-            if key != read and inner:
-                inner.change(key, "dropped", "unknown field")
-    if config is None:
-        return ThinkingWish(effort=effort, show=show, source=source)
-    effort = config.text("thinking_level") or effort
-    budget = config.get("thinking_budget", (int,), "a whole number")
-    return ThinkingWish(
-        effort, budget, config.flag("include_thoughts", default=show), pointer_of(config.path)
-    )
-
-
-def parse_stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.value.get("stop")
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
-        raise fields.wrong(
-            "stop", "has the wrong type", "Send a string or an array of strings", "invalid_type"
-        )
-    stops = [stop for stop in stops if stop]
-    if len(stops) > STOPS_MAX:  # Continue sends more than OpenAI's 4 to hosts that it does not know
-        fields.change("stop", "dropped", f"only the first {STOPS_MAX} are sent")
-    return tuple(stops[:STOPS_MAX])
-
-
-def parse_format(form: Fields | None, *, nested: bool) -> JsonFormat | None:
-    """`response_format` of chat, where the schema is nested, or `text.format` of Responses, where it is not."""
-    kind = form and form.text("type")
-    if form is None or kind == "text":
-        return None
-    if kind == "json_object":
-        return JsonFormat(None)
-    if kind == "json_schema":
-        spec = (form.object("json_schema") or form.missing("json_schema")) if nested else form
-        return JsonFormat(spec.get("schema", (dict,), "an object"))
-    raise form.wrong(
-        "type", f"is '{kind}', which is not served", "Send text, json_object or json_schema"
-    )
-
-
-def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
-    """The declared tools, each name once: chat's and Responses' forms, and chat's old `functions`.
-
-    `hosted` tells whether tools that OpenAI would run itself are passed over; a web search always is taken.
-    """
-    if fields.value.get("tools") is None and fields.value.get("functions") is None:
-        return ()
-    declared = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
-    return each_once(
-        fields, [*declared, *(parse_function(entry) for entry in fields.objects("functions"))]
-    )
-
-
-def each_once(fields: Fields, tools: Iterable[Tool]) -> tuple[Tool, ...]:
-    """The first tool of each name; Gemini refuses a second one."""
-    known: dict[tuple[str | None, str], Tool] = {}
-    for tool in tools:
-        if known.setdefault(
-            (tool.namespace, tool.name), tool
-        ) is not tool and not tool.source.startswith("past["):
-            pointer = pointer_of(tool.source)
-            fields.changes.append(
-                Change(pointer, "dropped", f"the tool '{tool.name}' is declared twice")
-            )
-    return tuple(known.values())
-
-
-def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
-    """One entry of `tools`, nested as chat has it or flat as Responses has it; a namespace holds several."""
-    kind = entry.text("type") or "function"
-    if kind in ("function", "custom"):
-        kind = "function" if "input_schema" in entry.value else kind
-        inner = entry.object(kind) or entry
-        return [parse_custom(entry, inner) if kind == "custom" else parse_function(inner)]
-    if kind == "namespace":
-        name = entry.needed_text("name")
-        return [
-            replace(tool, namespace=name)
-            for one in entry.objects("tools")
-            for tool in parse_tool(one, hosted)
-        ]
-    if not (HOSTED_TOOLS if hosted else WEB_SEARCH).fullmatch(kind):
-        raise entry.wrong(
-            "type", f"is '{kind}', which is not served", "Send function, custom or namespace"
-        )
-    if not kind.startswith("web_search"):
-        entry.change("type", "dropped", f"the hosted tool '{kind}' has no counterpart")
-    return []
-
-
-def parse_function(inner: Fields) -> Tool:
-    key = "input_schema" if "input_schema" in inner.value else "parameters"
-    schema, description = inner.get(key, (dict,), "an object"), inner.text("description") or ""
-    return Tool(inner.needed_text("name"), description, schema, source=inner.path, schema_key=key)
-
-
-def parse_custom(entry: Fields, inner: Fields) -> Tool:
-    """A tool that takes free text: declared as a function of one string, its grammar told in the description."""
-    form = inner.object("format")
-    grammar = (form.object("grammar") or form).text("definition") if form else None
-    description = inner.text("description") or ""
-    if grammar:
-        description += f"\nThe input must follow this grammar:\n{grammar}"
-    entry.change("type", "emulated", "free text is asked for as a function of one string")
-    return Tool(
-        inner.needed_text("name"), description, CUSTOM_PARAMETERS, custom=True, source=inner.path
-    )
-
-
-def search_source(fields: Fields) -> dict[str, str]:
-    """Where a web search is asked for, if it is: as a hosted tool, or by chat's own field."""
-    asked = fields.object("web_search_options") is not None
-    for i, tool in enumerate(fields.get("tools", (list,), "an array") or ()):
-        if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
-            return {"search": f"/tools/{i}"}
-    return {"search": "/web_search_options"} if asked else {}
-
-
-def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
-    key = "tool_choice" if fields.value.get("tool_choice") is not None else "function_call"
-    value = fields.get(key, (str, dict), "a string or an object")
-    if isinstance(value, dict) and value.get("type") in (
-        "auto",
-        "any",
-        "none",
-    ):  # Anthropic's form, as in parse_block
-        value = "required" if value["type"] == "any" else value["type"]
-    if not tools or value is None or value == "auto":
-        return ToolChoice()
-    if value in ("none", "required"):
-        return ToolChoice(value)
-    if isinstance(value, str):
-        raise fields.wrong(
-            key, f"is '{value}'", "Send none, auto, required or an object that names one of 'tools'"
-        )
-    choice = Fields(value, key, fields.changes)
-    kind = choice.text("type") or "function"
-    if HOSTED_TOOLS.fullmatch(kind):
-        choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
-        return ToolChoice()
-    if kind not in ("function", "custom", "tool", "allowed_tools"):
-        raise choice.wrong(
-            "type", f"is '{kind}', which is not served", "Send function, custom or allowed_tools"
-        )
-    spec = choice.object(kind) or choice
-    listed = spec.objects("tools") if kind == "allowed_tools" else [spec]
-    named = [one for one in listed if not HOSTED_TOOLS.fullmatch(str(one.value.get("type")))]
-    if len(named) < len(listed):
-        spec.change("tools", "dropped", "a hosted tool cannot be chosen")
-        if not named:
-            return ToolChoice("none")
-    names = [(one.object("function") or one.object("custom") or one).text("name") for one in named]
-    if not names or not set(names) <= {tool.name for tool in tools}:
-        raise fields.wrong(key, "names no declared function", "Name one of 'tools'")
-    mode: Any = spec.text("mode") or "auto" if kind == "allowed_tools" else "required"
-    if mode not in ("auto", "required"):
-        raise spec.wrong("mode", f"is '{mode}'", "Send auto or required")
-    return ToolChoice(mode, frozenset(map(str, names)))
-
-
-def parse_message(message: Fields) -> Message:
-    role = message.text("role")
-    if role == "user":
-        if message.value.get("content") is None:
-            message.missing("content")
-        return Message("user", tuple(parse_content(message, parse_block)))
-    if role == "assistant":
-        calls = [parse_call(call) for call in message.objects("tool_calls")]
-        if legacy := message.object("function_call"):
-            name = legacy.needed_text("name")
-            calls.append(ToolCall(f"call_{name}", name, legacy.text("arguments") or ""))
-        return Message("assistant", (*parse_said(message), *calls))
-    if role in ("tool", "function"):
-        id = (
-            message.needed_text("tool_call_id")
-            if role == "tool"
-            else f"call_{message.needed_text('name')}"
-        )
-        return Message("tool", (ToolResult(id, tuple(parse_content(message, parse_part))),))
-    raise message.wrong("role", f"is '{role}'", "Send system, developer, user, assistant or tool")
-
-
-def texts_of(message: Fields, key: str = "content") -> list[str]:
-    """The words of an instruction; Gemini takes no others."""
-    if message.value.get(key) is None:
-        message.missing(key)
-    if isinstance(message.value[key], str):
-        return [message.value[key]]
-    parts = [parse_part(part) for part in message.objects(key)]
-    for i, part in enumerate(parts):
-        if isinstance(part, Media):
-            message.change(f"{key}[{i}]", "dropped", "Gemini takes instructions in words only")
-    return [part.text for part in parts if isinstance(part, Text)]
-
-
-def parse_content(
-    message: Fields, parse: Callable[[Fields], T], key: str = "content"
-) -> list[T | Text]:
-    """The parts of a content that is a string or an array; empty texts are left out."""
-    content = message.value.get(key)
-    if isinstance(content, str):
-        return [Text(content)] if content else []
-    if content is not None and not isinstance(content, list):
-        raise message.wrong(
-            key, "has the wrong type", "Send a string or an array of parts", "invalid_type"
-        )
-    return [part for item in message.objects(key) if (part := parse(item)) != Text("")]
-
-
-def parse_block(part: Fields) -> Part:
-    """A part of a chat message; to a model that is named claude-* Cursor sends calls and results in Anthropic's form.
-
-    Source: https://github.com/router-for-me/CLIProxyAPI/pull/3804
-    """
-    kind = part.text("type")
-    if kind == "tool_use":
-        arguments = part.get("input", (dict,), "an object") or {}
-        return ToolCall(part.needed_text("id"), part.needed_text("name"), dumps(arguments))
-    if kind == "tool_result":
-        return ToolResult(part.needed_text("tool_use_id"), tuple(parse_content(part, parse_part)))
-    return Thinking("") if kind in ("thinking", "redacted_thinking") else parse_part(part)
-
-
-DRAWN = re.compile(
-    r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII
-)
-
-
-def parse_said(message: Fields) -> list[Part]:
-    """What a model said, and the images that it made, which a client sends back as it got them: in `images` or the text."""
-    said: list[Part] = []
-    for part in parse_content(message, parse_block):
-        said += undrawn(part.text) if isinstance(part, Text) and ";base64," in part.text else [part]
-    return (
-        [*said, *map(parse_part, message.objects("images"))] if "images" in message.value else said
-    )
-
-
-def undrawn(text: str) -> list[Text | Media]:
-    """A text and the images that stand in it as Markdown: as words they would be a token for every few bytes."""
-    first, *rest = DRAWN.split(text)
-    drawn = list(zip(rest[::3], rest[1::3], rest[2::3], strict=True))
-    if not all(is_base64(data) for _, data, _ in drawn):
-        return [Text(text)]
-    return [
-        Text(first),
-        *(part for mime, data, after in drawn for part in (Media(mime, data), Text(after))),
-    ]
-
-
-def parse_part(part: Fields) -> Text | Media:
-    kind = part.text("type")
-    if kind in ("text", "input_text", "output_text"):
-        return Text(part.text("text") or "")
-    if kind == "refusal":
-        return Text(part.text("refusal") or "")
-    if kind == "encrypted_content":
-        part.change("type", "dropped", "only OpenAI can read it")
-        return Text("")
-    if kind in ("image_url", "input_image"):
-        return parse_image(part)
-    if kind == "input_audio":
-        audio = part.object("input_audio") or part.missing("input_audio")
-        form = audio.needed_text("format").removeprefix(
-            "x-"
-        )  # LangChain's is the end of a MIME type
-        if form not in AUDIO_FORMATS:
-            raise audio.wrong(
-                "format",
-                f"is '{form}', which is not served",
-                f"Send one of {', '.join(AUDIO_FORMATS)}",
-            )
-        return Media(f"audio/{form}", checked_base64(audio, "data", audio.needed_text("data")))
-    if kind in ("file", "input_file"):
-        return parse_file(part.object("file") or part)
-    raise part.wrong(
-        "type", f"is '{kind}', which is not served", "Send text, image_url, input_audio or file"
-    )
-
-
-DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]{0,100}){0,5};base64,", re.ASCII)
-
-
-def parse_image(part: Fields) -> Media:
-    if part.value.get("file_id"):
-        raise part.wrong(
-            "file_id", "is not served", "Send the image as a data: URL", "unsupported_parameter"
-        )
-    inner = part.object("image_url") if isinstance(part.value.get("image_url"), dict) else None
-    if (inner or part).text("detail") in ("low", "high", "original"):
-        (inner or part).change("detail", "dropped", "Gemini chooses the resolution itself")
-    if inner:
-        return parse_url(inner, "url", inner.value.get("url"))
-    return parse_url(part, "image_url", part.text("image_url"))
-
-
-def parse_file(file: Fields) -> Media:
-    """A file as data URL, bare base64 with a file name, or URL."""
-    if file.value.get("file_id"):
-        raise file.wrong(
-            "file_id",
-            "is not served",
-            "Send the file's content as file_data",
-            "unsupported_parameter",
-        )
-    if file.value.get("file_url"):
-        return parse_url(file, "file_url", file.text("file_url"))
-    data = file.needed_text("file_data")
-    if data.startswith("data:"):
-        return parse_url(file, "file_data", data)
-    mime = checked_type(file, "file_data", media_type_by(file.text("filename") or ""))
-    return Media(mime, checked_base64(file, "file_data", data))
-
-
-def image_type(data: str) -> str:
-    """The type of an image by how its base64 begins."""
-    return {"/9j/": "image/jpeg", "UklG": "image/webp", "R0lG": "image/gif"}.get(
-        data[:4], "image/png"
-    )
-
-
-def media_type_by(filename: str) -> str:
-    return FILE_TYPES.get(
-        filename.rpartition(".")[2].lower() if "." in filename else "", "of an unknown kind"
-    )
-
-
-def checked_type(part: Fields, key: str, mime: str) -> str:
-    """The type as Gemini names it. Raises BadRequest for one that it does not read."""
-    mime = MEDIA_ALIASES.get(mime, mime)
-    if not MEDIA_TYPES.fullmatch(mime):
-        remedy = "Send PNG, JPEG, WebP, PDF, text, audio or video"
-        raise part.wrong(key, f"is {mime}, which Gemini does not read", remedy, "invalid_image_url")
-    return mime
-
-
-def parse_url(part: Fields, key: str, url: Any) -> Media:
-    """Media by URL: the content of a data: URL, or a link to be followed later."""
-    if isinstance(url, str) and (match := DATA_URL.match(url)):
-        mime = match[1].lower()
-        data = checked_base64(part, key, url[match.end() :])
-        if mime == "application/octet-stream":
-            mime = (
-                media_type_by(part.text("filename") or "")
-                if key == "file_data"
-                else image_type(data)
-            )
-        return Media(checked_type(part, key, mime), data)
-    if isinstance(url, str) and re.match(r"(https?|gs)://[^/\s]", url, re.IGNORECASE):
-        return Media("", "", url=url, path=part.at(key))
-    what = "is neither a data: URL with base64 nor an http(s) URL"
-    raise part.wrong(key, what, "Send data:image/png;base64,...", "invalid_image_url")
-
-
-def checked_base64(part: Fields, key: str, data: str) -> str:
-    if not is_base64(data):
-        raise part.wrong(key, "is not valid base64", "Encode the file anew", "invalid_image_url")
-    return data
-
-
-def parse_call(call: Fields) -> ToolCall:
-    custom = call.text("type") == "custom"
-    kind = "custom" if custom else "function"
-    inner = call.object(kind) or call.missing(kind)
-    extra = call.value.get("extra_content")
-    google = extra.get("google") if isinstance(extra, dict) else None
-    signature = google.get("thought_signature") if isinstance(google, dict) else None
-    if not (isinstance(signature, str) and is_base64(signature)):
-        signature = None
-    text = inner.text("input" if custom else "arguments") or ""
-    return ToolCall(
-        call.needed_text("id"), inner.needed_text("name"), text, signature, custom=custom
-    )
-
-
 DONE = "data: [DONE]\n\n"
-FINGERPRINT = "fp_agproxy"
+
+Fate = Literal["mapped", "ignored", "dropped"]
+Fates = dict[str, tuple[Fate, str, str]]  # of each field: its fate, why, and its JSON type
+UNKNOWN: tuple[Fate, str, str] = ("dropped", "unknown field", "")
+Past = Sequence[Any] | None  # the items that a kept conversation goes on with; None: none are kept
 
 
-def render_citation(citation: Citation) -> dict[str, Any]:
-    span = {"start_index": citation.start, "end_index": citation.end}
-    return span | {"url": citation.url, "title": citation.title}
+def openai_error(error: GatewayError) -> dict[str, Any]:
+    details = {"message": error.message, "type": error.type}
+    return {"error": details | {"param": error.param, "code": error.code}}
+
+
+@value
+class Listed:
+    """A model in the list of models."""
+
+    id: str
+    owner: str
+
+
+def openai_models(listed: Sequence[Listed], one: bool) -> dict[str, Any]:
+    """The list of models, or the object of the `one` that was asked for by its name."""
+    models = [
+        {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
+        for model in listed
+    ]
+    return models[0] if one else {"object": "list", "data": models}
 
 
 @value
@@ -2098,31 +1508,6 @@ class Renderer(ABC):
         """The object of a whole answer. Raises the GatewayError of a Failed event."""
 
 
-def openai_error(error: GatewayError) -> dict[str, Any]:
-    details = {"message": error.message, "type": error.type}
-    return {"error": details | {"param": error.param, "code": error.code}}
-
-
-@value
-class Listed:
-    """A model in the list of models."""
-
-    id: str
-    owner: str
-
-
-def openai_models(listed: Sequence[Listed], one: bool) -> dict[str, Any]:
-    """The list of models, or the object of `one` that was asked for by its name."""
-    models = [
-        {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
-        for model in listed
-    ]
-    return models[0] if one else {"object": "list", "data": models}
-
-
-Past = Sequence[Any] | None  # the items that a kept conversation goes on with; None: none are kept
-
-
 @value
 class Door:
     """Everything that a front format is."""
@@ -2135,149 +1520,811 @@ class Door:
     models: Callable[[Sequence[Listed], bool], Any] = openai_models
     counts: Callable[[int], Any] | None = None  # the answer to a request to count tokens
     keeps: bool = False  # its answers can be stored and gone on with
-    long_field: str = "messages"  # the field that is too long where the context is exceeded
+    long_field: str = "messages"  # holds the conversation: named where that is too long
+
+
+# ---- typed fields
+
+MODEL_CHARS_MAX = 512  # a model's name is looked up, logged, and sent on in a URL and in headers
+KINDS: Mapping[str, tuple[type, ...]] = {
+    "a string": (str,),
+    "a number": (int, float),
+    "a whole number": (int,),
+    "true or false": (bool,),
+    "an object": (dict,),
+    "an array": (list,),
+    "a string or an object": (str, dict),
+    "a string or an array of parts": (str, list),
+}
+RANGE_CODES = {"a number": "decimal", "a whole number": "integer"}
+
+
+class Fields:
+    """One JSON object of a body. Null means absent; a wrong type is a BadRequest with the path."""
+
+    __slots__ = ("changes", "path", "value")
+
+    def __init__(self, value: Any, path: str = "", changes: list[Change] | None = None) -> None:
+        if not isinstance(value, dict):
+            name = f"'{path}'" if path else "The body"
+            text = f"{name} is not a JSON object. Send {{...}}."
+            raise BadRequest(text, code="invalid_type", param=path or None)
+        if changes is None:
+            changes = []
+        self.value = value
+        self.path = path
+        self.changes = changes  # one list for the whole body
+
+    def at(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def change(self, key: str, kind: ChangeKind, reason: str) -> None:
+        self.changes.append(Change(pointer_of(self.at(key)), kind, reason))
+
+    # ---- refusals
+
+    def wrong(self, key: str, what: str, remedy: str, code: str = "invalid_value") -> BadRequest:
+        if len(what) > ERROR_CHARS_MAX:
+            what = f"{what[:ERROR_CHARS_MAX]}…"
+        return BadRequest(f"'{self.at(key)}' {what}. {remedy}.", code=code, param=self.at(key))
+
+    def wrong_type(self, key: str, kind: str) -> BadRequest:
+        return self.wrong(key, "has the wrong type", f"Send {kind}", "invalid_type")
+
+    def not_served(self, key: str, remedy: str) -> BadRequest:
+        return self.wrong(key, f"is '{self.value.get(key)}', which is not served", remedy)
+
+    def refuse(self, key: str, remedy: str) -> None:
+        if self.value.get(key) not in (None, ""):
+            raise self.wrong(key, "is not served", remedy, "unsupported_parameter")
+
+    def missing(self, key: str) -> NoReturn:
+        raise self.wrong(key, "is missing", "Add it", "missing_required_parameter")
+
+    # ---- values
+
+    def get(self, key: str, kind: str) -> Any:
+        value = self.value.get(key)
+        if value is None or value.__class__ in KINDS[kind]:
+            return value
+        raise self.wrong_type(key, kind)
+
+    def text(self, key: str) -> str | None:
+        value: str | None = self.value.get(key)
+        if value is None or value.__class__ is str:
+            return value
+        raise self.wrong_type(key, "a string")
+
+    def needed_text(self, key: str) -> str:
+        return self.text(key) or self.missing(key)
+
+    def texts(self, key: str, remedy: str = "Send a string or an array of strings") -> list[str]:
+        """The texts of a field that is a string or an array of strings."""
+        value = self.value.get(key)
+        if value is None:
+            return []
+        texts = [value] if isinstance(value, str) else value
+        if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
+            return texts
+        what = "is neither a string nor an array of strings"
+        raise self.wrong(key, what, remedy, "invalid_type")
+
+    def model(self) -> str:
+        name = self.needed_text("model")
+        if len(name) > MODEL_CHARS_MAX:
+            what = f"has {len(name)} characters"
+            raise self.wrong("model", what, f"Send at most {MODEL_CHARS_MAX}")
+        return name
+
+    def flag(self, key: str, default: bool = False) -> bool:
+        if self.value.get(key) is None:
+            return default
+        return bool(self.get(key, "true or false"))
+
+    def number(self, key: str, low: float, high: float, kind: str = "a number") -> Any:
+        if self.value.get(key) is None:
+            return None
+        value = self.get(key, kind)
+        if low <= value <= high:
+            return value
+        code = f"{RANGE_CODES[kind]}_{'below_min' if value < low else 'above_max'}_value"
+        limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+        raise self.wrong(key, f"is {value}", f"Send {kind}, {limits}", code)
+
+    def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
+        count: int | None = self.number(key, low, high, "a whole number")
+        return count
+
+    def object(self, key: str) -> Fields | None:
+        if self.value.get(key) is None:
+            return None
+        return Fields(self.get(key, "an object"), self.at(key), self.changes)
+
+    def objects(self, key: str) -> list[Fields]:
+        if self.value.get(key) is None:
+            return []
+        items, path = self.get(key, "an array"), self.at(key)
+        return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
+
+
+# ---- the fate of each field
+
+
+def fates(fate: Fate, kind: str = "", /, **reasons: str) -> Fates:
+    """Rows for fields with one fate. They name the JSON type where nothing else reads the field."""
+    return {field: (fate, reason, kind) for field, reason in reasons.items()}
+
+
+NOT_HERE = "not served here"
+CACHED = "Gemini caches prompts by itself"
+SAMPLING_FIELDS = (
+    fates(
+        "mapped",
+        model="the model in the URL",
+        temperature="generationConfig.temperature",
+        top_p="generationConfig.topP",
+        presence_penalty="generationConfig.presencePenalty",
+        frequency_penalty="generationConfig.frequencyPenalty",
+        seed="generationConfig.seed",
+        stop="generationConfig.stopSequences",
+        n="as many upstream calls",
+        logprobs="generationConfig.responseLogprobs",
+        top_logprobs="generationConfig.logprobs, as far as logprobs are",
+        stream="streamGenerateContent",
+        stream_options="the usage chunk",
+        max_tokens="generationConfig.maxOutputTokens, where max_completion_tokens is not there",
+        extra_body="google.thinking_config",
+        google="google.thinking_config",
+    )
+    | fates("dropped", "an object", logit_bias="Gemini has no bias by token")
+    | fates("ignored", "a string", user="no effect on the answer", service_tier="there is one tier")
+    | fates("ignored", "a string", safety_identifier="no effect on the answer")
+    | fates("ignored", "a string", prompt_cache_key=CACHED, prompt_cache_retention=CACHED)
+    | fates("ignored", "an object", prompt_cache_options=CACHED, metadata="no effect on the answer")
+    | fates("ignored", "true or false", store="no effect on the answer")
+)
+TOOL_FIELDS = fates(
+    "mapped",
+    tools="tools[0].functionDeclarations",
+    tool_choice="toolConfig.functionCallingConfig",
+    parallel_tool_calls="further calls are left out of the answer",
+) | fates("ignored", "an object", moderation="Gemini has filters of its own")
+
+
+def with_changes(request: Request, fields: Fields, table: Fates) -> Request:
+    """The request, with all changes of its body, also by fields that are lost.
+
+    Raises BadRequest for a wrong type of a field that nothing reads.
+    """
+    for key, value in fields.value.items():
+        fate, reason, kind = table.get(key, UNKNOWN)
+        if kind:
+            fields.get(key, kind)
+        asks_for_nothing = value is False or value in (None, [], {})
+        if fate == "dropped" and not asks_for_nothing:
+            fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
+    return replace(request, changes=tuple(fields.changes)) if fields.changes else request
+
+
+# ---- fields of all doors
+
+STOPS_MAX = 5  # Gemini refuses more
+CHOICES_MAX = 128  # OpenAI's limit of `n`; each choice is a call of its own
+
+
+def parse_sampling(fields: Fields) -> dict[str, Any]:
+    """The attributes of a Request that chat, completions and Responses name alike."""
+    stream_options = fields.object("stream_options") or Fields({})
+    return {
+        "temperature": fields.number("temperature", 0, 2),
+        "top_p": fields.number("top_p", 0, 1),
+        "presence_penalty": fields.number("presence_penalty", -2, 2),
+        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
+        "seed": parse_seed(fields),
+        "stop": parse_stop(fields),
+        "n": fields.count("n", CHOICES_MAX) or 1,
+        "stream": fields.flag("stream"),
+        "include_usage": stream_options.flag("include_usage"),
+    }
+
+
+def parse_seed(fields: Fields) -> int | None:
+    """The seed; Gemini's has 32 bits and a sign."""
+    seed: int | None = fields.get("seed", "a whole number")
+    if seed is None:
+        return None
+    sent = seed & 0x7FFFFFFF
+    if sent != seed:
+        fields.change("seed", "clamped", "its lower 31 bits are sent")
+    return sent
+
+
+def parse_stop(fields: Fields) -> tuple[str, ...]:
+    stops = [stop for stop in fields.texts("stop") if stop]
+    if len(stops) > STOPS_MAX:  # Continue sends more than OpenAI's 4 to hosts that it does not know
+        fields.change("stop", "dropped", f"only the first {STOPS_MAX} are sent")
+    return tuple(stops[:STOPS_MAX])
+
+
+def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: bool) -> ThinkingWish:
+    """The wish for thinking: an effort, or Google's own thinking_config.
+
+    Users of OpenAI's SDKs send that in `extra_body`.
+    """
+    extra = fields.object("extra_body")
+    google = inner_object(extra, "google") if extra else fields.object("google")
+    config = inner_object(google, "thinking_config") if google else None
+    if config is None:
+        return ThinkingWish(effort=effort, show=show, source=source)
+    effort = config.text("thinking_level") or effort
+    budget = config.get("thinking_budget", "a whole number")
+    show = config.flag("include_thoughts", default=show)
+    return ThinkingWish(effort, budget, show, pointer_of(config.path))
+
+
+def inner_object(outer: Fields, key: str) -> Fields | None:
+    """The only object that is read inside another; all else in that is lost."""
+    for other in outer.value:
+        if other != key:
+            outer.change(other, "dropped", "unknown field")
+    return outer.object(key)
+
+
+def parse_format(format: Fields | None, *, nested: bool) -> JsonFormat | None:
+    """The format of the answer: chat's `response_format`, or `text.format` of Responses.
+
+    In chat's the schema is nested.
+    """
+    kind = format and format.text("type")
+    if format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return JsonFormat(None)
+    if kind != "json_schema":
+        raise format.not_served("type", "Send text, json_object or json_schema")
+    if nested:
+        format = format.object("json_schema") or format.missing("json_schema")
+    return JsonFormat(format.get("schema", "an object"))
+
+
+# ---- tools
+
+CUSTOM_PARAMETERS = {
+    "type": "object",
+    "properties": {"input": {"type": "string"}},
+    "required": ["input"],
+}
+# Tools that OpenAI itself would run; Codex sends web_search with every request.
+HOSTED = (
+    "web_search|file_search|code_interpreter|image_generation|computer|local_shell|shell"
+    "|apply_patch|tool_search"
+)
+HOSTED_TOOLS = re.compile(rf"{HOSTED}|web_search\w+|computer\w+|mcp|programmatic_tool_calling")
+WEB_SEARCH = re.compile(r"web_search\w*")
+
+
+def parse_tools(fields: Fields, *, hosted: bool = True) -> tuple[Tool, ...]:
+    """The declared tools, each name once; chat's old `functions` are tools too.
+
+    With `hosted`, tools that OpenAI would run itself are passed over; a web search always is.
+    """
+    tools = [tool for entry in fields.objects("tools") for tool in parse_tool(entry, hosted)]
+    tools += map(parse_function, fields.objects("functions"))
+    return each_once(fields, tools)
+
+
+def each_once(fields: Fields, tools: Iterable[Tool]) -> tuple[Tool, ...]:
+    """The first tool of each name; Gemini refuses a second one."""
+    known: dict[tuple[str | None, str], Tool] = {}
+    for tool in tools:
+        first = known.setdefault((tool.namespace, tool.name), tool)
+        if first is not tool and not tool.source.startswith("past["):
+            reason = f"the tool '{tool.name}' is declared twice"
+            fields.changes.append(Change(pointer_of(tool.source), "dropped", reason))
+    return tuple(known.values())
+
+
+def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
+    """One entry of `tools`, nested (chat) or flat (Responses); a namespace holds several tools."""
+    kind = entry.text("type") or "function"
+    anthropic = "input_schema" in entry.value
+    if kind == "custom" and not anthropic:
+        return [parse_custom(entry)]
+    if kind in ("function", "custom"):
+        return [parse_function(entry.object("function") or entry)]
+    if kind == "namespace":
+        name, tools = entry.needed_text("name"), parse_tools(entry, hosted=hosted)
+        return [replace(tool, namespace=name) for tool in tools]
+    passed_over = HOSTED_TOOLS if hosted else WEB_SEARCH
+    if not passed_over.fullmatch(kind):
+        raise entry.not_served("type", "Send function, custom or namespace")
+    if not kind.startswith("web_search"):
+        entry.change("type", "dropped", f"the hosted tool '{kind}' has no counterpart")
+    return []
+
+
+def parse_function(function: Fields) -> Tool:
+    key = "input_schema" if "input_schema" in function.value else "parameters"
+    return Tool(
+        function.needed_text("name"),
+        function.text("description") or "",
+        function.get(key, "an object"),
+        source=function.path,
+        schema_key=key,
+    )
+
+
+def parse_custom(entry: Fields) -> Tool:
+    """A tool that takes free text: a function of one string, with the grammar in its description."""
+    tool = entry.object("custom") or entry
+    description = tool.text("description") or ""
+    if format := tool.object("format"):
+        grammar = (format.object("grammar") or format).text("definition")
+        if grammar:
+            description += f"\nThe input must follow this grammar:\n{grammar}"
+    entry.change("type", "emulated", "free text is asked for as a function of one string")
+    name = tool.needed_text("name")
+    return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=tool.path)
+
+
+def search_source(fields: Fields) -> dict[str, str]:
+    """The place where a web search is asked for: a hosted tool, or chat's own field."""
+    options = fields.object("web_search_options")
+    for i, tool in enumerate(fields.get("tools", "an array") or ()):
+        if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
+            return {"search": f"/tools/{i}"}
+    return {"search": "/web_search_options"} if options else {}
+
+
+def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
+    """Whether the model calls a tool, and which. Objects that hold only a type are Anthropic's."""
+    key = "tool_choice"
+    if fields.value.get(key) is None:
+        key = "function_call"
+    choice = fields.get(key, "a string or an object")
+    if not tools:
+        return ToolChoice()
+    match choice:
+        case None | "auto" | {"type": "auto"}:
+            return ToolChoice()
+        case "none" | {"type": "none"}:
+            return ToolChoice("none")
+        case "required" | {"type": "any"}:
+            return ToolChoice("required")
+        case str():
+            remedy = "Send none, auto, required or an object that names one of 'tools'"
+            raise fields.wrong(key, f"is '{choice}'", remedy)
+        case _:
+            forced = parse_forced_tool(Fields(choice, key, fields.changes))
+    if not forced.names <= {tool.name for tool in tools}:
+        raise fields.wrong(key, "names no declared function", "Name one of 'tools'")
+    return forced
+
+
+def parse_forced_tool(choice: Fields) -> ToolChoice:
+    """A choice of one tool, or of those that are allowed, by names that may not be declared."""
+    kind = choice.text("type") or "function"
+    inner = choice.object(kind) or choice
+    if kind == "allowed_tools":
+        return parse_allowed_tools(inner)
+    if HOSTED_TOOLS.fullmatch(kind):
+        choice.change("type", "dropped", f"the hosted tool '{kind}' cannot be forced")
+        return ToolChoice()
+    if kind not in ("function", "custom", "tool"):
+        raise choice.not_served("type", "Send function, custom or allowed_tools")
+    return ToolChoice("required", frozenset([tool_name(inner)]))
+
+
+def parse_allowed_tools(allowed: Fields) -> ToolChoice:
+    listed = allowed.objects("tools") or [allowed]  # which names no tool, and is refused for that
+    own = [tool for tool in listed if not HOSTED_TOOLS.fullmatch(str(tool.value.get("type")))]
+    if len(own) < len(listed):
+        allowed.change("tools", "dropped", "a hosted tool cannot be chosen")
+    if not own:
+        return ToolChoice("none")
+    mode: Any = allowed.text("mode") or "auto"
+    if mode not in ("auto", "required"):
+        raise allowed.wrong("mode", f"is '{mode}'", "Send auto or required")
+    return ToolChoice(mode, frozenset(map(tool_name, own)))
+
+
+def tool_name(tool: Fields) -> str:
+    return (tool.object("function") or tool.object("custom") or tool).text("name") or ""
+
+
+# ---- contents
+
+SYSTEM_ROLES = ("system", "developer")
+CALL_KEYS = {False: ("function", "arguments"), True: ("custom", "input")}  # by ToolCall.custom
+NO_TEXT = Text("")
+
+
+def texts_of(message: Fields, key: str = "content") -> list[str]:
+    """The texts of an instruction."""
+    if message.value.get(key) is None:
+        message.missing(key)
+    return [part.text for part in parse_content(message, parse_words, key)]
+
+
+def parse_words(part: Fields) -> Text:
+    """A part of an instruction, which can be words only."""
+    parsed = parse_part(part)
+    if isinstance(parsed, Text):
+        return parsed
+    reason = "Gemini takes instructions in words only"
+    part.changes.append(Change(pointer_of(part.path), "dropped", reason))
+    return NO_TEXT
+
+
+def parse_content(
+    message: Fields, parse: Callable[[Fields], T], key: str = "content"
+) -> list[T | Text]:
+    """The parts of a content that is a string or an array; empty texts are left out."""
+    content = message.get(key, "a string or an array of parts")
+    if isinstance(content, str):
+        return [Text(content)] if content else []
+    return [part for item in message.objects(key) if (part := parse(item)) != NO_TEXT]
+
+
+def parse_part(part: Fields) -> Text | Media:
+    match part.text("type"):
+        case "text" | "input_text" | "output_text":
+            return Text(part.text("text") or "")
+        case "refusal":
+            return Text(part.text("refusal") or "")
+        case "encrypted_content":
+            part.change("type", "dropped", "only OpenAI can read it")
+            return NO_TEXT
+        case "image_url" | "input_image":
+            return parse_image(part)
+        case "input_audio":
+            return parse_audio(part.object("input_audio") or part.missing("input_audio"))
+        case "file" | "input_file":
+            return parse_file(part.object("file") or part)
+        case _:
+            raise part.not_served("type", "Send text, image_url, input_audio or file")
+
+
+def render_citation(citation: Citation) -> dict[str, Any]:
+    span = {"start_index": citation.start, "end_index": citation.end}
+    return span | {"url": citation.url, "title": citation.title}
+
+
+# ---- media
+
+# Source: https://ai.google.dev/gemini-api/docs/image-understanding, .../audio,
+# .../video-understanding, .../document-processing
+MEDIA_TYPES = re.compile(
+    r"(?a)image/(png|jpeg|webp|heic|heif|gif|avif)|(audio|video|text)/[\w.+-]+|application/pdf"
+)
+PLAIN_TEXTS = ("json", "xml", "javascript", "x-yaml")
+MEDIA_ALIASES = {"image/jpg": "image/jpeg", "audio/x-wav": "audio/wav"} | {
+    f"application/{name}": "text/plain" for name in PLAIN_TEXTS
+}
+AUDIO_FORMATS = ("wav", "mp3", "mpeg", "aac", "aiff", "flac", "ogg")
+FILE_TYPES = {  # by the ending of a file's name
+    **dict.fromkeys(("", "pdf"), "application/pdf"),
+    **dict.fromkeys(("txt", "md", "py", "json"), "text/plain"),
+    **dict.fromkeys(("jpg", "jpeg"), "image/jpeg"),
+    **{name: f"text/{name}" for name in ("csv", "html", "xml")},
+    **{name: f"image/{name}" for name in ("png", "webp")},
+    **{name: f"audio/{name}" for name in ("mp3", "wav")},
+    "mp4": "video/mp4",
+}
+IMAGE_TYPES = {"/9j/": "image/jpeg", "UklG": "image/webp", "R0lG": "image/gif"}
+DATA_URL = re.compile(r"data:([\w.+-]+/[\w.+-]+)(?:;[^;,]{0,100}){0,5};base64,", re.ASCII)
+LINK = re.compile(r"(https?|gs)://[^/\s]", re.IGNORECASE)
+
+
+def parse_image(part: Fields) -> Media:
+    part.refuse("file_id", "Send the image as a data: URL")
+    image, key = part, "image_url"
+    if isinstance(part.value.get(key), dict):
+        image, key = part.object(key) or part, "url"
+    if image.text("detail") in ("low", "high", "original"):
+        image.change("detail", "dropped", "Gemini chooses the resolution itself")
+    return parse_url(image, key)
+
+
+def parse_audio(audio: Fields) -> Media:
+    format = audio.needed_text("format").removeprefix(
+        "x-"
+    )  # LangChain sends the end of a MIME type
+    if format not in AUDIO_FORMATS:
+        raise audio.not_served("format", f"Send one of {', '.join(AUDIO_FORMATS)}")
+    return Media(f"audio/{format}", checked_base64(audio, "data", audio.needed_text("data")))
+
+
+def parse_file(file: Fields) -> Media:
+    """A file as data URL, bare base64 with a file name, or URL."""
+    file.refuse("file_id", "Send the file's content as file_data")
+    if file.value.get("file_url"):
+        return parse_url(file, "file_url")
+    data = file.needed_text("file_data")
+    if data.startswith("data:"):
+        return parse_url(file, "file_data")
+    mime = checked_type(file, "file_data", media_type_by(file.text("filename") or ""))
+    return Media(mime, checked_base64(file, "file_data", data))
+
+
+def parse_url(part: Fields, key: str) -> Media:
+    """Media by URL: the content of a data: URL, or a link to be followed later."""
+    url = part.text(key) or ""
+    if match := DATA_URL.match(url):
+        mime = match[1].lower()
+        data = checked_base64(part, key, url[match.end() :])
+        if mime == "application/octet-stream":
+            mime = image_type(data)
+            if key == "file_data":
+                mime = media_type_by(part.text("filename") or "")
+        return Media(checked_type(part, key, mime), data)
+    if LINK.match(url):
+        return Media("", "", url=url, path=part.at(key))
+    what = "is neither a data: URL with base64 nor an http(s) URL"
+    raise part.wrong(key, what, "Send data:image/png;base64,...", "invalid_image_url")
+
+
+def image_type(data: str) -> str:
+    """The type of an image by how its base64 begins."""
+    return IMAGE_TYPES.get(data[:4], "image/png")
+
+
+def media_type_by(filename: str) -> str:
+    _, dot, ending = filename.rpartition(".")
+    return FILE_TYPES.get(dot and ending.lower(), "of an unknown kind")
+
+
+def checked_type(part: Fields, key: str, mime: str) -> str:
+    """The type as Gemini names it. Raises BadRequest for one that it does not read."""
+    mime = MEDIA_ALIASES.get(mime, mime)
+    if not MEDIA_TYPES.fullmatch(mime):
+        remedy = "Send PNG, JPEG, WebP, PDF, text, audio or video"
+        raise part.wrong(key, f"is {mime}, which Gemini does not read", remedy, "invalid_image_url")
+    return mime
+
+
+def checked_base64(part: Fields, key: str, data: str) -> str:
+    if not is_base64(data):
+        raise part.wrong(key, "is not valid base64", "Encode the file anew", "invalid_image_url")
+    return data
 
 
 # ==============================================================================
 # 6. Chat
 # ==============================================================================
 
-CHAT_FIELDS: Fates = {
-    **SAMPLING_FIELDS,
-    **TOOL_FIELDS,
-    "messages": ("mapped", "contents and systemInstruction"),
-    "system": ("mapped", "systemInstruction"),
-    "max_completion_tokens": ("mapped", "generationConfig.maxOutputTokens"),
-    "functions": ("mapped", "tools[0].functionDeclarations"),
-    "function_call": ("mapped", "toolConfig.functionCallingConfig"),
-    "response_format": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
-    "reasoning_effort": ("mapped", "generationConfig.thinkingConfig"),
-    "modalities": ("mapped", "generationConfig.responseModalities, for images"),
-    "image_config": ("mapped", "generationConfig.imageConfig"),
-    "audio": ("mapped", "refused"),
-    "web_search_options": ("mapped", "tools[0].googleSearch"),
-    "verbosity": ("dropped", "Gemini has no verbosity; ask for it in the instructions"),
-    "prediction": ("ignored", "only makes OpenAI's answer faster"),
-}
-COMPLETION_FIELDS: Fates = {
-    **SAMPLING_FIELDS,
-    "prompt": ("mapped", "contents, one upstream call each"),
-    "suffix": ("mapped", "an instruction"),
-    "echo": ("mapped", "the prompt before the text"),
-    "best_of": ("ignored", "the first answer is the best"),
-    **dict.fromkeys(
-        ("logprobs", "top_logprobs", "extra_body", "google"), ("dropped", "not served here")
-    ),
-}
-
-
-def parse_chat(body: Any) -> Request:
-    """A chat body; `input` instead of `messages` is read as Responses, for Cursor sends it here. Raises BadRequest."""
-    fields = Fields(body)
-    if fields.value.get("messages") is None and fields.value.get("input") is not None:
-        return parse_response(body)[0]
-    messages = fields.objects("messages") or fields.missing("messages")
-    tools = parse_tools(fields, hosted=False)
-    limit = (
-        "max_tokens" if fields.count("max_completion_tokens") is None else "max_completion_tokens"
-    )
-    alternatives = fields.count("top_logprobs", 20, low=0)
-    system = texts_of(fields, "system") if fields.value.get("system") else []
-    request = Request(
-        model=fields.model(),
-        system=(
-            *system,
-            *(
-                text
-                for m in messages
-                if m.value.get("role") in SYSTEM_ROLES
-                for text in texts_of(m)
-            ),
-        ),
-        messages=tuple(
-            parse_message(m) for m in messages if m.value.get("role") not in SYSTEM_ROLES
-        ),
-        tools=tools,
-        tool_choice=parse_tool_choice(fields, tools),
-        parallel_calls=fields.flag("parallel_tool_calls", default=True),
-        max_output_tokens=fields.count(limit),
-        logprobs=(alternatives or 0) if fields.flag("logprobs") or alternatives else None,
-        json_format=parse_format(fields.object("response_format"), nested=True),
-        modalities=parse_modalities(fields),
-        thinking=parse_thinking(
-            fields, fields.text("reasoning_effort"), "/reasoning_effort", show=True
-        ),
-        sources={"max_output_tokens": f"/{limit}", "json_format": "/response_format"}
-        | search_source(fields)
-        | ({} if fields.flag("logprobs") else {"logprobs": "top_logprobs"}),
-        **parse_images(fields),
-        **parse_sampling(fields),
-    )
-    return with_changes(request, fields, CHAT_FIELDS)
-
-
-def parse_modalities(fields: Fields) -> tuple[str, ...]:
-    if fields.value.get("audio") is not None:
-        raise fields.wrong("audio", "is not served", "Leave it out", "unsupported_parameter")
-    wished = fields.get("modalities", (list,), "an array") or []
-    if not all(one in ("text", "image") for one in wished):
-        what = "asks for what is not served"
-        raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
-    return tuple(wished)
-
-
-def parse_images(fields: Fields) -> dict[str, Any]:
-    """The form of images to be made. Source: https://openrouter.ai/docs/guides/overview/multimodal/image-generation"""
-    config = fields.object("image_config")
-    return {key: config.text(key) for key in ("aspect_ratio", "image_size")} if config else {}
-
-
-def parse_completion(body: Any) -> list[Request]:
-    """A completions body: one request a prompt. Raises BadRequest."""
-    fields = Fields(body)
-    suffix = fields.text("suffix")
-    shared = Request(
-        model=fields.model(),
-        messages=(),
-        system=(COMPLETE_THE_MIDDLE,) if suffix else (),
-        max_output_tokens=fields.count("max_tokens", low=0) or None,
-        sources={"max_output_tokens": "/max_tokens"},
-        **parse_sampling(fields),
-    )
-    fields.count("logprobs", low=0)
-    if suffix:
-        fields.change("suffix", "emulated", "asked for by an instruction")
-    shared = with_changes(shared, fields, COMPLETION_FIELDS)
-    prompts = parse_prompts(fields)
-    if len(prompts) * shared.n > CHOICES_MAX:
-        raise fields.wrong(
-            "prompt", f"times 'n' is more than {CHOICES_MAX} choices", "Send fewer prompts at once"
-        )
-    wholes = [
-        f"<prefix>{prompt}</prefix>\n<suffix>{suffix}</suffix>" if suffix else prompt
-        for prompt in prompts
-    ]
-    return [replace(shared, messages=(Message("user", (Text(whole),)),)) for whole in wholes]
-
-
+FINGERPRINT = "fp_agproxy"
+TOP_LOGPROBS_MAX = 20  # OpenAI's limit; Gemini has the same one
 COMPLETE_THE_MIDDLE = (
-    "Write the text that belongs between the prefix and the suffix. Answer with that text alone, without repeating "
-    "either and without Markdown fences."
+    "Write the text that belongs between the prefix and the suffix. Answer with that text alone, "
+    "without repeating either and without Markdown fences."
+)
+CHAT_FIELDS = (
+    SAMPLING_FIELDS
+    | TOOL_FIELDS
+    | fates(
+        "mapped",
+        messages="contents and systemInstruction",
+        system="systemInstruction",
+        max_completion_tokens="generationConfig.maxOutputTokens",
+        functions="tools[0].functionDeclarations",
+        function_call="toolConfig.functionCallingConfig",
+        response_format="generationConfig.responseMimeType and responseJsonSchema",
+        reasoning_effort="generationConfig.thinkingConfig",
+        modalities="generationConfig.responseModalities, for images",
+        image_config="generationConfig.imageConfig",
+        audio="refused",
+        web_search_options="tools[0].googleSearch",
+    )
+    | fates("dropped", "a string", verbosity="Gemini has none; ask for it in the instructions")
+    | fates("ignored", "an object", prediction="only makes OpenAI's answer faster")
+)
+COMPLETION_FIELDS = (
+    SAMPLING_FIELDS
+    | fates("mapped", prompt="contents, one upstream call each", suffix="an instruction")
+    | fates("mapped", "true or false", echo="the prompt before the text")
+    | fates("ignored", "a whole number", best_of="the first answer is the best")
+    | fates("dropped", "a whole number", logprobs=NOT_HERE)
+    | fates("dropped", top_logprobs=NOT_HERE, extra_body=NOT_HERE, google=NOT_HERE)
 )
 
 
-def parse_prompts(fields: Fields) -> list[str]:
-    value = fields.value.get("prompt")
-    prompts = (
-        value if isinstance(value, list) and value else [""] if value in (None, []) else [value]
+def parse_chat(body: Any, past: Past = None) -> list[Request]:
+    """The one request of a chat body. Raises BadRequest."""
+    fields = Fields(body)
+    messages = fields.objects("messages") or fields.missing("messages")
+    tools = parse_tools(fields, hosted=False)
+    effort = fields.text("reasoning_effort")
+    request = Request(
+        model=fields.model(),
+        system=tuple(parse_system(fields, messages)),
+        messages=tuple(parse_message(m) for m in messages if not is_system(m)),
+        tools=tools,
+        tool_choice=parse_tool_choice(fields, tools),
+        parallel_calls=fields.flag("parallel_tool_calls", default=True),
+        thinking=parse_thinking(fields, effort, "/reasoning_effort", show=True),
+        **parse_output(fields),
+        **parse_sampling(fields),
     )
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        what = "is neither a string nor an array of strings; token arrays are not served"
-        raise fields.wrong("prompt", what, "Send the text itself", "invalid_type")
-    return [str(prompt) for prompt in prompts]
+    return [with_changes(request, fields, CHAT_FIELDS)]
 
 
-PREDICTED = {"accepted_prediction_tokens": 0, "rejected_prediction_tokens": 0}
+def is_system(message: Fields) -> bool:
+    return message.value.get("role") in SYSTEM_ROLES
+
+
+def parse_system(fields: Fields, messages: Sequence[Fields]) -> list[str]:
+    """The instructions, wherever they stand; `system` is Anthropic's form, which Cursor sends."""
+    texts = texts_of(fields, "system") if fields.value.get("system") else []
+    for message in filter(is_system, messages):
+        texts += texts_of(message)
+    return texts
+
+
+def parse_output(fields: Fields) -> dict[str, Any]:
+    """The attributes of a Request that say what its answer is to be, as chat names them.
+
+    Source of image_config: https://openrouter.ai/docs/guides/overview/multimodal/image-generation
+    """
+    limit = "max_completion_tokens"
+    if fields.count(limit) is None:
+        limit = "max_tokens"
+    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or 0
+    asked = fields.flag("logprobs")
+    image = fields.object("image_config") or Fields({})
+    return {
+        "max_output_tokens": fields.count(limit),
+        "logprobs": alternatives if asked or alternatives else None,
+        "json_format": parse_format(fields.object("response_format"), nested=True),
+        "modalities": parse_modalities(fields),
+        "sources": {
+            "max_output_tokens": f"/{limit}",
+            "json_format": "/response_format",
+            "logprobs": "logprobs" if asked else "top_logprobs",
+            **search_source(fields),
+        },
+        "aspect_ratio": image.text("aspect_ratio"),
+        "image_size": image.text("image_size"),
+    }
+
+
+def parse_modalities(fields: Fields) -> tuple[str, ...]:
+    fields.refuse("audio", "Leave it out")
+    modalities = fields.get("modalities", "an array") or []
+    if not all(modality in ("text", "image") for modality in modalities):
+        what = "asks for what is not served"
+        raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
+    return tuple(modalities)
+
+
+# ---- messages
+
+
+def parse_message(message: Fields) -> Message:
+    match message.text("role"):
+        case "user":
+            if message.value.get("content") is None:
+                message.missing("content")
+            return Message("user", tuple(parse_content(message, parse_block)))
+        case "assistant":
+            return Message("assistant", tuple(parse_assistant_parts(message)))
+        case "tool":
+            return parse_result(message, message.needed_text("tool_call_id"))
+        case "function":
+            return parse_result(message, f"call_{message.needed_text('name')}")
+        case role:
+            remedy = "Send system, developer, user, assistant or tool"
+            raise message.wrong("role", f"is '{role}'", remedy)
+
+
+def parse_result(message: Fields, call_id: str) -> Message:
+    return Message("tool", (ToolResult(call_id, tuple(parse_content(message, parse_part))),))
+
+
+def parse_block(part: Fields) -> Part:
+    """A part of a chat message.
+
+    To a model that is named claude-* Cursor sends calls and results in Anthropic's form.
+    Source: https://github.com/router-for-me/CLIProxyAPI/pull/3804
+    """
+    match part.text("type"):
+        case "tool_use":
+            arguments = dumps(part.get("input", "an object") or {})
+            return ToolCall(part.needed_text("id"), part.needed_text("name"), arguments)
+        case "tool_result":
+            content = tuple(parse_content(part, parse_part))
+            return ToolResult(part.needed_text("tool_use_id"), content)
+        case "thinking" | "redacted_thinking":
+            return Thinking("")
+        case _:
+            return parse_part(part)
+
+
+def parse_assistant_parts(message: Fields) -> list[Part]:
+    """The texts, images and calls of a model. A client sends images back as it was sent them."""
+    parts: list[Part] = []
+    for part in parse_content(message, parse_block):
+        if isinstance(part, Text) and ";base64," in part.text:
+            parts += split_images(part.text)
+        else:
+            parts.append(part)
+    parts += map(parse_part, message.objects("images"))
+    parts += map(parse_call, message.objects("tool_calls"))
+    if call := message.object("function_call"):
+        name = call.needed_text("name")
+        parts.append(ToolCall(f"call_{name}", name, call.text("arguments") or ""))
+    return parts
+
+
+MARKDOWN_IMAGE = re.compile(
+    r"!\[[^\[\]]{0,100}\]\(data:(image/(?:png|jpeg|webp));base64,([\w+/=-]+)\)", re.ASCII
+)
+
+
+def split_images(text: str) -> list[Text | Media]:
+    """A text and its Markdown images: as words these would be a token for every few bytes."""
+    parts: list[Text | Media] = []
+    end = 0
+    for image in MARKDOWN_IMAGE.finditer(text):
+        if is_base64(image[2]):
+            parts += [Text(text[end : image.start()]), Media(image[1], image[2])]
+            end = image.end()
+    return [*parts, Text(text[end:])]
+
+
+def parse_call(call: Fields) -> ToolCall:
+    custom = call.text("type") == "custom"
+    kind, key = CALL_KEYS[custom]
+    inner = call.object(kind) or call.missing(kind)
+    id, name = call.needed_text("id"), inner.needed_text("name")
+    return ToolCall(id, name, inner.text(key) or "", signature_of(call), custom=custom)
+
+
+def signature_of(call: Fields) -> str | None:
+    """The thought signature where Google's own OpenAI endpoint has it."""
+    match call.value.get("extra_content"):
+        case {"google": {"thought_signature": str(signature)}} if is_base64(signature):
+            return signature
+        case _:
+            return None
+
+
+# ---- completions
+
+
+def parse_completion(body: Any, past: Past = None) -> list[Request]:
+    """A completions body: one request a prompt. Raises BadRequest."""
+    fields = Fields(body)
+    sampling = parse_sampling(fields)
+    prompts = parse_prompts(fields, sampling["n"])
+    shared = Request(
+        model=fields.model(),
+        messages=(),
+        system=(COMPLETE_THE_MIDDLE,) if fields.text("suffix") else (),
+        max_output_tokens=fields.count("max_tokens", low=0) or None,
+        sources={"max_output_tokens": "/max_tokens"},
+        **sampling,
+    )
+    shared = with_changes(shared, fields, COMPLETION_FIELDS)
+    messages = [Message("user", (Text(prompt),)) for prompt in prompts]
+    return [replace(shared, messages=(message,)) for message in messages]
+
+
+def parse_prompts(fields: Fields, n: int) -> list[str]:
+    """The prompts, of which each is to be answered `n` times; with the suffix, if there is one."""
+    remedy = "Send the text itself; token arrays are not served"
+    prompts = fields.texts("prompt", remedy) or [""]
+    if len(prompts) * n > CHOICES_MAX:
+        what = f"times 'n' is more than {CHOICES_MAX} choices"
+        raise fields.wrong("prompt", what, "Send fewer prompts at once")
+    suffix = fields.text("suffix")
+    if not suffix:
+        return prompts
+    fields.change("suffix", "emulated", "asked for by an instruction")
+    return [f"<prefix>{prompt}</prefix>\n<suffix>{suffix}</suffix>" for prompt in prompts]
+
+
+# ---- answers
 
 
 def render_usage(usage: Usage) -> dict[str, Any]:
@@ -2289,323 +2336,311 @@ def render_usage(usage: Usage) -> dict[str, Any]:
         "completion_tokens_details": {
             "reasoning_tokens": usage.reasoning,
             "audio_tokens": 0,
-            **PREDICTED,
+            "accepted_prediction_tokens": 0,
+            "rejected_prediction_tokens": 0,
         },
     }
 
 
 def render_call(call: ToolCall) -> dict[str, Any]:
-    kind, what = ("custom", "input") if call.custom else ("function", "arguments")
-    entry: dict[str, Any] = {
-        "id": call.id,
-        "type": kind,
-        kind: {"name": call.name, what: call.arguments},
-    }
+    kind, key = CALL_KEYS[call.custom]
+    function = {"name": call.name, key: call.arguments}
+    entry: dict[str, Any] = {"id": call.id, "type": kind, kind: function}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
 
 
-def render_media(media: Media, index: int, head: Head) -> tuple[str, Any]:
-    """Where in a message or delta generated media stand: `audio` as OpenAI has it, else `images` as its routers do."""
-    if media.mime.startswith("audio/"):
-        about = {"id": f"audio_{head.id}", "expires_at": head.created + 3600, "transcript": ""}
-        return "audio", about | {"data": media.data}
-    url = f"data:{media.mime};base64,{media.data}"
-    if head.images_in_text:
-        return "content", f"![image]({url})"
-    return "images", [{"type": "image_url", "index": index, "image_url": {"url": url}}]
-
-
-def chat_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
-    return [
-        {"type": "url_citation", "url_citation": render_citation(citation)}
-        for citation in citations
-    ]
+def render_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
+    return [{"type": "url_citation", "url_citation": render_citation(each)} for each in citations]
 
 
 def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"content": list(logprobs), "refusal": None} if logprobs else None
 
 
-class Frames:
-    """What the chunks of chat and completions have in common: head, tail, usage chunk, error, [DONE]."""
-
-    def __init__(self, known: Mapping[str, Any], head: Head) -> None:
-        self.head = f'data: {dumps(known)[:-1]},"choices":['
-        self.tail = (',"usage":null' if head.include_usage else "") + "}\n\n"
-        self._include_usage = head.include_usage
-
-    def choice(self, entry: str) -> str:
-        return f"{self.head}{entry}]{self.tail}"
-
-    def last(self, end: Ended | Failed) -> str:
-        if isinstance(end, Failed):
-            return f"data: {dumps(openai_error(end.error))}\n\n"
-        usage = (
-            f'{self.head}],"usage":{dumps(render_usage(end.usage))}}}\n\n'
-            if self._include_usage
-            else ""
-        )
-        return usage + DONE
+Content = PartStart | Delta | Annotated | PartEnd  # the events inside one choice
 
 
-class ChatRenderer(Renderer):
-    """Events to the frames of a chat stream, or the object of a whole answer."""
+class ChoiceRenderer(Renderer):
+    """The common part of chat and completions.
 
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
-        self._head = head
-        self._legacy = bool(body.get("functions")) and not body.get("tools")
-        self._calls: dict[int, int] = {}
-        self._media: dict[int, list[str]] = {}  # of each choice, where it got media
-        self._custom = False
-        self._before_text: dict[
-            int, str
-        ] = {}  # of each choice that has begun, how a chunk of its text begins
-        self._after_text = ""
+    A chunk shows one choice; behind them come a chunk for the usage and [DONE], or an error.
+    """
 
-    def _known(self, kind: str) -> dict[str, Any]:
-        head = self._head
-        known = {
-            "id": f"chatcmpl-{head.id}",
+    def __init__(self, head: Head, prefix: str, kind: str, **more: str) -> None:
+        self._known: dict[str, Any] = {
+            "id": f"{prefix}-{head.id}",
             "object": kind,
             "created": head.created,
             "model": head.model,
+            **more,
+            "system_fingerprint": FINGERPRINT,
         }
-        return {**known, "service_tier": "default", "system_fingerprint": FINGERPRINT}
+        self._include_usage = head.include_usage
+        self._after = '],"usage":null}\n\n' if head.include_usage else "]}\n\n"
 
     @functools.cached_property
-    def _frames(self) -> Frames:
-        return Frames(self._known("chat.completion.chunk"), self._head)
+    def _before(self) -> str:
+        """The start of a chunk, up to its choices. An answer that is not streamed needs none."""
+        return f'data: {dumps(self._known)[:-1]},"choices":['
+
+    def render(self, event: Event) -> str:
+        match event:
+            case Started():
+                return ""
+            case Ended() | Failed():
+                return self._end(event)
+            case Finished():
+                return self._finish(event)
+            case _:
+                return self._more(event)
+
+    @abstractmethod
+    def _more(self, event: Content) -> str:
+        """The frames of an event inside an answer."""
+
+    @abstractmethod
+    def _finish(self, event: Finished) -> str: ...
+
+    def _frame(self, entry: str) -> str:
+        return f"{self._before}{entry}{self._after}"
+
+    def _end(self, event: Ended | Failed) -> str:
+        if isinstance(event, Failed):
+            return f"data: {dumps(openai_error(event.error))}\n\n"
+        if not self._include_usage:
+            return DONE
+        return f'{self._before}],"usage":{dumps(render_usage(event.usage))}}}\n\n{DONE}'
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        reply = collect(events)
+        return {
+            **self._known,
+            "object": self._known["object"].removesuffix(".chunk"),
+            "choices": [self.whole_choice(*each) for each in sorted(reply.choices.items())],
+            "usage": render_usage(reply.usage),
+        }
+
+    @abstractmethod
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
+
+
+class ChatRenderer(ChoiceRenderer):
+    """Events to the frames of a chat stream, or the object of a whole answer."""
+
+    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+        super().__init__(head, "chatcmpl", "chat.completion.chunk", service_tier="default")
+        self._id, self._audio_until = head.id, head.created + 3600
+        self._images_in_text = head.images_in_text
+        # A body with chat's old `functions` is answered in their form.
+        self._legacy = bool(body.get("functions")) and not body.get("tools")
+        # Of each choice, its calls and the fields that its media were sent in.
+        self._calls: dict[int, list[ToolCall]] = defaultdict(list)
+        self._media: dict[int, list[str]] = defaultdict(list)
+        # The start of a chunk of text, of each choice that has begun; and the end of all of them.
+        self._before_text: list[str] = []
+        self._after_text = f'}},"logprobs":null,"finish_reason":null}}{self._after}'
 
     def frames(self, events: Iterable[Event]) -> str:
-        """The frames of the events of one read; nine of ten are more text of a choice that has begun."""
-        begun, frames = self._before_text, ""
+        """The frames of one read's events; nine of ten are more text of a choice that has begun."""
+        begun, after, frames = self._before_text, self._after_text, ""
         for event in events:
-            if event.__class__ is TextDelta and event.choice in begun:
-                frames += f"{begun[event.choice]}{encode_basestring(event.text)}{self._after_text}"
+            if event.__class__ is TextDelta and event.choice < len(begun):
+                frames += f"{begun[event.choice]}{encode_basestring(event.text)}{after}"
             else:
                 frames += self.render(event)
         return frames
 
-    def render(self, event: Event) -> str:
+    def _more(self, event: Content) -> str:
+        delta = self._delta(event)
+        return self._chunk(event.choice, delta) if delta else ""
+
+    def _finish(self, event: Finished) -> str:
+        reason, logprobs = self._reason(event.reason), render_logprobs(event.logprobs)
+        return self._chunk(event.choice, {}, reason, logprobs)
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: Mapping[str, Any],
+        finish: str | None = None,
+        logprobs: Mapping[str, Any] | None = None,
+    ) -> str:
+        frames = ""
+        for index in range(len(self._before_text), choice + 1):  # SDKs count choices up
+            self._before_text.append(f'{self._before}{{"index":{index},"delta":{{"content":')
+            frames += self._chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        entry = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        return frames + self._frame(dumps(entry))
+
+    def _delta(self, event: Content) -> dict[str, Any]:
+        """The fields that an event adds to its choice's message."""
         match event:
-            case TextDelta(choice, text):
-                return self._delta(choice, f'{{"content":{encode_basestring(text)}}}')
-            case ThinkingDelta(choice, text):
-                return self._delta(choice, f'{{"reasoning_content":{encode_basestring(text)}}}')
+            case TextDelta(text=text):
+                return {"content": text}
+            case ThinkingDelta(text=text):
+                return {"reasoning_content": text}
             case PartStart(choice, ToolCall() as call):
-                return self._start_call(choice, call)
+                self._calls[choice].append(call)
+                return self._call_delta(choice, render_call(call))
             case ArgumentsDelta(choice, text):
-                entry = (
-                    {"custom": {"input": text}}
-                    if self._custom
-                    else {"function": {"arguments": text}}
-                )
-                return self._call(choice, entry)
+                kind, key = CALL_KEYS[self._calls[choice][-1].custom]
+                return self._call_delta(choice, {kind: {key: text}})
             case PartStart(choice, Media() as media):
-                return self._image(choice, media)
-            case Annotated(choice, citations):
-                return (
-                    self._delta(choice, dumps({"annotations": chat_annotations(citations)}))
-                    if citations
-                    else ""
-                )
-            case Finished(choice, reason, logprobs):
-                return self._delta(
-                    choice, "{}", f'"{self._reason(reason)}"', dumps(render_logprobs(logprobs))
-                )
-            case Ended() | Failed():
-                return self._frames.last(event)
-            case Started() | PartStart() | PartEnd():
-                return ""
+                return self._media_delta(choice, media)
+            case Annotated(citations=citations) if citations:
+                return {"annotations": render_annotations(citations)}
+            case PartStart() | PartEnd() | Annotated():
+                return {}
             case _:
                 assert_never(event)
+
+    def _call_delta(self, choice: int, entry: dict[str, Any]) -> dict[str, Any]:
+        index = len(self._calls[choice]) - 1
+        if not self._legacy:
+            return {"tool_calls": [{"index": index, **entry}]}
+        if index:
+            return {}  # the old form knows one call an answer
+        return {"function_call": entry["function"]}
+
+    def _media_delta(self, choice: int, media: Media) -> dict[str, Any]:
+        sent = self._media[choice]
+        key, value = self._render_part(media, sent.count("images"))
+        if key == "audio" and key in sent:
+            return {}  # SDKs would join a second one with the first
+        sent.append(key)
+        return {key: value}
+
+    def _render_part(self, part: Part, images: int) -> tuple[str, Any]:
+        """The field of a message that a part adds to, and what it adds behind so many `images`.
+
+        `audio` is OpenAI's field, `images` that of routers in front of it.
+        """
+        match part:
+            case Text(text):
+                return "content", text
+            case Thinking(text):
+                return "reasoning_content", text
+            case ToolCall():
+                return "tool_calls", [render_call(part)]
+            case Media(mime, data) if mime.startswith("audio/"):
+                audio = {"id": f"audio_{self._id}", "expires_at": self._audio_until}
+                return "audio", audio | {"transcript": "", "data": data}
+            case Media(mime, data) if self._images_in_text:
+                return "content", f"![image](data:{mime};base64,{data})"
+            case Media(mime, data):
+                image = {"url": f"data:{mime};base64,{data}"}
+                return "images", [{"type": "image_url", "index": images, "image_url": image}]
+            case ToolResult():
+                return "content", ""
+            case _:
+                assert_never(part)
+
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+        for part in choice.parts:
+            key, value = self._render_part(part, len(message.get("images", ())))
+            if key not in message:
+                message[key] = value
+            elif key != "audio":
+                message[key] += value
+        if choice.citations:
+            message["annotations"] = render_annotations(choice.citations)
+        if "tool_calls" in message:
+            message["content"] = message["content"] or None
+            if self._legacy:
+                message["function_call"] = message.pop("tool_calls")[0]["function"]
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": render_logprobs(choice.logprobs),
+            "finish_reason": self._reason(choice.reason),
+        }
 
     def _reason(self, reason: FinishReason) -> str:
         return "function_call" if self._legacy and reason == "tool_calls" else reason
 
-    def _start_call(self, choice: int, call: ToolCall) -> str:
-        self._calls[choice] = self._calls.get(choice, -1) + 1
-        self._custom = call.custom
-        return self._call(choice, render_call(call))
 
-    def _call(self, choice: int, entry: dict[str, Any]) -> str:
-        index = self._calls[choice]
-        if self._legacy:  # which knows one call an answer
-            return (
-                self._delta(choice, dumps({"function_call": entry["function"]}))
-                if index == 0
-                else ""
-            )
-        return self._delta(choice, dumps({"tool_calls": [{"index": index, **entry}]}))
-
-    def _image(self, choice: int, media: Media) -> str:
-        given = self._media.setdefault(choice, [])
-        key, told = render_media(media, given.count("images"), self._head)
-        if key == "audio" and key in given:
-            return ""  # SDKs would join a second one with the first
-        given.append(key)
-        return self._delta(choice, dumps({key: told}))
-
-    def _delta(self, choice: int, delta: str, finish: str = "null", logprobs: str = "null") -> str:
-        first = "" if choice in self._before_text else self._open(choice)
-        frame = (
-            f'{{"index":{choice},"delta":{delta},"logprobs":{logprobs},"finish_reason":{finish}}}'
-        )
-        return first + self._frames.choice(frame)
-
-    def _open(self, choice: int) -> str:
-        """The first chunk of a choice, after those of the choices before it: SDKs count them up."""
-        new = [each for each in range(choice + 1) if each not in self._before_text]
-        self._after_text = f'}},"logprobs":null,"finish_reason":null}}]{self._frames.tail}'
-        for each in new:
-            self._before_text[each] = f'{self._frames.head}{{"index":{each},"delta":{{"content":'
-        return "".join(
-            self._delta(each, '{"role":"assistant","content":"","refusal":null}') for each in new
-        )
-
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        reply = collect(events)
-        choices = [
-            self.whole_choice(index, choice) for index, choice in sorted(reply.choices.items())
-        ]
-        return {
-            **self._known("chat.completion"),
-            "choices": choices,
-            "usage": render_usage(reply.usage),
-        }
-
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
-        calls: list[dict[str, Any]] = []
-        for part in choice.parts:
-            match part:
-                case Text(text):
-                    message["content"] += text
-                case Thinking(text):
-                    message["reasoning_content"] = message.get("reasoning_content", "") + text
-                case ToolCall():
-                    calls.append(render_call(part))
-                case Media():
-                    key, told = render_media(part, len(message.get("images", ())), self._head)
-                    if key not in message:
-                        message[key] = told
-                    elif key != "audio":
-                        message[key] += told
-                case ToolResult():
-                    pass
-        if choice.citations:
-            message["annotations"] = chat_annotations(choice.citations)
-        if calls:
-            message |= (
-                {"function_call": calls[0]["function"]} if self._legacy else {"tool_calls": calls}
-            )
-            message["content"] = message["content"] or None
-        logprobs, reason = render_logprobs(choice.logprobs), self._reason(choice.reason)
-        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": reason}
-
-
-class CompletionRenderer(Renderer):
+class CompletionRenderer(ChoiceRenderer):
     """Events to the frames of a completions stream, or the object of a whole answer."""
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
-        prompts = body.get("prompt") or ""
-        self._echo = (
-            (prompts if isinstance(prompts, list) else [prompts]) if body.get("echo") else []
-        )
+        super().__init__(head, "cmpl", "text_completion")
+        self._echo = Fields(body).texts("prompt") if body.get("echo") else []
         self._n = body.get("n") or 1
-        about = {"object": "text_completion", "created": head.created, "model": head.model}
-        self._known = {"id": f"cmpl-{head.id}", **about, "system_fingerprint": FINGERPRINT}
-        self._frames = Frames(self._known, head)
-        self._opened: set[int] = set()
+        self._begun: set[int] = set()
 
-    def frames(self, events: Iterable[Event]) -> str:
-        return "".join(map(self.render, events))
+    def _more(self, event: Content) -> str:
+        return self._text(event.choice, event.text) if isinstance(event, TextDelta) else ""
 
-    def render(self, event: Event) -> str:
-        match event:
-            case TextDelta(choice, text):
-                return self._text(choice, text)
-            case Finished(choice, reason):
-                return self._text(choice, "", '"stop"' if reason == "tool_calls" else f'"{reason}"')
-            case Ended() | Failed():
-                return self._frames.last(event)
-            case (
-                Started()
-                | PartStart()
-                | PartEnd()
-                | ThinkingDelta()
-                | ArgumentsDelta()
-                | Annotated()
-            ):
-                return ""
-            case _:
-                assert_never(event)
+    def _finish(self, event: Finished) -> str:
+        return self._text(event.choice, "", f'"{self._reason(event.reason)}"')
 
     def _text(self, choice: int, text: str, finish: str = "null") -> str:
-        if choice not in self._opened:
-            self._opened.add(choice)
+        if choice not in self._begun:
+            self._begun.add(choice)
             text = self._prompt(choice) + text
-        entry = f'{{"text":{encode_basestring(text)},"index":{choice},"logprobs":null,"finish_reason":{finish}}}'
-        return self._frames.choice(entry)
+        start = f'{{"text":{encode_basestring(text)},"index":{choice}'
+        return self._frame(f'{start},"logprobs":null,"finish_reason":{finish}}}')
 
     def _prompt(self, choice: int) -> str:
         """The prompt that a choice echoes: choices are numbered prompt by prompt."""
         return self._echo[choice // self._n] if self._echo else ""
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        reply = collect(events)
-        choices = [
-            self._whole_choice(index, choice) for index, choice in sorted(reply.choices.items())
-        ]
-        return {**self._known, "choices": choices, "usage": render_usage(reply.usage)}
-
-    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        reason = "stop" if choice.reason == "tool_calls" else choice.reason
+    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         return {
             "text": self._prompt(index) + choice.text,
             "index": index,
             "logprobs": None,
-            "finish_reason": reason,
+            "finish_reason": self._reason(choice.reason),
         }
 
+    def _reason(self, reason: FinishReason) -> str:
+        return "stop" if reason == "tool_calls" else reason
+
+
+CHAT = Door("/v1/chat/completions", CHAT_FIELDS, parse_chat, ChatRenderer)
+COMPLETIONS = Door(
+    "/v1/completions",
+    COMPLETION_FIELDS,
+    parse_completion,
+    CompletionRenderer,
+    long_field="prompt",
+)
 
 # ==============================================================================
 # 7. Responses
 # ==============================================================================
 
-RESPONSE_FIELDS: Fates = {
-    **SAMPLING_FIELDS,
-    **TOOL_FIELDS,
-    "input": ("mapped", "contents and systemInstruction"),
-    "instructions": ("mapped", "systemInstruction"),
-    "max_output_tokens": ("mapped", "generationConfig.maxOutputTokens"),
-    "text": ("mapped", "generationConfig.responseMimeType and responseJsonSchema"),
-    "reasoning": ("mapped", "generationConfig.thinkingConfig"),
-    "include": ("ignored", "what there is, is included"),
-    "truncation": ("ignored", "nothing is truncated"),
-    "context_management": ("ignored", "nothing is truncated"),
-    "max_tool_calls": ("ignored", "counts hosted tools only"),
-    "client_metadata": ("ignored", "no effect on the answer"),
-    "store": ("mapped", "the response is kept, for previous_response_id"),
-    "previous_response_id": ("mapped", "the conversation that is kept, before the input"),
-    "background": ("mapped", "answered beside the connection, where responses are kept"),
-    "conversation": ("mapped", "refused"),
-    "prompt": ("mapped", "refused"),
-    **dict.fromkeys(("n", "logprobs", "top_logprobs"), ("dropped", "not served here")),
-}
+RESPONSE_FIELDS = (
+    SAMPLING_FIELDS
+    | TOOL_FIELDS
+    | fates(
+        "mapped",
+        input="contents and systemInstruction",
+        instructions="systemInstruction",
+        max_output_tokens="generationConfig.maxOutputTokens",
+        text="generationConfig.responseMimeType and responseJsonSchema",
+        reasoning="generationConfig.thinkingConfig",
+        previous_response_id="the conversation that is kept, before the input",
+        background="answered beside the connection, where responses are kept",
+        conversation="refused",
+        prompt="refused",
+    )
+    | fates("mapped", "true or false", store="the response is kept, for previous_response_id")
+    | fates("ignored", "a string", truncation="nothing is truncated")
+    | fates(
+        "ignored",
+        "an array",
+        include="what there is, is included",
+        context_management="nothing is truncated",
+    )
+    | fates("ignored", "a whole number", max_tool_calls="counts hosted tools only")
+    | fates("ignored", "an object", client_metadata="no effect on the answer")
+    | fates("dropped", n=NOT_HERE, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
+)
 RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
-
-
-def read_body(body: Any) -> tuple[list[Request], Fates]:
-    """The requests of a body of any format, and its table of fields. Raises BadRequest."""
-    given = {key for key, value in Fields(body).value.items() if value is not None}
-    if "prompt" in given and not given & {"messages", "input"}:
-        return parse_completion(body), COMPLETION_FIELDS
-    if "input" in given and "messages" not in given:
-        return parse_response(body, ()), RESPONSE_FIELDS
-    return [parse_chat(body)], CHAT_FIELDS
 
 
 def parse_response(body: Any, past: Past = None) -> list[Request]:
@@ -2614,7 +2649,7 @@ def parse_response(body: Any, past: Past = None) -> list[Request]:
     refuse_state(fields, keeps=past is not None)
     messages, system, tools = parse_input(fields, past or ())
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
-    fields.count("top_logprobs", 20, low=0)
+    fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0)
     request = Request(
         model=fields.model(),
         system=system,
@@ -2662,6 +2697,11 @@ def parse_reasoning(fields: Fields) -> ThinkingWish:
 
 # ---- input items
 
+# Items that only a hosted tool makes; in a replayed history they are passed over.
+HOSTED_ITEMS = re.compile(
+    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
+)
+
 
 def parse_input(
     fields: Fields, past: Sequence[Any]
@@ -2675,7 +2715,7 @@ def parse_input(
     for item in input_items(fields, past):
         if item.value.get("type") == "additional_tools":
             added[:0] = parse_tools(item)  # so that of two with one name the newer holds
-        elif item.value.get("role") in SYSTEM_ROLES:
+        elif is_system(item):
             system += texts_of(item)
         elif message := parse_item(item):
             messages.append(message)
@@ -2823,7 +2863,7 @@ def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
 
 @value
 class Filling:
-    """How a stream fills an output item between the two events that open and end it."""
+    """The content of an output item as a stream shows it, after the event that opens the item."""
 
     empty: dict[str, Any]  # the members that are filled, as they stand when the item opens
     deltas: str = ""  # the name of the deltas' events
@@ -2834,7 +2874,7 @@ class Filling:
 
 
 def filling_of(item: Mapping[str, Any]) -> Filling:
-    """The filling of a whole item; an image is not sent in pieces."""
+    """The filling of an item that is complete; an image is not sent in pieces."""
     match item:
         case {"type": "message", "content": [part]}:
             return text_filling(part)
@@ -3252,51 +3292,86 @@ RESPONSES = Door(
 # 8. Embeddings
 # ==============================================================================
 
-EMBEDDINGS_MAX = 2048
+EMBEDDINGS_MAX = 2048  # OpenAI's limit
+EMBEDDINGS_REMEDY = (
+    "Send a text or texts, not tokens; "
+    "for LangChain's Python class set check_embedding_ctx_length=False"
+)
 
 
 def parse_embeddings(body: Any) -> EmbeddingRequest:
     """An embeddings body. Raises BadRequest."""
     fields = Fields(body)
-    value = fields.value.get("input")
-    if value is None:
+    if fields.value.get("input") is None:
         fields.missing("input")
     fields.text("user")
-    texts = value if isinstance(value, list) else [value]
-    if not texts or not all(isinstance(text, str) and text for text in texts):
-        remedy = "Send a text or texts; for LangChain's Python class set check_embedding_ctx_length=False"
-        what = "is empty or not made of strings; token arrays are not served"
-        raise fields.wrong("input", what, remedy, "invalid_type")
+    texts = fields.texts("input", EMBEDDINGS_REMEDY)
+    if not texts or not all(texts):
+        raise fields.wrong("input", "holds nothing", EMBEDDINGS_REMEDY, "invalid_type")
     if len(texts) > EMBEDDINGS_MAX:
-        raise fields.wrong(
-            "input", f"holds {len(texts)} texts", f"Send at most {EMBEDDINGS_MAX} at once"
-        )
-    form = fields.text("encoding_format") or "float"
-    if form not in ("float", "base64"):
-        raise fields.wrong("encoding_format", f"is '{form}'", "Send float or base64")
-    return EmbeddingRequest(
-        fields.model(), tuple(map(str, texts)), fields.count("dimensions"), form == "base64"
-    )
+        remedy = f"Send at most {EMBEDDINGS_MAX} at once"
+        raise fields.wrong("input", f"holds {len(texts)} texts", remedy)
+    encoding = fields.text("encoding_format") or "float"
+    if encoding not in ("float", "base64"):
+        raise fields.wrong("encoding_format", f"is '{encoding}'", "Send float or base64")
+    dimensions = fields.count("dimensions")
+    return EmbeddingRequest(fields.model(), tuple(texts), dimensions, encoding == "base64")
 
 
 def render_embeddings(
     request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int
 ) -> dict[str, Any]:
-    """The list of embeddings; base64 is of little-endian float32, as OpenAI's SDKs ask for it by default."""
+    """The list of embeddings.
 
-    def shown(vector: Sequence[float]) -> Any:
-        return (
-            base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode()
-            if request.base64
-            else vector
-        )
-
+    Base64 is of little-endian float32; OpenAI's SDKs ask for it by default.
+    """
+    embeddings: Sequence[Any] = vectors
+    if request.base64:
+        packed = (struct.pack(f"<{len(vector)}f", *vector) for vector in vectors)
+        embeddings = [base64.b64encode(floats).decode() for floats in packed]
     data = [
-        {"object": "embedding", "index": i, "embedding": shown(vector)}
-        for i, vector in enumerate(vectors)
+        {"object": "embedding", "index": i, "embedding": embedding}
+        for i, embedding in enumerate(embeddings)
     ]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
     return {"object": "list", "data": data, "model": request.model, "usage": usage}
+
+
+# ---- the table of doors
+
+
+def door_of(body: Any) -> Door:
+    """The door that a body is meant for, by the field that holds the conversation."""
+    fields = body if isinstance(body, dict) else {}
+    return next((door for door in DOORS if fields.get(door.long_field) is not None), DOORS[0])
+
+
+def explain_fields(
+    body: Mapping[str, Any], table: Fates, changes: Iterable[Change]
+) -> dict[str, str]:
+    """The fate of each field of a body, and of each changed place inside one, by JSON pointer."""
+    explained: dict[str, str] = {}
+    for key, value in body.items():
+        fate, reason, _ = table.get(key, UNKNOWN)
+        if value is None:
+            fate, reason = "ignored", "null is as if it were not there"
+        explained[f"/{escaped(key)}"] = f"{fate}: {reason}"
+    changed: dict[str, str] = {}
+    for change in changes:
+        earlier = changed.get(change.pointer)
+        before = f"{earlier};" if earlier else f"{change.kind}:"
+        changed[change.pointer] = f"{before} {change.reason}"
+    return explained | changed
+
+
+def parse_chat_or_response(body: Any, past: Past) -> list[Request]:
+    """A chat body, or one of Responses: Cursor sends those to the path of chat. Raises BadRequest."""
+    parse = parse_response if door_of(body) is RESPONSES else parse_chat
+    return parse(body, past)
+
+
+# In this order, because a Responses body too may have a `prompt`.
+DOORS = (replace(CHAT, parse=parse_chat_or_response), RESPONSES, COMPLETIONS)
 
 
 # ==============================================================================
@@ -5012,7 +5087,7 @@ class SignatureMemory:
 
     def __init__(self, size: int = SIGNATURES_MAX) -> None:
         self._size = size
-        self._known: dict[str, list[Any]] = {}  # the rest of an entry, by its key
+        self._known: dict[str, tuple[str, Any]] = {}  # the model that signed, and the signature
 
     def remember(self, events: Iterable[Event], model: str) -> None:
         for event in events:
@@ -5023,8 +5098,8 @@ class SignatureMemory:
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
         """Takes in entries made by `signature_entry`."""
-        for key, *entry in entries:
-            self._known[key] = entry
+        for key, model, signature, *span in entries:
+            self._known[key] = (model, Signature(signature, *span) if span else signature)
             if len(self._known) > self._size:
                 del self._known[next(iter(self._known))]
 
@@ -5036,10 +5111,10 @@ class SignatureMemory:
         def signed(part: Part) -> Part:
             if not isinstance(part, ToolCall | Text):
                 return part
-            signer, *known = self._known.get(signature_key(part), (model, None))
+            signer, known = self._known.get(signature_key(part), (model, None))
             signature: Any = None
             if signer == model:
-                signature = part.signature or signature_of(*known)
+                signature = part.signature or known
             return part if signature is part.signature else replace(part, signature=signature)
 
         return with_signatures(request, signed)
@@ -5055,11 +5130,6 @@ def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
     if isinstance(part.signature, Signature):
         return [*entry, part.signature.value, part.signature.start, part.signature.end]
     return [*entry, part.signature]
-
-
-def signature_of(signature: Any, *span: int) -> Any:
-    """The signature of an entry: a text's has a span."""
-    return Signature(signature, *span) if span else signature
 
 
 def seal_entry(entry: list[Any], secret: bytes) -> str:
@@ -8578,18 +8648,14 @@ async def listen(
     return int(listener.sockets[0].getsockname()[1])
 
 
-DOORS: Mapping[str, tuple[Callable[[Any], Request | list[Request]], type[Renderer]]] = {
-    "chat/completions": (parse_chat, ChatRenderer),
-    "completions": (parse_completion, CompletionRenderer),
-    "responses": (parse_response, ResponseRenderer),
-}
+DOOR_OF = {door.path.removeprefix("/v1/"): door for door in DOORS}
 STORED = "responses/{id}"
 METHODS = {
     **dict.fromkeys(("healthz", "models", f"{STORED}/input_items"), "GET"),
-    **dict.fromkeys((*DOORS, "embeddings", "responses/input_tokens", f"{STORED}/cancel"), "POST"),
+    **dict.fromkeys((*DOOR_OF, "embeddings", "responses/input_tokens", f"{STORED}/cancel"), "POST"),
     STORED: "GET, DELETE",
 }
-ENDPOINTS = f"models|embeddings|{'|'.join(DOORS)}"
+ENDPOINTS = f"models|embeddings|{'|'.join(DOOR_OF)}"
 # Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
 ROUTE = re.compile(
     rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<route>healthz|responses/input_tokens|{ENDPOINTS})"
@@ -8682,7 +8748,7 @@ class Gateway(App):
             response = found if isinstance(found, HttpResponse) else await found
         except GatewayError as error:
             if error.code == "context_length_exceeded":
-                error.param = "input" if trace.route == "responses" else "messages"
+                error.param = DOOR_OF.get(trace.route, CHAT).long_field
             response = error_response(error, trace)
         except RecursionError:
             response = error_response(
@@ -8911,11 +8977,7 @@ class Gateway(App):
             owners = {
                 name: owners.get(name) or owners.get(await self._upstream.resolve(name), "google")
             }
-        data = [
-            {"id": id, "object": "model", "created": 0, "owned_by": owner}
-            for id, owner in owners.items()
-        ]
-        return data[0] if name else {"object": "list", "data": data}
+        return openai_models([Listed(*each) for each in owners.items()], one=bool(name))
 
     async def _embed(self, body: Any, trace: Trace) -> HttpResponse:
         request = parse_embeddings(body)
@@ -8983,7 +9045,7 @@ class Gateway(App):
         try:
             return Begun(await self._ask(requests, trace), renderer, payloads, kept)
         except UpstreamRefused:
-            refuse_damaged(DOORS[trace.route][0], body, payloads)
+            refuse_damaged(DOOR_OF[trace.route].parse, body, payloads)
             raise
 
     async def _ask(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
@@ -8998,25 +9060,20 @@ class Gateway(App):
         self, http: HttpRequest, trace: Trace
     ) -> tuple[list[Request], Renderer, Any, dict[str, bytes]]:
         """The requests of a body, what renders their answer, and the body without long base64, which is apart."""
-        parse, form = DOORS[trace.route]
+        door = DOOR_OF[trace.route]
         data = await http.read()
-        seems = (
-            is_base64 if form is ResponseRenderer else seems_base64
-        )  # what is kept must be whole
+        seems = is_base64 if door.keeps else seems_base64  # what is kept must be whole
         data, payloads = (data, {}) if trace.route == "completions" else cut_payloads(data, seems)
         body = parse_body(data)
-        keeps = form is ResponseRenderer and self._config.store != "off"
+        keeps = door.keeps and self._config.store != "off"
         past = await self._recall(body, trace) if keeps else None
-        parsed = parse(body) if past is None else parse_response(body, past)
-        requests = parsed if isinstance(parsed, list) else [parsed]
+        requests = door.parse(body, past)
         trace.strict = self._config.strict or http.headers.get("x-agproxy-strict") == "1"
         trace.model = requests[0].model
-        sealing = (
-            await self._sealing(body, requests[0], trace) if form is ResponseRenderer else None
-        )
+        sealing = await self._sealing(body, requests[0], trace) if door.keeps else None
         told = (requests[0].include_usage, self._config.images_in_text, time.time, sealing)
         head = Head(trace.id[4:], int(time.time()), trace.model, *told)
-        return requests, form(head, body), body, payloads
+        return requests, door.renderer(head, body), body, payloads
 
     async def _sealing(
         self, body: Any, request: Request, trace: Trace
@@ -9157,7 +9214,7 @@ class Gateway(App):
         if isinstance(body, dict):
             given = {key: value for key, value in body.items() if value is not None}
             body = {"input": [], "model": self._config.default_model or "gpt-4o", **given}
-        (request,) = parse_response(body, await self._recall(body, trace))
+        [request] = parse_response(body, await self._recall(body, trace))
         trace.model = request.model
         trace.mapped_model = await self._upstream.resolve(request.model)
         tokens = await self._upstream.count(await self._upstream.media.filled(request), trace)
@@ -9337,11 +9394,13 @@ STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask a
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 
 
-def refuse_damaged(parse: Callable[[Any], Any], body: Any, payloads: Mapping[str, bytes]) -> None:
+def refuse_damaged(
+    parse: Callable[[Any, Past], Any], body: Any, payloads: Mapping[str, bytes]
+) -> None:
     """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
     for mark, payload in payloads.items():
         if not is_base64(payload):
-            parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")))
+            parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")), None)
 
 
 def without_words(error: BaseException) -> Any:
@@ -10300,8 +10359,9 @@ def explain(
     config = configured(accounts)
     try:
         body = parse_body(file.read())
-        requests, table = read_body(
-            body | {"model": model} if model and isinstance(body, dict) else body
+        door = door_of(body)
+        requests = door.parse(
+            body | {"model": model} if model and isinstance(body, dict) else body, ()
         )
         mapped = map_model(requests[0].model, config, None)
         traits = traits_of(mapped.model, config.traits)
@@ -10317,7 +10377,7 @@ def explain(
         "rule": mapped.rule,
     }
     told |= {
-        "fields": explain_fields(body, table, changes),
+        "fields": explain_fields(body, door.fields, changes),
         "requests": [one.body for one in built],
     }
     click.echo(pretty(told))

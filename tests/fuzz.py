@@ -303,7 +303,7 @@ def check_file(text: str, _: Random) -> None:
 
 
 def check_chat(body: Any, r: Random) -> None:
-    check_built([agproxy.parse_chat(received(body))], r.sample(g.MODELS, 3), body)
+    check_built(agproxy.parse_chat(received(body)), r.sample(g.MODELS, 3), body)
 
 
 def check_response(body: Any, r: Random) -> None:
@@ -345,17 +345,18 @@ def check_broken(case: tuple[str, str], r: Random) -> None:
 
 def follow_broken(door: str, body: Any, r: Random) -> None:
     """The road of a body that was taken; a refusal names the field, or the body has none."""
-    parse = {"chat": agproxy.parse_chat, "response": agproxy.parse_response, "completion": agproxy.parse_completion}
+    chat, response, completion = agproxy.DOORS
+    parse = {"chat": chat.parse, "response": response.parse, "completion": completion.parse}
     try:
         if door == "embedding":
             return strict_json(
                 agproxy.dump_bytes(agproxy.build_embeddings(agproxy.parse_embeddings(body).texts, "m", 1))
             )
-        parsed: Any = parse[door](body)
+        requests = parse[door](body, None)
     except agproxy.BadRequest as error:
         assert error.param or not isinstance(body, dict), f"no param: {error.message}"
         raise
-    for request in (parsed if isinstance(parsed, list) else [parsed])[:2]:
+    for request in requests[:2]:
         for dialect in DIALECTS:
             strict_json(agproxy.dump_bytes(build(request, r.choice(g.MODELS), dialect).body))
     form = makers(r, [body] * 3)[("chat", "completion", "response").index(door)]

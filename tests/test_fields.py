@@ -58,11 +58,7 @@ API = {"messages": "chat", "tools": "chat", "schemas": "chat", "items": "respons
 MODELS = ("gemini-2.0-flash", "gemini-2.5-flash", "gemini-3-pro-preview", "gemini-3.6-flash", "gemini-4-ultra")
 DIALECTS: tuple[agproxy.Dialect, ...] = ("gemini", "vertex")
 HEAD = agproxy.Head("0123456789abcdef01234567", 1, "gpt-4o", now=lambda: 2)
-RENDERERS: dict[str, Any] = {
-    "chat": agproxy.ChatRenderer,
-    "completions": agproxy.CompletionRenderer,
-    "responses": agproxy.ResponseRenderer,
-}
+DOORS = dict(zip(("chat", "responses", "completions"), agproxy.DOORS, strict=True))
 OF_A_TYPE: dict[str, list[Any]] = {
     "string": ["x", ""],
     "integer": [1, 0],
@@ -103,11 +99,7 @@ DOCUMENTED = {
     "items": """message function_call function_call_output custom_tool_call custom_tool_call_output reasoning
         additional_tools item_reference agent_message compaction hosted other input_image input_file""",
 }
-IN_THE_MODULE = {
-    "chat": agproxy.CHAT_FIELDS,
-    "completions": agproxy.COMPLETION_FIELDS,
-    "responses": agproxy.RESPONSE_FIELDS,
-}
+IN_THE_MODULE = {name: door.fields for name, door in DOORS.items()}
 PUBLISHED = {
     "chat": "CreateChatCompletionRequest",
     "completions": "CreateCompletionRequest",
@@ -158,15 +150,8 @@ def sent(table: str, row: dict[str, Any], case: dict[str, Any]) -> dict[str, Any
 
 def parsed(table: str, body: Any) -> Any:
     """The requests of a body, or the one of an embeddings body."""
-    match API.get(table, table):
-        case "chat":
-            return [agproxy.parse_chat(body)]
-        case "completions":
-            return agproxy.parse_completion(body)
-        case "embeddings":
-            return agproxy.parse_embeddings(body)
-        case _:
-            return agproxy.parse_response(body)
+    api = API.get(table, table)
+    return agproxy.parse_embeddings(body) if api == "embeddings" else DOORS[api].parse(body, None)
 
 
 @cache
@@ -232,7 +217,7 @@ def answered(table: str, body: Any, request: agproxy.Request, made: agproxy.Buil
     reader = agproxy.GeminiReader(lambda: f"call_{next(ids)}", made.tools, parallel_calls=request.parallel_calls)
     said = {"candidates": [{"content": {"role": "model", "parts": parts}, "finishReason": "STOP"}]}
     events = reader.whole(json.dumps(said).encode())
-    whole = RENDERERS[API.get(table, table)](HEAD, body).whole(events)
+    whole = DOORS[API.get(table, table)].renderer(HEAD, body).whole(events)
     return whole | whole["choices"][0]
 
 
@@ -342,7 +327,7 @@ def with_schema(root: Any) -> agproxy.Request:
     function = {"name": "f", "parameters": root}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": root}}
     chat = PLAIN["chat"] | {"tools": [{"type": "function", "function": function}], "response_format": form}
-    return agproxy.parse_chat(chat)
+    return agproxy.parse_chat(chat)[0]
 
 
 def declared(made: agproxy.Built) -> dict[str, Any]:
@@ -372,7 +357,7 @@ def objects(value: Any) -> Iterable[dict[str, Any]]:
 )
 def test_a_schema(case: dict[str, Any]) -> None:
     root = in_a_schema(case)
-    request = agproxy.parse_chat(sent("schemas", {}, {"schema": root}))
+    [request] = agproxy.parse_chat(sent("schemas", {}, {"schema": root}))
     whole = built(request)
     assert (declared(whole).get("parametersJsonSchema"), whole.changes) == (case.get("json", root), ())
     made = built(request, dialect="vertex")
@@ -445,7 +430,7 @@ def test_deep_arguments_and_results_are_sent_in_some_form(depth: int) -> None:
     deep = '{"a":' + "[" * depth + "]" * depth + "}"
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": deep}}
     said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": deep}]
-    made = built(agproxy.parse_chat({"model": "gemini-2.5-flash", "messages": [*HI, *said]}))
+    made = built(agproxy.parse_chat({"model": "gemini-2.5-flash", "messages": [*HI, *said]})[0])
     assert agproxy.dumps(made.body).encode()
 
 
@@ -462,7 +447,7 @@ def test_deep_arguments_and_results_are_sent_in_some_form(depth: int) -> None:
 def test_half_a_surrogate_pair_is_sent_or_refused(where: dict[str, Any]) -> None:
     text = json.dumps(PLAIN["chat"] | where).replace("TEXT", r"\ud800")
     with contextlib.suppress(agproxy.BadRequest):
-        assert agproxy.encoded(agproxy.dumps(built(agproxy.parse_chat(agproxy.parse_body(text.encode()))).body))
+        assert agproxy.encoded(agproxy.dumps(built(agproxy.parse_chat(agproxy.parse_body(text.encode()))[0]).body))
 
 
 # ---- explain
@@ -525,7 +510,7 @@ def test_the_longest_lists_are_read_in_time() -> None:
     tools = [{"type": "function", "name": f"f{i}"} for i in range(30_000)]
     choice = {"type": "allowed_tools", "mode": "required", "tools": tools}
     began = time.process_time()
-    (request,) = agproxy.parse_response(
+    [request] = agproxy.parse_response(
         {"model": "gpt-4o", "input": [item] * 100_000, "tools": tools, "tool_choice": choice}
     )
     assert [len(message.parts) for message in request.messages] == [100_000]

@@ -17,7 +17,7 @@ CALLS = {
 
 
 def contents(*messages: dict[str, Any], model: str = "gemini-3-pro-preview") -> list[dict[str, Any]]:
-    request = agproxy.parse_chat({"model": model, "messages": list(messages)})
+    [request] = agproxy.parse_chat({"model": model, "messages": list(messages)})
     body = agproxy.build_generate_content(request, agproxy.traits_of(model, {})).body
     assert findings(body, model) == []
     return body["contents"]
@@ -88,7 +88,7 @@ def test_neighbours_of_one_role_are_one_turn_and_system_stands_apart() -> None:
                     {"role": "user", "content": [{"type": "text", "text": "b"}]},
                 ],
             }
-        ),
+        )[0],
         agproxy.traits_of("gemini-2.5-flash", {}),
     ).body
     assert body["contents"] == [{"role": "user", "parts": [{"text": "a"}, {"text": "b"}]}]

@@ -44,7 +44,7 @@ class Messages(list[agproxy.Message]):
 
 async def test_an_account_that_rests_keeps_no_body(upstream: agproxy.Upstream, gemini: FakeGemini) -> None:
     gemini.script = [SLOW]
-    messages: Any = Messages(agproxy.parse_chat(HELLO).messages)
+    messages: Any = Messages(agproxy.parse_chat(HELLO)[0].messages)
     kept = weakref.ref(messages)
     with pytest.raises(agproxy.PoolExhausted):
         await upstream.ask(agproxy.Request(FLASH, messages), trace_of(upstream), sse=True)
@@ -58,7 +58,7 @@ async def test_an_answer_that_failed_ends_before_its_connection(gemini: FakeGemi
     upstream = agproxy.Upstream(config_of(gemini))
     gemini.script = [[*said("half", reason=None), {"error": {"code": 503, "message": "Full."}}]]
     gemini.pause_s = 0.1
-    answer = await upstream.ask(agproxy.parse_chat(HELLO), trace_of(upstream), sse=True)
+    answer = await upstream.ask(agproxy.parse_chat(HELLO)[0], trace_of(upstream), sse=True)
     gemini.pause_s = 20
     seen: list[agproxy.Event] = []
     async with asyncio.timeout(5):
@@ -83,7 +83,7 @@ async def test_who_leaves_twice_leaves_no_answer_behind(
         return await asked(request, trace, sse=sse)
 
     upstream.ask = ask  # type: ignore[method-assign]
-    requests = [agproxy.parse_chat(HELLO), agproxy.Request(FLASH, ())]
+    requests = [*agproxy.parse_chat(HELLO), agproxy.Request(FLASH, ())]
     task = asyncio.create_task(upstream.ask_all(requests, trace_of(upstream)))
     await until(lambda: gemini.bodies)
     await asyncio.sleep(0.05)
@@ -120,7 +120,7 @@ async def test_a_reload_keeps_what_serves_on_and_nothing_more(gemini: FakeGemini
     gemini.echo = True
     for number in range(5):
         upstream.adopt(replace(config, heartbeat_s=number + 1.0))
-        answer = await upstream.ask(agproxy.parse_chat(HELLO), trace_of(upstream), sse=False)
+        answer = await upstream.ask(agproxy.parse_chat(HELLO)[0], trace_of(upstream), sse=False)
         answer.close()
     assert len(upstream._opened) == 1
     upstream.adopt(replace(config, timeouts=agproxy.Timeouts(idle_s=5)))
@@ -213,5 +213,5 @@ async def test_a_count_that_is_none_is_no_zero(gemini: FakeGemini, monkeypatch: 
     monkeypatch.setattr(FakeGemini, "count", lambda *_: web.Response(text="<html>"))
     upstream = agproxy.Upstream(config_of(gemini))
     with pytest.raises(agproxy.PoolExhausted, match="cannot be understood"):
-        await upstream.count(agproxy.parse_chat(HELLO), trace_of(upstream))
+        await upstream.count(agproxy.parse_chat(HELLO)[0], trace_of(upstream))
     await upstream.close()
