@@ -1448,7 +1448,7 @@ DONE = "data: [DONE]\n\n"
 Fate = Literal["mapped", "ignored", "dropped"]
 Fates = dict[str, tuple[Fate, str, str]]  # of each field: its fate, why, and its JSON type
 UNKNOWN: tuple[Fate, str, str] = ("dropped", "unknown field", "")
-Past = Sequence[Any] | None  # the items that a kept conversation goes on with; None: none are kept
+Past = Sequence[Any] | None  # the items of a stored conversation; None where nothing is stored
 
 
 def openai_error(error: GatewayError) -> dict[str, Any]:
@@ -1703,7 +1703,9 @@ def with_changes(request: Request, fields: Fields, table: Fates) -> Request:
         asks_for_nothing = value is False or value in (None, [], {})
         if fate == "dropped" and not asks_for_nothing:
             fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
-    return replace(request, changes=tuple(fields.changes)) if fields.changes else request
+    if not fields.changes:
+        return request
+    return replace(request, changes=tuple(fields.changes))
 
 
 # ---- fields of all doors
@@ -1729,7 +1731,7 @@ def parse_sampling(fields: Fields) -> dict[str, Any]:
 
 
 def parse_seed(fields: Fields) -> int | None:
-    """The seed; Gemini's has 32 bits and a sign."""
+    """The seed; Gemini's is a signed number of 32 bits."""
     seed: int | None = fields.get("seed", "a whole number")
     if seed is None:
         return None
@@ -1855,7 +1857,7 @@ def parse_function(function: Fields) -> Tool:
 
 
 def parse_custom(entry: Fields) -> Tool:
-    """A tool that takes free text: a function of one string, with the grammar in its description."""
+    """A tool that takes free text: a function of one string, described by its grammar too."""
     tool = entry.object("custom") or entry
     description = tool.text("description") or ""
     if format := tool.object("format"):
@@ -1877,7 +1879,7 @@ def search_source(fields: Fields) -> dict[str, str]:
 
 
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
-    """Whether the model calls a tool, and which. Objects that hold only a type are Anthropic's."""
+    """The rule for calls: none, any, or named ones. Objects with a type alone are Anthropic's."""
     key = "tool_choice"
     if fields.value.get(key) is None:
         key = "function_call"
@@ -2094,7 +2096,7 @@ def checked_base64(part: Fields, key: str, data: str) -> str:
 # ==============================================================================
 
 FINGERPRINT = "fp_agproxy"
-TOP_LOGPROBS_MAX = 20  # OpenAI's limit; Gemini has the same one
+TOP_LOGPROBS_MAX = 20  # OpenAI's limit
 COMPLETE_THE_MIDDLE = (
     "Write the text that belongs between the prefix and the suffix. Answer with that text alone, "
     "without repeating either and without Markdown fences."
@@ -2377,6 +2379,7 @@ class ChoiceRenderer(Renderer):
             **more,
             "system_fingerprint": FINGERPRINT,
         }
+        self._reasons: dict[str, str] = {}  # by ours, those that this format names differently
         self._include_usage = head.include_usage
         self._after = '],"usage":null}\n\n' if head.include_usage else "]}\n\n"
 
@@ -2392,16 +2395,19 @@ class ChoiceRenderer(Renderer):
             case Ended() | Failed():
                 return self._end(event)
             case Finished():
-                return self._finish(event)
+                return self._render_finish(event)
             case _:
-                return self._more(event)
+                return self._render_content(event)
 
     @abstractmethod
-    def _more(self, event: Content) -> str:
+    def _render_content(self, event: Content) -> str:
         """The frames of an event inside an answer."""
 
     @abstractmethod
-    def _finish(self, event: Finished) -> str: ...
+    def _render_finish(self, event: Finished) -> str: ...
+
+    def _reason(self, reason: FinishReason) -> str:
+        return self._reasons.get(reason, reason)
 
     def _frame(self, entry: str) -> str:
         return f"{self._before}{entry}{self._after}"
@@ -2435,6 +2441,8 @@ class ChatRenderer(ChoiceRenderer):
         self._images_in_text = head.images_in_text
         # A body with chat's old `functions` is answered in their form.
         self._legacy = bool(body.get("functions")) and not body.get("tools")
+        if self._legacy:
+            self._reasons = {"tool_calls": "function_call"}
         # Of each choice, its calls and the fields that its media were sent in.
         self._calls: dict[int, list[ToolCall]] = defaultdict(list)
         self._media: dict[int, list[str]] = defaultdict(list)
@@ -2444,19 +2452,19 @@ class ChatRenderer(ChoiceRenderer):
 
     def frames(self, events: Iterable[Event]) -> str:
         """The frames of one read's events; nine of ten are more text of a choice that has begun."""
-        begun, after, frames = self._before_text, self._after_text, ""
+        before, after, frames = self._before_text, self._after_text, ""
         for event in events:
-            if event.__class__ is TextDelta and event.choice < len(begun):
-                frames += f"{begun[event.choice]}{encode_basestring(event.text)}{after}"
+            if event.__class__ is TextDelta and event.choice < len(before):
+                frames += f"{before[event.choice]}{encode_basestring(event.text)}{after}"
             else:
                 frames += self.render(event)
         return frames
 
-    def _more(self, event: Content) -> str:
+    def _render_content(self, event: Content) -> str:
         delta = self._delta(event)
         return self._chunk(event.choice, delta) if delta else ""
 
-    def _finish(self, event: Finished) -> str:
+    def _render_finish(self, event: Finished) -> str:
         reason, logprobs = self._reason(event.reason), render_logprobs(event.logprobs)
         return self._chunk(event.choice, {}, reason, logprobs)
 
@@ -2558,28 +2566,28 @@ class ChatRenderer(ChoiceRenderer):
             "finish_reason": self._reason(choice.reason),
         }
 
-    def _reason(self, reason: FinishReason) -> str:
-        return "function_call" if self._legacy and reason == "tool_calls" else reason
-
 
 class CompletionRenderer(ChoiceRenderer):
     """Events to the frames of a completions stream, or the object of a whole answer."""
 
     def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
         super().__init__(head, "cmpl", "text_completion")
+        self._reasons = {"tool_calls": "stop"}
         self._echo = Fields(body).texts("prompt") if body.get("echo") else []
         self._n = body.get("n") or 1
-        self._begun: set[int] = set()
+        self._echoed: set[int] = set()
 
-    def _more(self, event: Content) -> str:
-        return self._text(event.choice, event.text) if isinstance(event, TextDelta) else ""
+    def _render_content(self, event: Content) -> str:
+        if not isinstance(event, TextDelta):
+            return ""
+        return self._text(event.choice, event.text)
 
-    def _finish(self, event: Finished) -> str:
+    def _render_finish(self, event: Finished) -> str:
         return self._text(event.choice, "", f'"{self._reason(event.reason)}"')
 
     def _text(self, choice: int, text: str, finish: str = "null") -> str:
-        if choice not in self._begun:
-            self._begun.add(choice)
+        if choice not in self._echoed:
+            self._echoed.add(choice)
             text = self._prompt(choice) + text
         start = f'{{"text":{encode_basestring(text)},"index":{choice}'
         return self._frame(f'{start},"logprobs":null,"finish_reason":{finish}}}')
@@ -2595,9 +2603,6 @@ class CompletionRenderer(ChoiceRenderer):
             "logprobs": None,
             "finish_reason": self._reason(choice.reason),
         }
-
-    def _reason(self, reason: FinishReason) -> str:
-        return "stop" if reason == "tool_calls" else reason
 
 
 CHAT = Door("/v1/chat/completions", CHAT_FIELDS, parse_chat, ChatRenderer)
@@ -3342,8 +3347,11 @@ def render_embeddings(
 
 def door_of(body: Any) -> Door:
     """The door that a body is meant for, by the field that holds the conversation."""
-    fields = body if isinstance(body, dict) else {}
-    return next((door for door in DOORS if fields.get(door.long_field) is not None), DOORS[0])
+    if isinstance(body, dict):
+        for door in DOORS:
+            if body.get(door.long_field) is not None:
+                return door
+    return DOORS[0]
 
 
 def explain_fields(
@@ -3358,16 +3366,18 @@ def explain_fields(
         explained[f"/{escaped(key)}"] = f"{fate}: {reason}"
     changed: dict[str, str] = {}
     for change in changes:
-        earlier = changed.get(change.pointer)
-        before = f"{earlier};" if earlier else f"{change.kind}:"
-        changed[change.pointer] = f"{before} {change.reason}"
+        text = f"{change.kind}: {change.reason}"
+        if change.pointer in changed:
+            text = f"{changed[change.pointer]}; {change.reason}"
+        changed[change.pointer] = text
     return explained | changed
 
 
 def parse_chat_or_response(body: Any, past: Past) -> list[Request]:
-    """A chat body, or one of Responses: Cursor sends those to the path of chat. Raises BadRequest."""
-    parse = parse_response if door_of(body) is RESPONSES else parse_chat
-    return parse(body, past)
+    """A body of chat or Responses: Cursor sends both to the path of chat. Raises BadRequest."""
+    if door_of(body) is RESPONSES:
+        return parse_response(body, past)
+    return parse_chat(body, past)
 
 
 # In this order, because a Responses body too may have a `prompt`.
