@@ -183,6 +183,16 @@ class GatewayError(Exception):
     advice: str = "Try again."
     waits: bool = False  # Retry-After is told
     retry_helps: bool = True
+
+    @property
+    def failed_code(self) -> str:
+        """The code of a Responses stream's response.failed event."""
+        if self.code in ("context_length_exceeded", "insufficient_quota"):
+            return str(self.code)
+        if self.status == 429:
+            return "rate_limit_exceeded"
+        return "server_error" if self.status >= 500 else "invalid_prompt"
+
     falls_back: bool = False  # another model of models.fallback may answer
 
     def __init_subclass__(
@@ -2645,61 +2655,42 @@ RESPONSE_FIELDS = (
     | fates("ignored", "an object", client_metadata="no effect on the answer")
     | fates("dropped", n=NOT_HERE, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
 )
-
-
-# Responses input items that only such a tool makes; in a replayed history they are passed over.
-HOSTED_ITEMS = re.compile(
-    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
-)
+RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
 
 def parse_response(body: Any, past: Past = None) -> list[Request]:
-    """A Responses body, after the items that it goes on with, or None where none are kept. Raises BadRequest."""
+    """The one request of a Responses body. Raises BadRequest."""
     fields = Fields(body)
-    refuse_state(fields, kept=past is not None)
-    messages, system, more_tools = parse_input(fields, past or ())
-    tools = each_once(fields, (*parse_tools(fields), *more_tools))
-    text, reasoning = fields.object("text"), fields.object("reasoning")
-    instructions = fields.text("instructions")
-    effort = reasoning.text("effort") if reasoning else None
-    summary = (
-        (reasoning.text("summary") or reasoning.text("generate_summary")) if reasoning else None
-    )
+    refuse_state(fields, keeps=past is not None)
+    messages, system, tools = parse_input(fields, past or ())
     limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
-    fields.count("top_logprobs", 20, low=0)
+    fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0)
     request = Request(
         model=fields.model(),
-        system=(*([instructions] if instructions else []), *system),
+        system=system,
         messages=messages,
         tools=tools,
         tool_choice=parse_tool_choice(fields, tools),
         parallel_calls=fields.flag("parallel_tool_calls", default=True),
         max_output_tokens=fields.count(limit),
-        json_format=parse_format(text and text.object("format"), nested=False),
-        thinking=parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary)),
-        sources={
-            "max_output_tokens": f"/{limit}",
-            "json_format": "/text/format",
-            "messages": "/input",
-        }
-        | search_source(fields),
+        json_format=parse_text_format(fields),
+        thinking=parse_reasoning(fields),
+        sources={**RESPONSE_SOURCES, "max_output_tokens": f"/{limit}", **search_source(fields)},
         **parse_sampling(fields) | {"n": 1},
     )
     return [with_changes(request, fields, RESPONSE_FIELDS)]
 
 
-def refuse_state(fields: Fields, *, kept: bool) -> None:
-    """What asks for more to be kept on this side than is."""
-    if fields.text("previous_response_id") and not kept:
+def refuse_state(fields: Fields, *, keeps: bool) -> None:
+    """Raises BadRequest for a body that relies on more state than is kept on this side."""
+    if fields.text("previous_response_id") and not keeps:
         raise not_kept(fields.value["previous_response_id"])
     for key in ("conversation", "prompt"):
         if fields.value.get(key):
             raise fields.wrong(key, "is not served", "Leave it out", "unsupported_parameter")
-    if fields.flag("background") and not (kept and fields.flag("store", default=True)):
-        what = "needs a response that is kept"
-        raise fields.wrong(
-            "background", what, "Leave out 'store' and proxy.store: off", "unsupported_parameter"
-        )
+    if fields.flag("background") and not (keeps and fields.flag("store", default=True)):
+        what, remedy = "needs a response that is kept", "Leave out 'store' and proxy.store: off"
+        raise fields.wrong("background", what, remedy, "unsupported_parameter")
 
 
 def not_kept(id: str) -> BadRequest:
@@ -2707,450 +2698,319 @@ def not_kept(id: str) -> BadRequest:
     return BadRequest(text, code="previous_response_not_found", param="previous_response_id")
 
 
+def parse_text_format(fields: Fields) -> JsonFormat | None:
+    text = fields.object("text")
+    return parse_format(text and text.object("format"), nested=False)
+
+
+def parse_reasoning(fields: Fields) -> ThinkingWish:
+    reasoning = fields.object("reasoning") or Fields({})
+    effort = reasoning.text("effort")
+    summary = reasoning.text("summary") or reasoning.text("generate_summary")
+    return parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary))
+
+
+# ---- input items
+
+# Items that only a hosted tool makes; in a replayed history they are passed over.
+HOSTED_ITEMS = re.compile(
+    rf"({HOSTED})_(call|call_output|output)|mcp_\w+|program\w*|(context_)?compaction"
+)
+
+
 def parse_input(
     fields: Fields, past: Sequence[Any]
 ) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
-    """The messages of a Responses input, neighbours of one role merged; its system texts; its additional tools."""
+    """The messages, instructions and tools of a Responses body. Items can bring tools too."""
+    messages: list[Message] = []
+    system: list[str] = []
+    added: list[Tool] = []
+    if instructions := fields.text("instructions"):
+        system.append(instructions)
+    for item in input_items(fields, past):
+        if item.value.get("type") == "additional_tools":
+            added[:0] = parse_tools(item)  # so that of two with one name the newer holds
+        elif is_system(item):
+            system += texts_of(item)
+        elif message := parse_item(item):
+            messages.append(message)
+    tools = each_once(fields, (*parse_tools(fields), *added))
+    return joined(messages), tuple(system), tools
+
+
+def input_items(fields: Fields, past: Sequence[Any]) -> list[Fields]:
+    # The changes of past items were reported when they were new: each has a list of its own.
+    items = [Fields(item, f"past[{i}]") for i, item in enumerate(past)]
     value = fields.value.get("input")
     if value is None:
         fields.missing("input")
-    given = (
-        [Fields({"role": "user", "content": value}, "input")]
-        if isinstance(value, str)
-        else fields.objects("input")
+    if isinstance(value, str):
+        return [*items, Fields({"role": "user", "content": value}, "input")]
+    return items + fields.objects("input")
+
+
+def joined(messages: Iterable[Message]) -> tuple[Message, ...]:
+    """The messages, neighbours of one role as one; but a user's messages stay apart."""
+    groups = itertools.groupby(
+        messages, lambda message: (message.role, message.role == "user" and id(message))
     )
-    turns: list[tuple[Any, list[Part]]] = []
-    system: list[str] = []
-    tools: list[Tool] = []
-    known = [
-        Fields(item, f"past[{i}]") for i, item in enumerate(past)
-    ]  # whose changes are not told again
-    for item in (*known, *given):
-        if item.value.get("type") == "additional_tools":
-            tools[:0] = parse_tools(item)  # so that of two with one name the newer holds
-        elif item.value.get("role") in SYSTEM_ROLES:
-            system += texts_of(item)
-        elif message := parse_item(item):
-            if not turns or not turns[-1][0] == message.role != "user":
-                turns.append((message.role, []))
-            turns[-1][1].extend(message.parts)
-    return tuple(Message(role, tuple(parts)) for role, parts in turns), tuple(system), tuple(tools)
+    return tuple(
+        Message(role, tuple(part for message in group for part in message.parts))
+        for (role, _), group in groups
+    )
 
 
 def parse_item(item: Fields) -> Message | None:
-    """One input item; None for what only a hosted tool could have made."""
-    kind = item.text("type") or "message"
-    if kind == "message":
-        return parse_message(item)
-    if kind in ("function_call", "custom_tool_call"):
-        custom = kind == "custom_tool_call"
-        text = item.text("input" if custom else "arguments") or ""
-        names = (item.needed_text("call_id"), item.needed_text("name"))
-        return Message(
-            "assistant",
-            (ToolCall(*names, text, namespace=item.text("namespace") or None, custom=custom),),
-        )
-    if kind in ("function_call_output", "custom_tool_call_output"):
-        output = tuple(parse_content(item, parse_part, "output"))
-        return Message("tool", (ToolResult(item.needed_text("call_id"), output),))
-    if kind == "agent_message":  # by which Codex's agents talk to each other
-        item.change("type", "emulated", "told as the user's words")
-        said = parse_content(item, parse_part)
-        return Message("user", (Text(f"Message of the agent {item.needed_text('author')}:"), *said))
-    if kind == "reasoning":
-        text = "".join(part.text("text") or "" for part in item.objects("summary"))
-        return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
-    if kind == "image_generation_call" and (image := item.text("result")):
-        return Message(
-            "assistant", (Media(image_type(image), checked_base64(item, "result", image)),)
-        )
+    """The message of one input item; None for an item that only a hosted tool can have made."""
+    return ITEM_PARSERS.get(item.text("type") or "message", parse_other_item)(item)
+
+
+def parse_call_item(item: Fields) -> Message:
+    custom = item.value["type"] == "custom_tool_call"
+    call = ToolCall(
+        item.needed_text("call_id"),
+        item.needed_text("name"),
+        item.text("input" if custom else "arguments") or "",
+        namespace=item.text("namespace") or None,
+        custom=custom,
+    )
+    return Message("assistant", (call,))
+
+
+def parse_output_item(item: Fields) -> Message:
+    output = tuple(parse_content(item, parse_part, "output"))
+    return Message("tool", (ToolResult(item.needed_text("call_id"), output),))
+
+
+def parse_agent_message(item: Fields) -> Message:
+    """A message between two of Codex's agents."""
+    item.change("type", "emulated", "told as the user's words")
+    content = parse_content(item, parse_part)
+    author = Text(f"Message of the agent {item.needed_text('author')}:")
+    return Message("user", (author, *content))
+
+
+def parse_reasoning_item(item: Fields) -> Message:
+    text = "".join(part.text("text") or "" for part in item.objects("summary"))
+    return Message("assistant", (Thinking(text, item.text("encrypted_content")),))
+
+
+def parse_image_item(item: Fields) -> Message | None:
+    image = item.text("result")
+    if not image:
+        return parse_other_item(item)
+    media = Media(image_type(image), checked_base64(item, "result", image))
+    return Message("assistant", (media,))
+
+
+def parse_other_item(item: Fields) -> Message | None:
+    """Passes over what a hosted tool made. Raises BadRequest for any other item."""
+    kind = str(item.text("type"))
     if HOSTED_ITEMS.fullmatch(kind):
         item.change("type", "dropped", f"a replayed {kind} has no counterpart")
         return None
     if kind == "item_reference":
         raise item.wrong("id", "names an item that is not kept here", "Send the item itself")
-    raise item.wrong(
-        "type",
-        f"is '{kind}', which is not served",
-        "Send message, function_call or function_call_output",
-    )
+    remedy = "Send message, function_call or function_call_output"
+    raise item.wrong("type", f"is '{kind}', which is not served", remedy)
 
 
-RESPONSE_BEGUN: Mapping[str, Any] = {
-    "object": "response",
-    "status": "in_progress",
-    "service_tier": "default",
-} | (dict.fromkeys(("completed_at", "error", "incomplete_details", "usage")))
-# What a Response repeats of the body, and what stands there instead where the body has nothing.
-RESPONSE_ECHOES: Mapping[str, Any] = (
-    dict.fromkeys(
-        ("max_output_tokens", "max_tool_calls", "previous_response_id", "prompt_cache_key")
-    )
-    | {
-        "safety_identifier": None,
-        "instructions": None,
-        "tool_choice": "auto",
-        "truncation": "disabled",
-    }
-    | {
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "top_logprobs": 0,
-    }
-    | {"parallel_tool_calls": True, "store": True, "metadata": {}}
-)
-# Like invalid_prompt these end a turn of Codex's, which sends it again at any other code of response.failed.
-# Source: https://github.com/openai/codex/blob/main/codex-rs/codex-api/src/sse/responses.rs
-FINAL_CODES = ("context_length_exceeded", "insufficient_quota")
+ITEM_PARSERS: Mapping[str, Callable[[Fields], Message | None]] = {
+    "message": parse_message,
+    "function_call": parse_call_item,
+    "custom_tool_call": parse_call_item,
+    "function_call_output": parse_output_item,
+    "custom_tool_call_output": parse_output_item,
+    "agent_message": parse_agent_message,
+    "reasoning": parse_reasoning_item,
+    "image_generation_call": parse_image_item,
+}
 
 
-class ResponseRenderer(Renderer):
-    """Events to the events of a Responses stream, or the Response object of a whole answer.
-
-    Source: https://platform.openai.com/docs/api-reference/responses-streaming
-    """
-
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
-        self._head = head
-        self.response = response_template(head, body)  # the object, as far as it is made
-        self.signed: list[ToolCall | Text] = []
-        self._sequence = 0
-        self._item: dict[str, Any] = {}
-        self._before_delta = ""
-        self._held: Text | Thinking | None = None
-        self._reason: FinishReason = "stop"
-        self._searches: tuple[str, ...] = ()
-        self._quiet = False  # makes the object alone
-
-    def frames(self, events: Iterable[Event]) -> str:
-        return "".join(map(self.render, events))
-
-    def render(self, event: Event) -> str:
-        if getattr(event, "choice", 0):
-            return ""  # a response has no second choice
-        match event:
-            case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
-                return self._delta(text)
-            case Started():
-                return self.begin("in_progress")
-            case PartStart(part=part):
-                return self._release("completed", part) + self._open(
-                    self._render_item(part, "in_progress")
-                )
-            case PartEnd(part=Text() | Thinking() as part):
-                self._held = part  # how it is to be told, only what follows tells
-                return ""
-            case PartEnd(part=part):
-                return self._done_part(part, "completed")
-            case Annotated(searches=searches):
-                self._searches = searches  # what stands in a part is told with the part
-                return ""
-            case Finished(reason=reason):
-                self._reason = reason
-                status = "completed" if reason in ("stop", "tool_calls") else "incomplete"
-                return self._release(status) + (self._search() if self._searches else "")
-            case Ended(usage):
-                return self._end(usage)
-            case Failed(error):
-                return self._release("incomplete") + self._failed(error)
-            case _:
-                assert_never(event)
-
-    def begin(self, status: str) -> str:
-        """What opens a stream: first, where it waits, as `queued`, then as `in_progress`."""
-        self.response["status"] = status
-        first = "" if self._sequence else self._frame("created", {"response": self.response})
-        return first + self._frame(status, {"response": self.response})
-
-    def replay(self, response: dict[str, Any], at: int) -> str:
-        """The stream of a response that is over; its end stands behind what the client has, whatever that was."""
-        self.response = response | dict.fromkeys(
-            ("usage", "completed_at", "error", "incomplete_details")
-        )
-        self.response["output"] = []
-        frames = self.begin("in_progress")
-        for item in response["output"]:
-            *_, text = delta_form(item)
-            frames += self._open(item) + (self._delta(text) if text else "") + self._done(item)
-        self.response, self._sequence = response, max(self._sequence, at)
-        return frames + self._last()
-
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        """The Response object, with `choices` beside it for scripts that read the text where chat has it."""
-        reply = collect(events)
-        self._quiet = True
-        choice = reply.choices.get(0, Choice())
-        parts = [event(0, part) for part in choice.parts for event in (PartStart, PartEnd)]
-        searched = Annotated(0, choice.citations, choice.searches)
-        self.frames([*parts, searched, Finished(0, choice.reason), Ended(reply.usage)])
-        return self.response | {"choices": [ChatRenderer(self._head, {}).whole_choice(0, choice)]}
-
-    # ---- frames
-
-    def _frame(self, kind: str, more: Mapping[str, Any]) -> str:
-        if self._quiet:
-            return ""
-        name = "error" if kind == "error" else f"response.{kind}"
-        event = {"type": name, "sequence_number": self._sequence, **more}
-        self._sequence += 1
-        return f"event: {name}\ndata: {dumps(event)}\n\n"
-
-    def _end(self, usage: Usage) -> str:
-        cut = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(self._reason)
-        self.response["status"] = "incomplete" if cut else "completed"
-        self.response["incomplete_details"] = {"reason": cut} if cut else None
-        self.response["completed_at"] = None if cut else int(self._head.now())
-        self.response["usage"] = render_response_usage(usage)
-        return self._last()
-
-    def _failed(self, error: GatewayError) -> str:
-        if isinstance(error, Cancelled):
-            self.response["status"] = "cancelled"
-            return self._last()
-        told = openai_error(error)["error"]
-        flat = {key: told[key] for key in ("code", "message", "param")}
-        code = "server_error" if error.status >= 500 else "invalid_prompt"
-        if error.status == 429:
-            code = "rate_limit_exceeded"
-        if error.code in FINAL_CODES:
-            code = error.code
-        self.response |= {"status": "failed", "error": {"code": code, "message": error.message}}
-        return self._frame("error", flat | {"error": told}) + self._last()
-
-    def _last(self) -> str:
-        """The one event that ends a stream; there is none of its own for a cancelled one."""
-        kind = self.response["status"].replace("cancelled", "incomplete")
-        return self._frame(kind, {"response": self.response}) + DONE
-
-    # ---- items
-
-    def _place(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Where in the output an event belongs."""
-        return {"item_id": self._item["id"], "output_index": len(self.response["output"]), **more}
-
-    def _render_item(self, part: Part, status: str) -> dict[str, Any] | None:
-        number = len(self.response["output"])
-        return render_item(part, f"{self._head.id}{number:04x}", status)
-
-    def _open(self, item: dict[str, Any] | None) -> str:
-        if item is None or self._quiet:
-            return ""
-        self._item = item
-        name, place, empty, _ = delta_form(item)
-        more: dict[str, Any] = {"logprobs": []} if name == "output_text" else {}
-        before = dumps({"type": f"response.{name}.delta", **self._place(place), **more})[:-1]
-        self._before_delta = f'event: response.{name}.delta\ndata: {before},"sequence_number":'
-        added = {
-            "output_index": len(self.response["output"]),
-            "item": item | {"status": "in_progress"} | empty,
-        }
-        frames = self._frame("output_item.added", added)
-        if name == "output_text":
-            frames += self._frame(
-                "content_part.added", self._place(place | {"part": text_part(Text(""))})
-            )
-        if name == "reasoning_summary_text" and item["summary"]:
-            frames += self._frame(
-                "reasoning_summary_part.added", self._place(place | {"part": summary_part("")})
-            )
-        return frames
-
-    def _delta(self, text: str) -> str:
-        self._sequence += 1
-        return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
-
-    def _release(self, status: str, then: Part | None = None) -> str:
-        """The part whose end was held back, now that its status is known.
-
-        A call's signature goes to the client in the reasoning before it, a text's in one behind it.
-        """
-        part, self._held = self._held, None
-        sealed = None
-        if isinstance(then, ToolCall) and then.signature and self._head.seal:
-            sealed = self._head.seal(then)
-        if isinstance(part, Thinking) and sealed:
-            part, sealed = replace(part, signature=sealed), None
-        frames = self._done_part(part, status) if part else ""
-        if isinstance(part, Text) and part.signature and self._head.seal:
-            frames += self._carry(self._head.seal(part))
-        return frames + (self._carry(sealed) if sealed else "")
-
-    def _carry(self, sealed: str) -> str:
-        """A reasoning item that says nothing, but brings a signature back."""
-        item = (self._render_item(Thinking("", sealed), "completed") or {}) | {"summary": []}
-        return self._open(item) + self._done(item)
-
-    def _search(self) -> str:
-        """The search behind an answer, of which Gemini tells only at its end."""
-        action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
-        id = f"ws_{self._head.id}{len(self.response['output']):04x}"
-        item = {"id": id, "type": "web_search_call", "status": "completed", "action": action}
-        return self._open(item) + self._done(item)
-
-    def _done_part(self, part: Part, status: str) -> str:
-        if isinstance(part, ToolCall | Text) and part.signature:
-            self.signed.append(part)
-        item = self._render_item(part, status)
-        return "" if item is None else self._done(item)
-
-    def _done(self, item: dict[str, Any]) -> str:
-        frames = "" if self._quiet else self._close(item)
-        frames += self._frame(
-            "output_item.done", {"output_index": len(self.response["output"]), "item": item}
-        )
-        self.response["output"].append(item)
-        return frames
-
-    def _close(self, item: dict[str, Any]) -> str:
-        """What ends the inner of an item."""
-        name, place, _, text = delta_form(item)
-        match item:
-            case {"content": [part]}:
-                annotations = enumerate(part["annotations"])
-                places = (
-                    {"content_index": 0, "annotation_index": i, "annotation": one}
-                    for i, one in annotations
-                )
-                frames = "".join(
-                    self._frame("output_text.annotation.added", self._place(at)) for at in places
-                )
-                frames += self._frame(
-                    "output_text.done", self._place(place | {"text": text, "logprobs": []})
-                )
-                return frames + self._frame(
-                    "content_part.done", self._place(place | {"part": part})
-                )
-            case {"summary": [part]}:
-                frames = self._frame(f"{name}.done", self._place(place | {"text": text}))
-                return frames + self._frame(
-                    "reasoning_summary_part.done", self._place(place | {"part": part})
-                )
-            case {"input": _}:
-                return self._frame(f"{name}.done", self._place({"input": text}))
-            case {"arguments": _}:
-                return self._frame(
-                    f"{name}.done", self._place({"name": item["name"], "arguments": text})
-                )
-            case {"type": "web_search_call"}:
-                steps = ("in_progress", "searching", "completed")
-                return "".join(
-                    self._frame(f"web_search_call.{step}", self._place({})) for step in steps
-                )
-            case _:
-                return ""
-
-
-def response_template(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The Response object of an answer that has not begun: every key is there, what was asked for is echoed.
-
-    Source: https://platform.openai.com/docs/api-reference/responses/object
-    """
-    reasoning, text = body.get("reasoning") or {}, body.get("text") or {}
-    form = text.get("format") or {"type": "text"}
-    if form.get("type") == "json_schema":
-        form = {"description": None, **form, "strict": bool(form.get("strict"))}
-    return {
-        "id": f"resp_{head.id}",
-        **RESPONSE_BEGUN,
-        "created_at": head.created,
-        "background": bool(body.get("background")),
-        "model": head.model,
-        "output": [],
-        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
-        "text": {"format": form, "verbosity": text.get("verbosity") or "medium"},
-        "tools": [render_tool(tool) for tool in body.get("tools") or []],
-        **{
-            key: default if body.get(key) is None else body[key]
-            for key, default in RESPONSE_ECHOES.items()
-        },
-    }
-
-
-def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool as the Response object repeats it: a function with all its keys, any other as it came."""
-    if tool.get("type", "function") != "function":
-        return dict(tool)
-    inner = tool.get("function") or tool
-    told = {key: inner.get(key) for key in ("name", "description", "parameters")}
-    return {"type": "function", **told, "strict": bool(inner.get("strict"))}
+# ---- output items
 
 
 def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
-    """A part as an output item; None for what has no item."""
+    """A part as an output item; None for a part that no output item can hold."""
+    item: dict[str, Any]
     match part:
         case Text():
-            message = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
-            return message | {"content": [text_part(part)]}
+            item = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
+            return item | {"content": [text_part(part)]}
         case Thinking(text, signature):
-            sealed = {"encrypted_content": signature} if signature else {}
-            return {
-                "id": f"rs_{id}",
-                "type": "reasoning",
-                "summary": [summary_part(text)],
-                "status": status,
-                **sealed,
-            }
-        case ToolCall(call_id, name, arguments, namespace=namespace, custom=custom):
-            about = {"call_id": call_id, "name": name} | (
-                {"namespace": namespace} if namespace else {}
-            )
-            if custom:
-                return {
-                    "id": f"ctc_{id}",
-                    "type": "custom_tool_call",
-                    **about,
-                    "input": arguments,
-                    "status": status,
-                }
-            return {
-                "id": f"fc_{id}",
-                "type": "function_call",
-                **about,
-                "arguments": arguments,
-                "status": status,
-            }
+            item = {"id": f"rs_{id}", "type": "reasoning"}
+            item |= {"summary": [summary_part(text)], "status": status}
+            if signature:
+                item["encrypted_content"] = signature
+            return item
+        case ToolCall():
+            return render_call_item(part, id, status)
         case Media(mime, data) if mime.startswith("image/"):
-            return {
-                "id": f"ig_{id}",
-                "type": "image_generation_call",
-                "status": status,
-                "result": data,
-            }
+            item = {"id": f"ig_{id}", "type": "image_generation_call"}
+            return item | {"status": status, "result": data}
         case Media() | ToolResult():
             return None
         case _:
             assert_never(part)
 
 
-def delta_form(item: Mapping[str, Any]) -> tuple[str, dict[str, int], dict[str, Any], str]:
-    """The name of an item's deltas, their place in it, what it lacks when it opens, and what they add up to."""
-    match item:
-        case {"type": "message", "content": [{"text": text}]}:
-            return "output_text", {"content_index": 0}, {"content": []}, text
-        case {"type": "reasoning", "summary": summary}:
-            text = summary[0]["text"] if summary else ""
-            return "reasoning_summary_text", {"summary_index": 0}, {"summary": []}, text
-        case {"type": "function_call", "arguments": text}:
-            return "function_call_arguments", {}, {"arguments": ""}, text
-        case {"type": "custom_tool_call", "input": text}:
-            return "custom_tool_call_input", {}, {"input": ""}, text
-        case {"type": "image_generation_call"}:
-            return "", {}, {"result": None}, ""
-        case _:
-            return "", {}, {}, ""
-
-
-def text_part(part: Text) -> dict[str, Any]:
+def text_part(text: Text) -> dict[str, Any]:
     annotations = [
-        {"type": "url_citation", **render_citation(citation)} for citation in part.citations
+        {"type": "url_citation", **render_citation(citation)} for citation in text.citations
     ]
-    return {"type": "output_text", "text": part.text, "annotations": annotations, "logprobs": []}
+    part = {"type": "output_text", "text": text.text, "annotations": annotations}
+    return part | {"logprobs": []}
 
 
 def summary_part(text: str) -> dict[str, Any]:
     return {"type": "summary_text", "text": text}
+
+
+def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
+    prefix, kind, member = "fc", "function_call", "arguments"
+    if call.custom:
+        prefix, kind, member = "ctc", "custom_tool_call", "input"
+    item = {"id": f"{prefix}_{id}", "type": kind, "call_id": call.id, "name": call.name}
+    if call.namespace:
+        item["namespace"] = call.namespace
+    return item | {member: call.arguments, "status": status}
+
+
+@value
+class Filling:
+    """The content of an output item as a stream shows it, after the event that opens the item."""
+
+    empty: dict[str, Any]  # the members that are filled, as they stand when the item opens
+    deltas: str = ""  # the name of the deltas' events
+    place: Mapping[str, Any] = field(default_factory=dict)  # what each delta repeats
+    text: str = ""  # what the deltas add up to
+    before: Sequence[tuple[str, Mapping[str, Any]]] = ()  # the events before the deltas
+    after: Sequence[tuple[str, Mapping[str, Any]]] = ()  # and behind them
+
+
+def filling_of(item: Mapping[str, Any]) -> Filling:
+    """The filling of an item that is complete; an image is not sent in pieces."""
+    match item:
+        case {"type": "message", "content": [part]}:
+            return text_filling(part)
+        case {"type": "reasoning", "summary": [part]}:
+            return summary_filling(part)
+        case {"type": "reasoning"}:
+            return Filling({"summary": []})
+        case {"type": "function_call"}:
+            return call_filling(item, "function_call_arguments", ("name", "arguments"))
+        case {"type": "custom_tool_call"}:
+            return call_filling(item, "custom_tool_call_input", ("input",))
+        case {"type": "web_search_call"}:
+            steps = ("in_progress", "searching", "completed")
+            return Filling({}, after=[(f"web_search_call.{step}", {}) for step in steps])
+        case _:
+            return Filling({"result": None})
+
+
+def text_filling(part: Mapping[str, Any]) -> Filling:
+    place, text = {"content_index": 0}, part["text"]
+    annotations = [
+        ("output_text.annotation.added", {**place, "annotation_index": i, "annotation": annotation})
+        for i, annotation in enumerate(part["annotations"])
+    ]
+    done = ("output_text.done", {**place, "text": text, "logprobs": []})
+    return Filling(
+        {"content": []},
+        "output_text",
+        {**place, "logprobs": []},
+        text,
+        before=[("content_part.added", {**place, "part": text_part(Text(""))})],
+        after=[*annotations, done, ("content_part.done", {**place, "part": part})],
+    )
+
+
+def summary_filling(part: Mapping[str, Any]) -> Filling:
+    place, text = {"summary_index": 0}, part["text"]
+    done = ("reasoning_summary_text.done", {**place, "text": text})
+    return Filling(
+        {"summary": []},
+        "reasoning_summary_text",
+        place,
+        text,
+        before=[("reasoning_summary_part.added", {**place, "part": summary_part("")})],
+        after=[done, ("reasoning_summary_part.done", {**place, "part": part})],
+    )
+
+
+def call_filling(item: Mapping[str, Any], deltas: str, repeated: Sequence[str]) -> Filling:
+    """The filling of a call, whose text is the last of the members that are repeated at its end."""
+    member, done = repeated[-1], {key: item[key] for key in repeated}
+    return Filling({member: ""}, deltas, text=item[member], after=[(f"{deltas}.done", done)])
+
+
+# ---- the Response object
+
+UNFINISHED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
+# What a Response object repeats of the body, and what stands there where the body has nothing.
+RESPONSE_ECHOES: Mapping[str, Any] = {
+    "max_output_tokens": None,
+    "max_tool_calls": None,
+    "previous_response_id": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
+    "instructions": None,
+    "tool_choice": "auto",
+    "truncation": "disabled",
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "top_logprobs": 0,
+    "parallel_tool_calls": True,
+    "store": True,
+    "metadata": {},
+}
+# The reasons why a response is incomplete; with any other finish reason it is completed.
+INCOMPLETE: Mapping[FinishReason, str] = {
+    "length": "max_output_tokens",
+    "content_filter": "content_filter",
+}
+
+
+def new_response(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
+    """The Response object of an answer that has not begun: it has every key, and echoes the body.
+
+    Source: https://platform.openai.com/docs/api-reference/responses/object
+    """
+    reasoning = body.get("reasoning") or {}
+    return {
+        "id": f"resp_{head.id}",
+        "object": "response",
+        "status": "in_progress",
+        "service_tier": "default",
+        **UNFINISHED,
+        "created_at": head.created,
+        "background": bool(body.get("background")),
+        "model": head.model,
+        "output": [],
+        "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
+        "text": render_text_settings(body.get("text") or {}),
+        "tools": [render_tool(tool) for tool in body.get("tools") or ()],
+        **RESPONSE_ECHOES,
+        **{key: body[key] for key in RESPONSE_ECHOES if body.get(key) is not None},
+    }
+
+
+def render_text_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+    format = text.get("format") or {"type": "text"}
+    if format.get("type") == "json_schema":
+        format = {"description": None, **format, "strict": bool(format.get("strict"))}
+    return {"format": format, "verbosity": text.get("verbosity") or "medium"}
+
+
+def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool as the Response object repeats it: a function with all its keys, others unchanged."""
+    if tool.get("type", "function") != "function":
+        return dict(tool)
+    inner = tool.get("function") or tool
+    known = {key: inner.get(key) for key in ("name", "description", "parameters")}
+    return {"type": "function", **known, "strict": bool(inner.get("strict"))}
 
 
 def render_response_usage(usage: Usage) -> dict[str, Any]:
@@ -3163,50 +3023,263 @@ def render_response_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
+def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
+    """The object of a response that was not over when its gateway stopped."""
+    text = "The gateway stopped before this response was over. Ask again."
+    return {**response, "status": "failed", "error": {"code": "server_error", "message": text}}
+
+
+class ResponseRenderer(Renderer):
+    """Events to the events of a Responses stream, or to the Response object of a whole answer.
+
+    Source: https://platform.openai.com/docs/api-reference/responses-streaming
+    """
+
+    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+        self._head = head
+        self.response = new_response(head, body)  # as far as the answer has come
+        self.signed: list[ToolCall | Text] = []
+        self._sequence = 0
+        self._item_id = ""  # of the item that is open
+        self._before_delta = ""
+        self._held: Text | Thinking | None = None  # ended, but not yet shown as such
+        self._incomplete: str | None = None
+        self._searches: tuple[str, ...] = ()
+        self._silent = False  # only the object is wanted
+
+    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+        """The Response object, with `choices` for scripts that read the text where chat has it."""
+        choices = ChatRenderer(self._head, {}).whole(events)["choices"][:1]
+        self._silent = True
+        self.frames(event for event in events if not isinstance(event, Delta))
+        return self.response | {"choices": choices}
+
+    def render(self, event: Event) -> str:
+        if getattr(event, "choice", 0):
+            return ""  # a response has no second choice
+        match event:
+            case TextDelta(text=text) | ThinkingDelta(text=text) | ArgumentsDelta(text=text):
+                return self._delta(text)
+            case Started():
+                return self.begin("in_progress")
+            case PartStart(part=part):
+                return self._start_part(part)
+            case PartEnd(part=part):
+                return self._end_part(part)
+            case Annotated(searches=searches):
+                self._searches = searches  # the citations stand in the parts
+                return ""
+            case Finished(reason=reason):
+                return self._finish(reason)
+            case Ended(usage):
+                return self._complete(usage)
+            case Failed(error):
+                return self._release("incomplete") + self._fail(error)
+            case _:
+                assert_never(event)
+
+    def begin(self, status: str) -> str:
+        """The stream's beginning: first as `queued` if the response waits, then `in_progress`."""
+        self.response["status"] = status
+        first = "" if self._sequence else self._frame("response.created", response=self.response)
+        return first + self._frame(f"response.{status}", response=self.response)
+
+    def replay(self, response: dict[str, Any], at: int) -> str:
+        """The stream of a response that is over; its end has at least the sequence number `at`.
+
+        So a client that has read further in the stream than is kept of it is told the end.
+        """
+        self.response = {**response, **UNFINISHED, "output": []}
+        frames = self.begin("in_progress")
+        for item in response["output"]:
+            text = filling_of(item).text
+            frames += self._open(item) + (text and self._delta(text)) + self._done(item)
+        self.response, self._sequence = response, max(self._sequence, at)
+        return frames + self._end()
+
+    # ---- the response
+
+    def _finish(self, reason: FinishReason) -> str:
+        self._incomplete = INCOMPLETE.get(reason)
+        frames = self._release("incomplete" if self._incomplete else "completed")
+        if self._searches:
+            frames += self._search()
+        return frames
+
+    def _complete(self, usage: Usage) -> str:
+        if self._incomplete:
+            self.response["status"] = "incomplete"
+            self.response["incomplete_details"] = {"reason": self._incomplete}
+        else:
+            self.response["status"] = "completed"
+            self.response["completed_at"] = int(self._head.now())
+        self.response["usage"] = render_response_usage(usage)
+        return self._end()
+
+    def _fail(self, error: GatewayError) -> str:
+        if isinstance(error, Cancelled):
+            self.response["status"] = "cancelled"
+            return self._end()
+        failure = {"code": error.failed_code, "message": error.message}
+        self.response |= {"status": "failed", "error": failure}
+        nested = openai_error(error)
+        flat = {key: nested["error"][key] for key in ("code", "message", "param")}
+        return self._frame("error", **flat, **nested) + self._end()
+
+    def _end(self) -> str:
+        """The one event that ends a stream; a cancelled response has none of its own."""
+        name = self.response["status"].replace("cancelled", "incomplete")
+        return self._frame(f"response.{name}", response=self.response) + DONE
+
+    # ---- frames
+
+    def _frame(self, name: str, /, **members: Any) -> str:
+        if self._silent:
+            return ""
+        event = {"type": name, "sequence_number": self._sequence, **members}
+        self._sequence += 1
+        return f"event: {name}\ndata: {dumps(event)}\n\n"
+
+    def _item_frames(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+        place = self._place()
+        frames = (self._frame(f"response.{name}", **place, **members) for name, members in events)
+        return "".join(frames)
+
+    def _place(self) -> dict[str, Any]:
+        return {"item_id": self._item_id, "output_index": len(self.response["output"])}
+
+    def _delta(self, text: str) -> str:
+        self._sequence += 1
+        return f'{self._before_delta}{self._sequence - 1},"delta":{encode_basestring(text)}}}\n\n'
+
+    # ---- items
+
+    def _next_id(self) -> str:
+        return f"{self._head.id}{len(self.response['output']):04x}"
+
+    def _open(self, item: dict[str, Any] | None) -> str:
+        if item is None or self._silent:
+            return ""
+        self._item_id, filling = item["id"], filling_of(item)
+        name = f"response.{filling.deltas}.delta"
+        before = dumps({"type": name, **self._place(), **filling.place})[:-1]
+        self._before_delta = f'event: {name}\ndata: {before},"sequence_number":'
+        frames = self._output_frame("added", item | {"status": "in_progress"} | filling.empty)
+        return frames + self._item_frames(filling.before)
+
+    def _done(self, item: dict[str, Any]) -> str:
+        frames = ""
+        if not self._silent:
+            frames = self._item_frames(filling_of(item).after) + self._output_frame("done", item)
+        self.response["output"].append(item)
+        return frames
+
+    def _output_frame(self, name: str, item: Mapping[str, Any]) -> str:
+        index = len(self.response["output"])
+        return self._frame(f"response.output_item.{name}", output_index=index, item=item)
+
+    def _start_part(self, part: Part) -> str:
+        frames = self._release("completed", part)
+        return frames + self._open(render_item(part, self._next_id(), "in_progress"))
+
+    def _end_part(self, part: Part) -> str:
+        if isinstance(part, Text | Thinking):
+            self._held = part  # its status and its signature depend on what follows
+            return ""
+        return self._finish_part(part, "completed")
+
+    def _finish_part(self, part: Part, status: str) -> str:
+        if isinstance(part, ToolCall | Text) and part.signature:
+            self.signed.append(part)
+        item = render_item(part, self._next_id(), status)
+        return self._done(item) if item else ""
+
+    def _release(self, status: str, then: Part | None = None) -> str:
+        """The end of the part that was held back, now that its status is known.
+
+        The client gets the signature of a call in the reasoning before it, and that of a text in
+        reasoning behind it.
+        """
+        part, self._held = self._held, None
+        sealed = self._seal(then, ToolCall)
+        if isinstance(part, Thinking) and sealed:
+            part, sealed = replace(part, signature=sealed), ""
+        frames = self._finish_part(part, status) if part else ""
+        return frames + self._carry(self._seal(part, Text)) + self._carry(sealed)
+
+    def _seal(self, part: Part | None, kind: type[ToolCall | Text]) -> str:
+        """The part's signature, sealed for the client; "" if it has none, or none is wanted."""
+        if isinstance(part, kind) and part.signature and self._head.seal:
+            return self._head.seal(part)
+        return ""
+
+    def _carry(self, sealed: str) -> str:
+        """A reasoning item without words that carries a sealed signature."""
+        if not sealed:
+            return ""
+        item = {"id": f"rs_{self._next_id()}", "type": "reasoning", "summary": []}
+        return self._add(item | {"status": "completed", "encrypted_content": sealed})
+
+    def _search(self) -> str:
+        """The web search behind an answer; Gemini reports it only at the answer's end."""
+        action = {"type": "search", "query": self._searches[0], "queries": list(self._searches)}
+        item = {"id": f"ws_{self._next_id()}", "type": "web_search_call", "status": "completed"}
+        return self._add(item | {"action": action})
+
+    def _add(self, item: dict[str, Any]) -> str:
+        return self._open(item) + self._done(item)
+
+
+def render_token_count(tokens: int) -> dict[str, Any]:
+    return {"object": "response.input_tokens", "input_tokens": tokens}
+
+
+# ---- input items, as they are kept and listed
+
+
 def render_input(items: Any, id: str) -> list[dict[str, Any]]:
-    """A Responses input as it is kept and listed: each item with its type, an id and a status, contents as parts."""
-    given = [{"role": "user", "content": items}] if isinstance(items, str) else items
-    made = [render_input_item(item, f"{id}i{number:04x}") for number, item in enumerate(given)]
-    names: set[str] = set()
-    for number, item in enumerate(made):
-        if item["id"] in names:  # else a page that ends here would be sent again and again
-            item["id"] = f"item_{id}i{number:04x}"
-        names.add(item["id"])
-    return made
+    """The items of an input, each with a type, an id and a status, and its content as parts."""
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    ids: set[str] = set()
+    rendered = [render_input_item(item, f"{id}i{i:04x}") for i, item in enumerate(items)]
+    for i, item in enumerate(rendered):
+        if item["id"] in ids:  # with two of one id, clients would ask for one page for ever
+            item["id"] = f"item_{id}i{i:04x}"
+        ids.add(item["id"])
+    return rendered
 
 
 def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
-    prefix = "msg" if kind == "message" else "item"
-    known = {key: value for key, value in item.items() if value is not None}
-    named = isinstance(known.get("id"), str) and known["id"]
-    made = {"status": "completed", **known, "type": kind, "id": named or f"{prefix}_{id}"}
+    rendered = {"status": "completed", **without_nulls(item), "type": kind}
+    if not (isinstance(item.get("id"), str) and item["id"]):
+        prefix = "msg" if kind == "message" else "item"
+        rendered["id"] = f"{prefix}_{id}"
     if kind == "message":
         name = "output_text" if item.get("role") == "assistant" else "input_text"
-        content = item.get("content") or []
-        parts = [{"type": name, "text": content}] if isinstance(content, str) else content
-        made["content"] = [render_input_part(part, name) for part in parts]
+        rendered["content"] = render_input_parts(item.get("content") or [], name)
     elif isinstance(item.get("output"), list):
-        made["output"] = [render_input_part(part, "input_text") for part in item["output"]]
-    return made
+        rendered["output"] = render_input_parts(item["output"], "input_text")
+    return rendered
+
+
+def render_input_parts(content: Any, name: str) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        content = [{"type": name, "text": content}]
+    return [render_input_part(part, name) for part in content]
 
 
 def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A part as Responses has it, though chat's parts are taken too."""
+    """A part in Responses' form, from that or from chat's."""
     match part:
         case {"type": "text" | "input_text" | "output_text"}:
-            known = {key: value for key, value in part.items() if value is not None}
-            return {
-                **({"annotations": [], "logprobs": []} if name == "output_text" else {}),
-                **known,
-                "type": name,
-            }
-        case {"type": "image_url", "image_url": {"url": _} as image}:
-            return {
-                "type": "input_image",
-                "detail": image.get("detail") or "auto",
-                "image_url": image["url"],
-            }
+            lists: dict[str, Any] = {"annotations": [], "logprobs": []}
+            first = lists if name == "output_text" else {}
+            return first | without_nulls(part) | {"type": name}
+        case {"type": "image_url", "image_url": {"url": url} as image}:
+            detail = image.get("detail") or "auto"
+            return {"type": "input_image", "detail": detail, "image_url": url}
         case {"type": "input_image" | "image_url"}:
             return {**part, "type": "input_image", "detail": part.get("detail") or "auto"}
         case {"type": "file", "file": inner}:
@@ -3215,11 +3288,16 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
             return dict(part)
 
 
+def without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in members.items() if value is not None}
+
+
 RESPONSES = Door(
     "/v1/responses",
     RESPONSE_FIELDS,
     parse_response,
     ResponseRenderer,
+    counts=render_token_count,
     keeps=True,
     long_field="input",
 )
@@ -5113,48 +5191,49 @@ def duration_s(text: Any) -> float | None:
 # 12. Signatures
 # ==============================================================================
 
+# A signature has some 1,000 characters: this many take about 20 MB, and hold a day of several agents.
 SIGNATURES_MAX = 20_000
+# What a sealed entry begins with, to tell it from encrypted reasoning of OpenAI's.
 SEAL_VERSION = "agp1."
 
 
 class SignatureMemory:
-    """Thought signatures by tool-call id or by the answer's text, for clients that drop unknown keys; the oldest give way."""
+    """Thought signatures by tool-call id or by the answer's text; the oldest are forgotten first.
+
+    Clients drop keys that they do not know; so their next request lacks what Gemini wants back.
+    """
 
     def __init__(self, size: int = SIGNATURES_MAX) -> None:
         self._size = size
-        self._known: dict[str, tuple[str, Any]] = {}
+        self._known: dict[str, tuple[str, Any]] = {}  # the model that signed, and the signature
 
     def remember(self, events: Iterable[Event], model: str) -> None:
         for event in events:
-            if (
-                isinstance(event, PartEnd)
-                and isinstance(event.part, ToolCall | Text)
-                and event.part.signature
-            ):
-                self._known[signature_key(event.part)] = (model, event.part.signature)
-                self._forget()
+            if not isinstance(event, PartEnd):
+                continue
+            if isinstance(event.part, ToolCall | Text) and event.part.signature:
+                self.learn([signature_entry(event.part, model)])
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
-        """Takes in what `signature_entry` told of earlier answers."""
-        for key, model, value, *span in entries:
-            self._known[key] = (model, Signature(value, *span) if span else value)
-        self._forget()
-
-    def _forget(self) -> None:
-        while len(self._known) > self._size:
-            del self._known[next(iter(self._known))]
+        """Takes in entries made by `signature_entry`."""
+        for key, model, signature, *span in entries:
+            self._known[key] = (model, Signature(signature, *span) if span else signature)
+            if len(self._known) > self._size:
+                del self._known[next(iter(self._known))]
 
     def recall(self, request: Request, model: str) -> Request:
-        """The request with the signatures that this model made put back, and without those of other models."""
+        """The request with the signatures of this model put back, and without other models'."""
         if not self._known:
             return request
 
         def signed(part: Part) -> Part:
             if not isinstance(part, ToolCall | Text):
                 return part
-            made_by, signature = self._known.get(signature_key(part), (model, None))
-            kept: Any = (part.signature or signature) if made_by == model else None
-            return part if kept is part.signature else replace(part, signature=kept)
+            signer, known = self._known.get(signature_key(part), (model, None))
+            signature: Any = None
+            if signer == model:
+                signature = part.signature or known
+            return part if signature is part.signature else replace(part, signature=signature)
 
         return with_signatures(request, signed)
 
@@ -5164,43 +5243,42 @@ def signature_key(part: ToolCall | Text) -> str:
 
 
 def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
-    """What the memory knows of a signed part, as JSON."""
-    signature = part.signature
-    told = (
-        [signature.value, signature.start, signature.end]
-        if isinstance(signature, Signature)
-        else [signature]
-    )
-    return [signature_key(part), model, *told]
+    """A signed part as a JSON entry for the memory, to be learned again later."""
+    entry = [signature_key(part), model]
+    if isinstance(part.signature, Signature):
+        return [*entry, part.signature.value, part.signature.start, part.signature.end]
+    return [*entry, part.signature]
 
 
 def seal_entry(entry: list[Any], secret: bytes) -> str:
-    """An entry of the memory as a client carries it: of no effect once it is changed, or where another gateway made it."""
+    """An entry of the memory for a client to carry; only this gateway reads it, and only unchanged."""
     body = encoded(dumps(entry))
-    return (
-        SEAL_VERSION + base64.urlsafe_b64encode(hmac.digest(secret, body, "sha256") + body).decode()
-    )
+    data = hmac.digest(secret, body, "sha256") + body
+    return SEAL_VERSION + base64.urlsafe_b64encode(data).decode()
 
 
 def unseal_entry(text: str, secret: bytes) -> list[Any] | None:
     """The entry that was sealed; None for anything that this gateway did not seal."""
+    if not text.startswith(SEAL_VERSION):
+        return None
     try:
         data = base64.urlsafe_b64decode(text.removeprefix(SEAL_VERSION))
     except ValueError:
         return None
     tag, body = data[:32], data[32:]
-    genuine = text.startswith(SEAL_VERSION) and hmac.compare_digest(
-        tag, hmac.digest(secret, body, "sha256")
-    )
-    entry: list[Any] | None = parse_json(body) if genuine else None
+    if not hmac.compare_digest(tag, hmac.digest(secret, body, "sha256")):
+        return None
+    entry: list[Any] | None = parse_json(body)
     return entry
 
 
 def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request:
-    """The request with the parts of its answers changed."""
+    """The request with each part of the model's messages replaced by what `signed` makes of it."""
     messages = [
-        replace(m, parts=tuple(map(signed, m.parts))) if m.role == "assistant" else m
-        for m in request.messages
+        replace(message, parts=tuple(map(signed, message.parts)))
+        if message.role == "assistant"
+        else message
+        for message in request.messages
     ]
     return replace(request, messages=tuple(messages))
 
@@ -8217,12 +8295,6 @@ class KeptResponses:
 
 def is_reference(item: Mapping[str, Any]) -> bool:
     return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
-
-
-def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
-    """The object of a response that was not over when the gateway stopped making it."""
-    text = "The gateway stopped before this response was over. Ask again."
-    return {**response, "status": "failed", "error": {"code": "server_error", "message": text}}
 
 
 def split_frames(data: bytes) -> list[bytes]:
