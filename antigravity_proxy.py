@@ -4980,14 +4980,10 @@ JITTER_S_MAX = 30.0  # of accounts refused at once, the probes are spread over s
 # A cooldown that ends later than this was begun before the clock was set back, and holds no more.
 COOLDOWN_END_S_MAX = RETRY_AFTER_S_MAX + 2 * JITTER_S_MAX
 DAY_S_MAX = 25 * 3600.0  # in autumn a day has 25 hours
-PROBE_S_MAX = (
-    10.0  # a probe that is silent for longer is a model that thinks: refusals come at once
-)
+PROBE_S_MAX = 10.0  # a probe that is silent for longer has no refusal coming: its model thinks
 POLL_S = 0.25  # nobody knows when a busy account is free or a probe ends: that is asked so often
 STATES_MAX = 2000  # of accounts times models, so that clients that invent names fill no memory
-AFFINITY_CHARS = (
-    4000  # of the instructions, and of the first message: enough to tell one from another
-)
+AFFINITY_CHARS = 4000  # of instructions and first message each: enough to tell them apart
 HASH_MAX = (1 << 64) - 1
 Key = tuple[str, str]  # an owner (an account's name, or "@" and a quota_group), and a model
 
@@ -5016,10 +5012,10 @@ def pacific_offset_s(now: float) -> float:
 
 
 def cooldown_of(error: UpstreamError, strikes: int, now: float) -> float:
-    """Seconds of cooldown after a refusal, between a second and a day; infinite for a barred account.
+    """Seconds of cooldown after a refusal, from a second to a day; infinite for a barred account.
 
-    The upstream may say how long, or a quota's day or minute; else each probe that failed (a strike)
-    makes it twice as long.
+    They last as long as the upstream says, else as the quota's day or minute; else twice as long
+    after each strike, a probe that failed.
     """
     if math.isinf(error.cooldown_s):
         return math.inf
@@ -5130,8 +5126,11 @@ class Cooldowns:
 
     def longest(self, entry: PoolEntry, model: str, now: float) -> Cooldown | None:
         """The one that ends last of those that keep an account from being asked."""
-        holding = (cooldown for cooldown in self.of(entry, model) if cooldown.holds(now))
-        return max(holding, key=lambda cooldown: cooldown.until, default=None)
+        longest = None
+        for cooldown in self.of(entry, model):
+            if cooldown.holds(now) and (longest is None or cooldown.until > longest.until):
+                longest = cooldown
+        return longest
 
     def probe(self, lease: Lease, now: float) -> None:
         """Makes a request the probe of each cooldown that is over."""
@@ -5155,7 +5154,7 @@ class Cooldowns:
         self.add(key, Cooldown(error, max(until, not_before), strikes))
 
     def add(self, key: Key, cooldown: Cooldown) -> None:
-        """Puts a cooldown in the place of that of the same quota. Of too many, the first to end goes."""
+        """Adds a cooldown in place of one of the same quota; of too many the first to end goes."""
 
         def end_of(key: Key) -> float:
             return max(each.until for each in self.by_key[key].values())
@@ -5289,6 +5288,7 @@ LASTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, P
 
 
 def exhaustion(why: str, last: UpstreamError, wait_s: float) -> PoolExhausted:
+    """The error with its advice and, if an account will ever be free, the wait."""
     message = f"{why} {last.advice}"
     if math.isinf(wait_s):
         return PoolExhausted(message, last, None)
@@ -5315,16 +5315,16 @@ class AccountPool:
         nothing but a person's pause; one that is gone, nothing."""
         self.accounts = tuple(accounts)
         self._strategy, self._reserve = strategy, reserve
-        gone = {entry.account.name: entry for entry in self._entries}
-        self._entries = [gone.pop(a.name) if a.name in gone else PoolEntry(a) for a in accounts]
+        known = {entry.account.name: entry for entry in self._entries}
+        self._entries = [known.get(account.name) or PoolEntry(account) for account in accounts]
         for entry, account in zip(self._entries, accounts, strict=True):
             if entry.account != account:
                 entry.adopt(account)
                 self._cooldowns.forget(account.name, but="paused")
                 self._ledger.unlearn(entry.owners)
-        for name, entry in gone.items():
+        for name in known.keys() - {account.name for account in accounts}:
             self._cooldowns.forget(name)
-            self._ledger.unlearn(entry.owners)
+            self._ledger.unlearn(known[name].owners)
         self._ledger.adopt(self._entries)
 
     # ---- the choice
@@ -5363,7 +5363,7 @@ class AccountPool:
         return self._lease(self._entries[min(ready)[2]], model, now)
 
     def again(self, entry: PoolEntry, model: str, now: float) -> Lease | None:
-        """The same account once more, unless it is in cooldown or busy by now."""
+        """Another lease of an account; None if it is in cooldown or busy by now."""
         if self._obstacle(entry, model, now):
             return None
         return self._lease(entry, model, now)
@@ -5414,17 +5414,12 @@ class AccountPool:
             self._ledger.unlearn_exceeded(lease.entry.project(lease.model), now)
 
     def failed(self, lease: Lease, error: UpstreamError, now: float, chance: float) -> None:
-        """An attempt was refused. Releases the lease; `chance`, from 0 to 1, spreads the cooldowns' ends."""
+        """An attempt was refused. Releases the lease; `chance`, from 0 to 1, spreads the probes."""
         self.release(lease, 0, now)
-        entry = lease.entry
-        is_changed = lease.account is not entry.account  # by a reload, while it was asked
-        if error.scope == "nobody" or is_changed:
-            return
-        keys = {
-            "account": (entry.account.name, ""),
-            "model": (entry.account.name, lease.model),
-            "project": (project := entry.project(lease.model)),
-        }
+        if error.scope == "nobody" or lease.account is not lease.entry.account:
+            return  # a reload may have changed it meanwhile
+        name, project = lease.account.name, lease.entry.project(lease.model)
+        keys = {"account": (name, ""), "model": (name, lease.model), "project": project}
         self._cooldowns.begin(keys[error.scope], error, lease.probes, now, chance)
         if error.scope == "project" and lease.begun // 60 == now // 60:
             self._ledger.count(lease, now, requests=-1)  # Gemini does not count what it refuses
@@ -5454,6 +5449,18 @@ class AccountPool:
         if not self._entries:
             none = Overloaded("no account")
             return PoolExhausted("No account is configured. Add one under accounts.", none, None)
+        reasons, waits = self._reasons(model, refusals, now)
+        soonest = [reasons[name] for name in sorted(waits, key=waits.__getitem__)]
+        error = min([*refusals.values()][::-1] + soonest, key=lambda error: error.lasting)
+        why = "; ".join(f"{name}: {each.message.rstrip('.')}" for name, each in reasons.items())
+        if not isinstance(error, ModelGone):  # then nobody waits for those without the model
+            waits |= {n: math.inf for n, each in reasons.items() if isinstance(each, ModelGone)}
+        return exhaustion(f"No account could answer ({why}).", error, min(waits.values()))
+
+    def _reasons(
+        self, model: str, refusals: Mapping[str, UpstreamError], now: float
+    ) -> tuple[dict[str, UpstreamError], dict[str, float]]:
+        """The reason why each account did not answer, and the seconds until it may."""
         reasons: dict[str, UpstreamError] = {}
         waits: dict[str, float] = {}
         for entry in self._entries:
@@ -5462,17 +5469,12 @@ class AccountPool:
             waits[name] = obstacle.wait_s(now)
             if name in refusals and reason.scope == "nobody":
                 waits[name] = reason.retry_after_s or 1.0
-        soonest = [reasons[name] for name in sorted(waits, key=waits.__getitem__)]
-        error = min([*refusals.values()][::-1] + soonest, key=lambda error: error.lasting)
-        why = "; ".join(f"{name}: {each.message.rstrip('.')}" for name, each in reasons.items())
-        if not isinstance(error, ModelGone):  # then nobody waits for those without the model
-            waits |= {n: math.inf for n, each in reasons.items() if isinstance(each, ModelGone)}
-        return exhaustion(f"No account could answer ({why}).", error, min(waits.values()))
+        return reasons, waits
 
     # ---- what a person sees, and steers
 
     def steer(self, action: str, name: str, model: str) -> bool:
-        """Resets, pauses or resumes an account, or one model of it. False if there is no such account."""
+        """Resets, pauses or resumes an account or one model of it; False if there is none."""
         owners = {entry.account.name: entry.owners for entry in self._entries}.get(name)
         if owners is None:
             return False
@@ -5491,7 +5493,7 @@ class AccountPool:
         return True
 
     def status(self, now: float) -> list[dict[str, Any]]:
-        """The state of each account, and its state, counts and limits for each model it was asked for."""
+        """The state of each account, and its state, counts and limits for each model asked for."""
         return [self._status(entry, now) for entry in self._entries]
 
     def _status(self, entry: PoolEntry, now: float) -> dict[str, Any]:
@@ -5714,7 +5716,7 @@ def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
 
 
 def log_text(fields: Mapping[str, Any]) -> str:
-    """The fields as one line; a client's control characters are escaped, so that none forges a line."""
+    """The fields as one line; control characters are escaped, so that no client forges a line."""
     others = dict(fields)
     words = [others.pop("id"), others.pop("route")]
     if model := others.pop("model", ""):
