@@ -5287,22 +5287,22 @@ def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request
 # 13. Accounts
 # ==============================================================================
 
-COOLDOWN_S_MAX = 3600.0
-JITTER_S_MAX = 30.0
-COOLDOWN_END_S_MAX = RETRY_AFTER_S_MAX + JITTER_S_MAX
-DAY_S_MAX = 25 * 3600.0
-PROBE_S_MAX = 10.0  # who is silent for longer thinks, for a refusal comes at once
-POLL_S = 0.25
-TWINS_MIN = 3
-STATES_MAX = 2000  # of accounts times models
-SAID_CHARS = 4000  # of a system prompt, and of the first message, by which a conversation is known
-ATTEMPTS_MAX = 3
-RESTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)}
-UNASKED = RateLimited(f"was not asked, for a request is tried {ATTEMPTS_MAX} times")
+ATTEMPTS_MAX = 3  # of one request: more would only hold the client up
+COOLDOWN_S_MAX = 3600.0  # of those that double, so that an account is tried again within the hour
+JITTER_S_MAX = 30.0  # of accounts refused at once, the probes are spread over so much time
+# A cooldown that ends later than this was begun before the clock was set back, and holds no more.
+COOLDOWN_END_S_MAX = RETRY_AFTER_S_MAX + 2 * JITTER_S_MAX
+DAY_S_MAX = 25 * 3600.0  # in autumn a day has 25 hours
+PROBE_S_MAX = 10.0  # a probe that is silent for longer has no refusal coming: its model thinks
+POLL_S = 0.25  # nobody knows when a busy account is free or a probe ends: that is asked so often
+STATES_MAX = 2000  # of accounts times models, so that clients that invent names fill no memory
+AFFINITY_CHARS = 4000  # of instructions and first message each: enough to tell them apart
+HASH_MAX = (1 << 64) - 1
+Key = tuple[str, str]  # an owner (an account's name, or "@" and a quota_group), and a model
 
 
 def next_midnight(now: float) -> float:
-    """When a new day of Gemini's quotas begins: at midnight in Los Angeles.
+    """The time at which a new day of Gemini's quotas begins: midnight in Los Angeles.
 
     Source: https://ai.google.dev/gemini-api/docs/rate-limits
     """
@@ -5312,37 +5312,37 @@ def next_midnight(now: float) -> float:
 
 
 def pacific_offset_s(now: float) -> float:
-    """Seconds that clocks in Los Angeles are ahead of UTC, by the United States' rule: not each system knows its zone."""
+    """Seconds by which clocks in Los Angeles are ahead of UTC. The rule of the United States is
+    written out here, for not every system knows the time zones."""
     from datetime import UTC, datetime, timedelta
 
     moment = datetime.fromtimestamp(now, UTC)
-    march, november = (
-        datetime(moment.year, *of, tzinfo=UTC) for of in ((3, 8, 10), (11, 1, 9))
-    )  # 2 a.m. there
-    begin, end = (
-        day + timedelta(days=(6 - day.weekday()) % 7) for day in (march, november)
-    )  # Sundays
-    return -7 * 3600.0 if begin <= moment < end else -8 * 3600.0
+    begin = datetime(moment.year, 3, 8, 10, tzinfo=UTC)  # 2 a.m. there, in winter
+    end = datetime(moment.year, 11, 1, 9, tzinfo=UTC)  # 2 a.m. there, in summer
+    sundays = [day + timedelta(days=6 - day.weekday()) for day in (begin, end)]
+    is_summer = sundays[0] <= moment < sundays[1]
+    return 3600.0 * (is_summer - 8)
 
 
-def rest_of(error: UpstreamError, strikes: int, now: float) -> float:
-    """Seconds of rest after a refusal: as the upstream says, else until the quota is new, else longer each time.
+def cooldown_of(error: UpstreamError, strikes: int, now: float) -> float:
+    """Seconds of cooldown after a refusal, from a second to a day; infinite for a barred account.
 
-    No wait is believed beyond a day, and none is shorter than a second.
+    They last as long as the upstream says, else as the quota's day or minute; else twice as long
+    after each strike, a probe that failed.
     """
     if math.isinf(error.cooldown_s):
         return math.inf
-    if error.reset_at is not None or error.retry_after_s is not None:
-        cooldown_s = error.retry_after_s if error.reset_at is None else error.reset_at - now
+    if error.reset_at is not None:
+        cooldown_s = error.reset_at - now
+    elif error.retry_after_s is not None:
+        cooldown_s = error.retry_after_s
     elif isinstance(error, QuotaGone):
         cooldown_s = next_midnight(now) - now
+    elif error.quota.endswith("_minute"):
+        cooldown_s = 60.0
     else:
-        cooldown_s = (
-            60.0
-            if error.quota.endswith("_minute")
-            else min(error.cooldown_s * 2.0**strikes, COOLDOWN_S_MAX)
-        )
-    return min(max(cooldown_s or 0.0, 1.0), RETRY_AFTER_S_MAX)
+        cooldown_s = min(error.cooldown_s * 2.0 ** min(strikes, 99), COOLDOWN_S_MAX)
+    return min(max(cooldown_s, 1.0), RETRY_AFTER_S_MAX)
 
 
 @dataclass(eq=False, slots=True)
@@ -5350,33 +5350,29 @@ class PoolEntry:
     """An account's place in the pool."""
 
     account: Account
-    salt: int  # an odd number of 64 bits
-    owners: tuple[str, ...]  # whose rests hold it back: its own, and those of its quota_group
+    salt: int = field(init=False)
+    """An odd number of 64 bits, by which each conversation has an order of accounts of its own."""
+    owners: tuple[str, ...] = field(init=False)
+    """Whose cooldowns hold it back: the account itself, then its quota_group, if it has one."""
     busy: int = 0
+    busy_max: float = field(init=False)
     turn: float = 0.0
-    twins: set[str] = field(default_factory=set)
-    """Accounts that seem to share its project: they were refused whenever it was."""
+    """Grows by 1/weight with each request: by round robin the account with the smallest is next."""
 
+    def __post_init__(self) -> None:
+        name = self.account.name
+        self.salt = int.from_bytes(hashlib.sha256(encoded(name)).digest()[:8], "big") | 1
+        self.adopt(self.account)
 
-@dataclass(eq=False, slots=True)
-class Cooldown:
-    """Why an account or a project is not asked, and until when. Afterwards one probe finds out, which ends it or not."""
+    def adopt(self, account: Account) -> None:
+        self.account, self.owners = account, (account.name,)
+        self.busy_max = account.max_concurrency or math.inf
+        if account.quota_group:
+            self.owners += (f"@{account.quota_group}",)
 
-    error: UpstreamError
-    until: float
-    strikes: int = 0  # how many probes in a row have failed
-    span: tuple[float, float] = (0.0, 0.0)
-    """From when until when the upstream surely refuses: the last tenth may be the way of the answer."""
-    prober: Lease | None = None
-
-    def holds(self, now: float) -> bool:
-        """A rest of more than a day is none: the clock was set back."""
-        probed = self.prober is not None and now < self.prober.begun + PROBE_S_MAX
-        return probed or now < self.until <= now + COOLDOWN_END_S_MAX or math.isinf(self.until)
-
-    def told(self, now: float) -> str:
-        until = "" if math.isinf(self.until) else f" for {max(self.until - now, 0):.0f} s"
-        return f"{'is probed' if self.prober else f'rests{until}'} ({self.error.quota}): {self.error.message}"
+    def project(self, model: str) -> Key:
+        """The key of the quota of a model, which all accounts of a quota_group share."""
+        return self.owners[-1], model
 
 
 @dataclass(eq=False, slots=True)
@@ -5392,87 +5388,257 @@ class Lease:
 
 
 @dataclass(eq=False, slots=True)
-class Use:
-    """What an account or a project was asked for one model, this minute and this day, and how much it may be."""
+class Cooldown:
+    """The reason why an account or a project is not asked, and until when. Afterwards one request,
+    the probe, is let through: its answer ends the cooldown, its refusal begins a new one."""
 
-    given: Mapping[str, int]
+    error: UpstreamError
+    until: float
+    strikes: int = 0  # how many probes in a row have failed
+    prober: Lease | None = None
+
+    def holds(self, now: float) -> bool:
+        if self.prober is not None and now < self.prober.begun + PROBE_S_MAX:
+            return True
+        return now < self.until <= now + COOLDOWN_END_S_MAX or math.isinf(self.until)
+
+    def wait_s(self, now: float) -> float:
+        if self is BUSY or self.prober:
+            return POLL_S
+        return max(self.until - now, 0.0)
+
+    def describe(self, now: float) -> str:
+        if self is BUSY:
+            return "is busy"
+        state = "is in cooldown"
+        if self.prober:
+            state = "is probed"
+        elif self.until < math.inf:
+            state = f"is in cooldown for {self.wait_s(now):.0f} s"
+        return f"{state} ({self.error.quota}): {self.error.message}"
+
+
+BUSY = Cooldown(Overloaded("has max_concurrency requests already"), math.inf)
+UNASKED = Cooldown(RateLimited(f"was not asked, for a request is tried {ATTEMPTS_MAX} times"), 0.0)
+
+
+class Cooldowns:
+    """The cooldowns of each account and project, for one model or for all (the model "")."""
+
+    def __init__(self) -> None:
+        self.by_key: dict[Key, dict[str, Cooldown]] = {}  # of each, by quota
+
+    def of(self, entry: PoolEntry, model: str) -> list[Cooldown]:
+        """Those of an account and its project; also those that are over and not yet probed."""
+        found: list[Cooldown] = []
+        for owner in entry.owners:
+            for key in ((owner, ""), (owner, model)):
+                if key in self.by_key:
+                    found += self.by_key[key].values()
+        return found
+
+    def longest(self, entry: PoolEntry, model: str, now: float) -> Cooldown | None:
+        """The one that ends last of those that keep an account from being asked."""
+        longest = None
+        for cooldown in self.of(entry, model):
+            if cooldown.holds(now) and (longest is None or cooldown.until > longest.until):
+                longest = cooldown
+        return longest
+
+    def probe(self, lease: Lease, now: float) -> None:
+        """Makes a request the probe of each cooldown that is over."""
+        for cooldown in self.of(lease.entry, lease.model):
+            if not cooldown.holds(now):
+                cooldown.prober = lease
+                lease.probes.append(cooldown)
+
+    def begin(
+        self, key: Key, error: UpstreamError, probes: Sequence[Cooldown], now: float, chance: float
+    ) -> None:
+        """Begins a cooldown. It ends up to a tenth later by `chance`, from 0 to 1, so that not all
+        accounts are probed at once."""
+        strikes, not_before = 0, 0.0
+        if known := self.by_key.get(key, {}).get(error.quota):
+            strikes = known.strikes + (known in probes)
+            if known not in probes and known.holds(now):  # of several refusals at once
+                not_before = known.until
+        cooldown_s = cooldown_of(error, strikes, now)
+        until = now + cooldown_s + chance * min(cooldown_s / 10, JITTER_S_MAX)
+        self.add(key, Cooldown(error, max(until, not_before), strikes))
+
+    def add(self, key: Key, cooldown: Cooldown) -> None:
+        """Adds a cooldown in place of one of the same quota; of too many the first to end goes."""
+
+        def end_of(key: Key) -> float:
+            return max(each.until for each in self.by_key[key].values())
+
+        self.by_key.setdefault(key, {})[cooldown.error.quota] = cooldown
+        if len(self.by_key) > STATES_MAX:
+            del self.by_key[min(self.by_key, key=end_of)]
+
+    def drop(self, is_dropped: Callable[[Key, Cooldown], bool]) -> None:
+        left = {
+            key: {quota: each for quota, each in cooldowns.items() if not is_dropped(key, each)}
+            for key, cooldowns in self.by_key.items()
+        }
+        self.by_key = {key: cooldowns for key, cooldowns in left.items() if cooldowns}
+
+    def forget(self, owner: str, model: str = "", *, but: str = "") -> None:
+        """Ends all of an owner, or those for one model, but not those of the quota `but`."""
+        self.drop(
+            lambda key, cooldown: (
+                key[0] == owner and model in ("", key[1]) and cooldown.error.quota != but
+            )
+        )
+
+
+@dataclass(eq=False, slots=True)
+class Use:
+    """Counts of what an account or a project was asked for one model, and the limits learned."""
+
     learned: dict[str, int] = field(default_factory=dict)
     minute: int = 0
-    day: float = 0.0
-    counts: list[int] = field(default_factory=lambda: [0] * len(QUOTAS))
+    day_end: float = 0.0
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(QUOTAS, 0))
 
-    def at(self, now: float, day: float) -> list[int]:
-        """The counts, in the order of QUOTAS, of this minute and of the day that ends at `day`."""
-        if (minute := int(now // 60)) != self.minute:
-            self.minute, self.counts[:2] = minute, (0, 0)
-        if day != self.day:
-            self.day, self.counts[2:] = day, (0, 0)
-        return self.counts
 
-    @property
-    def limits(self) -> dict[str, int]:
-        return {**self.learned, **self.given}
+class Ledger:
+    """Counts requests and tokens of each account and project by model, and knows their limits."""
 
-    def reached(self, now: float, day: float, share: float = 1.0) -> list[str]:
-        """The quotas of which more than this share is used up."""
-        limits = self.limits
-        used = zip(QUOTAS, self.at(now, day), strict=True) if limits else ()
-        return [
-            quota for quota, count in used if quota in limits and count >= limits[quota] * share
-        ]
+    def __init__(self) -> None:
+        self.uses: dict[Key, Use] = {}
+        self.day_end = 0.0
+        self.has_limits = False  # none at all, which saves most pools the look
+        self._given: Callable[[Key], dict[str, int]]
+
+    def adopt(self, entries: Sequence[PoolEntry]) -> None:
+        """Takes over the limits of the accounts file; a project has those of all its accounts."""
+
+        @functools.lru_cache(STATES_MAX)
+        def given(key: Key) -> dict[str, int]:
+            owner, model = key
+            limits: dict[str, int] = {}
+            for entry in entries:
+                table = entry.account.limits
+                if owner in entry.owners and (pattern := look_up(model, table)):
+                    limits |= table[pattern]
+            return limits
+
+        self._given = given
+        self.has_limits |= any(entry.account.limits for entry in entries)
+
+    def use(self, key: Key, now: float) -> Use:
+        """The counts of this minute and day. A new one is not kept before something is counted."""
+        use = self.uses.get(key) or Use()
+        if use.minute != (minute := int(now // 60)):
+            use.minute = minute
+            use.counts |= {"requests_per_minute": 0, "tokens_per_minute": 0}
+        if not now < self.day_end <= now + DAY_S_MAX:
+            self.day_end = next_midnight(now)
+        if use.day_end != self.day_end:
+            use.day_end = self.day_end
+            use.counts |= {"requests_per_day": 0, "tokens_per_day": 0}
+        return use
+
+    def limits(self, key: Key, use: Use) -> dict[str, int]:
+        """The limits given, which count more than those learned, and those learned."""
+        return use.learned | self._given(key)
+
+    def count(self, lease: Lease, now: float, *, requests: int = 0, tokens: int = 0) -> None:
+        for owner in lease.entry.owners:
+            key = owner, lease.model
+            use = self.uses[key] = self.use(key, now)
+            use.counts["requests_per_minute"] += requests
+            use.counts["requests_per_day"] += requests
+            use.counts["tokens_per_minute"] += tokens
+            use.counts["tokens_per_day"] += tokens
+        while len(self.uses) > STATES_MAX:
+            del self.uses[next(iter(self.uses))]
+
+    def is_near_limit(self, key: Key, now: float, share: float) -> bool:
+        """Tells whether more than this share of a limit is used up."""
+        use = self.use(key, now)
+        return any(use.counts[q] >= limit * share for q, limit in self.limits(key, use).items())
+
+    def learn(self, key: Key, quota: str, limit: int, now: float) -> None:
+        self.use(key, now).learned[quota] = limit
+        self.has_limits = True
+
+    def unlearn_exceeded(self, key: Key, now: float) -> None:
+        """Forgets each learned limit that was exceeded without a refusal."""
+        use = self.use(key, now)
+        use.learned = {q: limit for q, limit in use.learned.items() if use.counts[q] <= limit}
+
+    def unlearn(self, owners: Collection[str]) -> None:
+        for (owner, _), use in self.uses.items():
+            if owner in owners:
+                use.learned.clear()
+
+    def restore(self, key: Key, today: list[int], learned: Mapping[str, int], now: float) -> None:
+        use = self.uses[key] = self.use(key, now)
+        use.counts["requests_per_day"], use.counts["tokens_per_day"] = today
+        for quota in learned.keys() & set(QUOTAS):
+            self.learn(key, quota, learned[quota], now)
+
+
+def affinity_rank(entry: PoolEntry, key: int) -> float:
+    """The place of an account in the order of a conversation, which other accounts do not change.
+
+    Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
+    """
+    share = ((entry.salt * key & HASH_MAX) + 1) / (HASH_MAX + 2)
+    return -math.log(share) / entry.account.weight
+
+
+# The account with the lowest rank is asked first; of equal ones the first of the file.
+RANKS: dict[str, Callable[[PoolEntry, int], float]] = {
+    "affinity": affinity_rank,
+    "round_robin": lambda entry, key: entry.turn,
+    "fill_first": lambda entry, key: 0.0,
+}
+# The kinds of errors whose cooldowns outlive the process; credentials are tried anew.
+LASTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, Paused)}
+
+
+def exhaustion(why: str, last: UpstreamError, wait_s: float) -> PoolExhausted:
+    """The error with its advice and, if an account will ever be free, the wait."""
+    message = f"{why} {last.advice}"
+    if math.isinf(wait_s):
+        return PoolExhausted(message, last, None)
+    if wait_s and last.waits:
+        message += f" Please try again in {wait_s:.1f}s."
+    return PoolExhausted(message, last, wait_s)
 
 
 class AccountPool:
-    """Who is asked next, and who rests until when. Told the time, in seconds since 1970, and the chance; never waits."""
+    """Chooses the account that is asked next. It is told the time, in seconds since 1970, and the
+    chance; it never waits."""
 
     def __init__(
         self, accounts: Sequence[Account], strategy: str = "affinity", reserve: float = 0.0
     ) -> None:
-        self._seats: list[PoolEntry] = []
-        self._rests: dict[tuple[str, str], dict[str, Cooldown]] = {}
-        self._uses: dict[tuple[str, str], Use] = {}
-        self._together: dict[tuple[str, str], int] = {}
-        self._floor = 0.0
-        self._day = 0.0
-        self._limited = False  # whether any limit was given or learned
+        self._entries: list[PoolEntry] = []
+        self._cooldowns = Cooldowns()
+        self._ledger = Ledger()
+        self._turn = 0.0  # the last one taken: an account that was away does not catch up
         self.update(accounts, strategy, reserve)
 
     def update(self, accounts: Sequence[Account], strategy: str, reserve: float) -> None:
-        """Takes other accounts in; who is unchanged keeps its state, who changed keeps only what a person paused."""
+        """Takes other accounts in. One that is unchanged keeps its state; one that changed keeps
+        nothing but a person's pause; one that is gone, nothing."""
         self.accounts = tuple(accounts)
         self._strategy, self._reserve = strategy, reserve
-        known = {seat.account.name: seat for seat in self._seats}
-        self._seats = []
-        for account in accounts:
-            owners = (
-                (account.name, f"@{account.quota_group}")
-                if account.quota_group
-                else (account.name,)
-            )
-            salt = int.from_bytes(hashlib.sha256(encoded(account.name)).digest()[:8], "big") | 1
-            seat = known.pop(account.name, None) or PoolEntry(account, salt, owners)
-            if seat.account != account:
-                self._forget(account.name, "", spare=("paused",))
-                seat.account, seat.owners = account, owners
-                known[account.name] = seat  # beside those that are gone
-            self._seats.append(seat)
+        known = {entry.account.name: entry for entry in self._entries}
+        self._entries = [known.get(account.name) or PoolEntry(account) for account in accounts]
+        for entry, account in zip(self._entries, accounts, strict=True):
+            if entry.account != account:
+                entry.adopt(account)
+                self._cooldowns.forget(account.name, but="paused")
+                self._ledger.unlearn(entry.owners)
         for name in known.keys() - {account.name for account in accounts}:
-            self._forget(name, "")
-        self._unlearn(known)
-        for (owner, model), use in self._uses.items():
-            use.given = self._given(owner, model)
-        self._limited = any(use.limits for use in self._uses.values())
-
-    def _unlearn(self, changed: Mapping[str, PoolEntry]) -> None:
-        """What refusals taught of limits and twins is not so of an account that is gone, another one by now, or reset."""
-        owners = {owner for seat in changed.values() for owner in seat.owners}
-        for (owner, _), use in self._uses.items():
-            use.learned = {} if owner in owners else use.learned
-        self._together = {
-            pair: times for pair, times in self._together.items() if changed.keys().isdisjoint(pair)
-        }
-        for seat in self._seats:
-            seat.twins = set() if seat.account.name in changed else seat.twins - changed.keys()
+            self._cooldowns.forget(name)
+            self._ledger.unlearn(known[name].owners)
+        self._ledger.adopt(self._entries)
 
     # ---- the choice
 
@@ -5485,416 +5651,270 @@ class AccountPool:
         seen: list[tuple[str, str]],
         again: bool = False,
     ) -> Lease | None:
-        """The best account by the strategy that is not in `tried`, does not rest and is not busy; None where there is none.
+        """The best account that is not in `tried`, in cooldown or busy; None where there is none.
 
-        Who was refused asks `again`, and probes nobody where another is ready. By affinity each `key` has an order of its
-        own, which other accounts do not change. What is known of each account goes into `seen`. The lease must be released.
-        Source: https://en.wikipedia.org/wiki/Rendezvous_hashing#Weighted_rendezvous_hash
+        By affinity each `key` has an order of accounts of its own, which other accounts do not
+        change. A request that was refused asks `again`: it probes an account only where no other is
+        ready. The state of each account is added to `seen`. The lease must be released.
         """
-        self._begin_day(now)
-        best, best_doubted, best_rank = None, True, math.inf
-        strategy, limited, floor, log = self._strategy, self._limited, self._floor, math.log
-        for seat in self._seats:
-            account = seat.account
-            if account.name in tried:
+        rank_of, doubt = RANKS[self._strategy], ""
+        is_careful = again or self._ledger.has_limits
+        ready: list[tuple[bool, float, int]] = []
+        for place, entry in enumerate(self._entries):
+            if entry.account.name in tried:
                 state = "was tried"
-            elif not (
-                state := self._state(seat, model, now)
-                if self._rests or account.max_concurrency
-                else ""
-            ):
-                doubtful = limited or seat.twins or (again and self._rests)
-                rank, doubt = 0.0, self._doubt(seat, model, now, again) if doubtful else ""
-                if strategy == "affinity":
-                    rank = (
-                        -log(((seat.salt * key & 0xFFFFFFFFFFFFFFFF) + 1) / 0x10000000000000001)
-                        / account.weight
-                    )
-                elif strategy == "round_robin":
-                    rank = max(seat.turn, floor)
+            elif obstacle := self._obstacle(entry, model, now):
+                state = obstacle.describe(now)
+            else:
+                if is_careful:
+                    doubt = self._doubt(entry, model, now, again)
                 state = doubt or "is ready"
-                if (doubt != "", rank) < (best_doubted, best_rank):
-                    best, best_doubted, best_rank = seat, doubt != "", rank
-            seen.append((account.name, state))
-        return self._lease(best, model, now) if best else None
+                ready.append((doubt != "", rank_of(entry, key), place))
+            seen.append((entry.account.name, state))
+        if not ready:
+            return None
+        return self._lease(self._entries[min(ready)[2]], model, now)
 
-    def _begin_day(self, now: float) -> None:
-        self._day = self._day if now < self._day <= now + DAY_S_MAX else next_midnight(now)
+    def again(self, entry: PoolEntry, model: str, now: float) -> Lease | None:
+        """Another lease of an account; None if it is in cooldown or busy by now."""
+        if self._obstacle(entry, model, now):
+            return None
+        return self._lease(entry, model, now)
 
-    def again(self, seat: PoolEntry, model: str, now: float) -> Lease | None:
-        """The same account once more, unless it rests or is busy by now."""
-        return None if self._state(seat, model, now) else self._lease(seat, model, now)
-
-    def _lease(self, seat: PoolEntry, model: str, now: float) -> Lease:
-        """A lease of this account; it probes each rest that is over."""
-        lease = Lease(seat, seat.account, model, now)
-        for rest in self._rests_of(seat, model):
-            if not rest.holds(now):
-                rest.prober = lease
-                lease.probes.append(rest)
-        seat.busy += 1
-        if self._strategy == "round_robin":
-            self._floor = max(seat.turn, self._floor)
-            seat.turn = self._floor + 1 / seat.account.weight
-        self._count(lease, 0, 1, now)
+    def _lease(self, entry: PoolEntry, model: str, now: float) -> Lease:
+        lease = Lease(entry, entry.account, model, now)
+        if self._cooldowns.by_key:
+            self._cooldowns.probe(lease, now)
+        entry.busy += 1
+        self._turn = max(entry.turn, self._turn)
+        entry.turn = self._turn + 1 / entry.account.weight
+        self._ledger.count(lease, now, requests=1)
         return lease
 
-    def _state(self, seat: PoolEntry, model: str, now: float) -> str:
-        """Why an account cannot be asked; nothing where it can."""
-        if seat.account.max_concurrency and seat.busy >= seat.account.max_concurrency:
-            return "is busy"
-        held = (
-            [rest for rest in self._rests_of(seat, model) if rest.holds(now)] if self._rests else ()
-        )
-        return max(held, key=lambda rest: rest.until).told(now) if held else ""
+    def _obstacle(self, entry: PoolEntry, model: str, now: float) -> Cooldown | None:
+        """The reason why an account cannot be asked; None where it can."""
+        if self._cooldowns.by_key and (cooldown := self._cooldowns.longest(entry, model, now)):
+            return cooldown
+        if entry.busy >= entry.busy_max:
+            return BUSY
+        return None
 
-    def _rests_of(self, seat: PoolEntry, model: str) -> list[Cooldown]:
-        found: list[Cooldown] = []
-        for owner in seat.owners:
-            for of in ("", model):
-                if rests := self._rests.get((owner, of)):
-                    found += rests.values()
-        return found
-
-    def _doubt(self, seat: PoolEntry, model: str, now: float, again: bool) -> str:
-        """Why it would perhaps refuse, so that it is asked last; nothing where it would not."""
-        use = self._uses.get((seat.owners[-1], model))
-        if use is not None and use.reached(now, self._day, 1 - self._reserve):
+    def _doubt(self, entry: PoolEntry, model: str, now: float, again: bool) -> str:
+        """The reason why an account would perhaps refuse, so that it is asked last; else ""."""
+        if self._ledger.is_near_limit(entry.project(model), now, 1 - self._reserve):
             return "is near its limit"
-        if any(self._has_no_quota(twin, model, now) for twin in seat.twins):
-            return "seems to share a project that rests"
-        return "is to be probed" if again and self._rests_of(seat, model) else ""
-
-    def _has_no_quota(self, name: str, model: str, at: float) -> bool:
-        rests = self._rests.get((name, model), {})
-        return any(
-            quota in QUOTAS and rest.span[0] <= at < rest.span[1] for quota, rest in rests.items()
-        )
+        if again and self._cooldowns.of(entry, model):
+            return "is to be probed"
+        return ""
 
     def wait_s(self, model: str, tried: Collection[str], now: float) -> float:
-        """Seconds until the first account that is not in `tried` may be asked; infinite where none will be."""
-        waits = [math.inf]
-        for seat in self._seats:
-            if seat.account.name not in tried:
-                rests = [rest for rest in self._rests_of(seat, model) if rest.holds(now)]
-                unknown = any(rest.prober for rest in rests) or (
-                    not rests and self._state(seat, model, now)
-                )
-                waits.append(
-                    max([POLL_S if unknown else 0.0, *(rest.until - now for rest in rests)])
-                )
-        return min(waits)
+        """Seconds until the first account that is not in `tried` may be asked; else infinite."""
+        obstacles = (
+            self._obstacle(entry, model, now) or UNASKED
+            for entry in self._entries
+            if entry.account.name not in tried
+        )
+        return min((obstacle.wait_s(now) for obstacle in obstacles), default=math.inf)
 
     # ---- what came of it
 
     def succeeded(self, lease: Lease, now: float) -> None:
-        """An answer has begun: what was probed is over, and what was thought of limits and twins is not so."""
-        for rest in lease.probes:
-            for rests in self._rests.values():
-                if rests.get(rest.error.quota) is rest:
-                    del rests[rest.error.quota]
-        self._rests = (
-            {key: rests for key, rests in self._rests.items() if rests}
-            if lease.probes
-            else self._rests
-        )
-        lease.probes.clear()
-        use = self._uses.get((lease.entry.owners[-1], lease.model))
-        if use is not None and use.learned:
-            for quota in use.reached(now, self._day, 1.0001):  # more than there is was not refused
-                use.learned.pop(quota, None)
-        if self._together:
-            for other in self._seats:
-                if self._has_no_quota(other.account.name, lease.model, lease.begun):
-                    self._met(lease.entry, other, refused=False)
+        """An answer has begun: what was probed is over, and a limit that it exceeds is none."""
+        if lease.probes:
+            self._cooldowns.drop(lambda key, cooldown: cooldown in lease.probes)
+            lease.probes.clear()
+        if self._ledger.has_limits:
+            self._ledger.unlearn_exceeded(lease.entry.project(lease.model), now)
 
     def failed(self, lease: Lease, error: UpstreamError, now: float, chance: float) -> None:
-        """An attempt was refused; `chance`, from 0 to 1, spreads the ends of the rests. Releases the lease."""
-        seat, probes = lease.entry, lease.probes
+        """An attempt was refused. Releases the lease; `chance`, from 0 to 1, spreads the probes."""
         self.release(lease, 0, now)
-        if (
-            error.scope == "nobody" or lease.account is not seat.account
-        ):  # whose file was changed meanwhile
-            return
-        owner = seat.owners[-1] if error.scope == "project" else seat.account.name
-        rests = self._rests.setdefault((owner, "" if error.scope == "account" else lease.model), {})
-        known = rests.get(error.quota)
-        strikes = (known.strikes + (known in probes)) if known else 0
-        cooldown_s = rest_of(error, strikes, now)
-        end = now + cooldown_s + chance * min(cooldown_s / 10, JITTER_S_MAX)
-        until = end if math.isinf(end) else min(end, now + COOLDOWN_END_S_MAX)
-        if known and known not in probes and known.holds(now):
-            until = max(until, known.until)  # of several refusals at once
-        rests[error.quota] = Cooldown(error, until, strikes, (now, now + cooldown_s * 0.9))
+        if error.scope == "nobody" or lease.account is not lease.entry.account:
+            return  # a reload may have changed it meanwhile
+        name, project = lease.account.name, lease.entry.project(lease.model)
+        keys = {"account": (name, ""), "model": (name, lease.model), "project": project}
+        self._cooldowns.begin(keys[error.scope], error, lease.probes, now, chance)
         if error.scope == "project" and lease.begun // 60 == now // 60:
-            self._count(lease, 0, -1, now)
-        if error.quota in QUOTAS:
-            self._learn(lease, error, now)
-        if len(self._rests) > STATES_MAX:  # those that end last stay
-            held = [
-                one
-                for one in self._rests.items()
-                if any(rest.holds(now) for rest in one[1].values())
-            ]
-            held.sort(key=lambda one: max(rest.until for rest in one[1].values()))
-            self._rests = dict(held[-STATES_MAX:])
-
-    def _learn(self, lease: Lease, error: UpstreamError, now: float) -> None:
-        """From a quota's refusal: how large it is and, where its own requests do not explain it, who seems to share it."""
-        if error.limit:
-            self._limited = True
-            use = self._uses[lease.entry.owners[-1], lease.model]
-            use.learned[error.quota] = error.limit
-            if error.quota in use.reached(now, self._day):
-                return
-        for other in self._seats:
-            alone = (
-                other is not lease.entry
-                and not other.account.quota_group
-                and not lease.account.quota_group
-            )
-            if alone and self._has_no_quota(other.account.name, lease.model, now):
-                self._met(lease.entry, other, refused=True)
-
-    def _met(self, one: PoolEntry, other: PoolEntry, *, refused: bool) -> None:
-        """One was asked while the other one's quota was used up."""
-        a, b = sorted((one.account.name, other.account.name))
-        times = self._together[a, b] = self._together.get((a, b), 0) + 1 if refused else 0
-        for seat, name in ((one, other.account.name), (other, one.account.name)):
-            (seat.twins.add if times >= TWINS_MIN else seat.twins.discard)(name)
+            self._ledger.count(lease, now, requests=-1)  # Gemini does not count what it refuses
+        if error.limit and error.quota in QUOTAS:
+            self._ledger.learn(project, error.quota, error.limit, now)
 
     def release(self, lease: Lease, tokens: int, now: float) -> None:
         """The end of a request; a probe without a verdict is left to the next one."""
-        if not lease.ended:
-            lease.ended = True
-            lease.entry.busy -= 1
-            for rest in lease.probes:
-                rest.prober = None if rest.prober is lease else rest.prober
-            self._count(lease, 1, tokens, now)
-
-    def _count(self, lease: Lease, quota: int, count: int, now: float) -> None:
-        """Counts requests (0) or tokens (1)."""
-        for owner in lease.entry.owners:
-            use = self._uses.get((owner, lease.model)) or self._new_use(owner, lease.model)
-            counts = use.at(now, self._day)
-            counts[quota] += count
-            counts[quota + 2] += count
-
-    def _new_use(self, owner: str, model: str) -> Use:
-        use = self._uses[owner, model] = Use(self._given(owner, model))
-        self._limited |= bool(use.given)
-        if len(self._uses) > STATES_MAX:
-            del self._uses[next(iter(self._uses))]
-        return use
-
-    def _given(self, owner: str, model: str) -> dict[str, int]:
-        """The limits that the file gives an account; a project has those of all its accounts."""
-        limits = [seat.account.limits for seat in self._seats if owner in seat.owners]
-        return {
-            quota: size
-            for each in limits
-            if (key := look_up(model, each))
-            for quota, size in each[key].items()
-        }
+        if lease.ended:
+            return
+        lease.ended = True
+        lease.entry.busy -= 1
+        for cooldown in lease.probes:
+            if cooldown.prober is lease:
+                cooldown.prober = None
+        self._ledger.count(lease, now, tokens=tokens)
 
     def exhausted(
         self, model: str, refusals: Mapping[str, UpstreamError], now: float
     ) -> PoolExhausted:
-        """The class of the last refusal, else of the soonest account; the wait until that one; the reason of each.
+        """An error of the class of the last refusal, else of the account that is free soonest, with
+        the wait for that one and the reason of each.
 
-        What lasts (a day's quota, credentials, that there is no such model) is the class only where no account is soon free.
+        A lasting reason (a day's quota, credentials, that there is no such model) is its class only
+        where no account is free soon.
         """
-        if not self._seats:
-            return PoolExhausted(
-                "No account is configured. Add one under accounts.", Overloaded("no account"), None
-            )
-        reasons: list[tuple[float, str, UpstreamError]] = []
-        for seat in self._seats:
-            name, rests = (
-                seat.account.name,
-                [rest for rest in self._rests_of(seat, model) if rest.holds(now)],
-            )
-            last = max(rests, key=lambda rest: rest.until, default=None)
-            idle = (
-                UNASKED
-                if not self._state(seat, model, now)
-                else Overloaded("has max_concurrency requests already")
-            )
-            error = refusals.get(name) or (last.error if last else idle)
-            reasons.append((last.until if last else math.inf, name, error))
-        why = "; ".join(f"{name}: {error.message.rstrip('.')}" for _, name, error in reasons)
-        errors = list(refusals.values())[::-1] + [
-            one[2] for one in sorted(reasons, key=lambda one: one[0])
-        ]
-        error = min(errors, key=lambda error: error.lasting)
-        gone = (
-            {name for _, name, each in reasons if isinstance(each, ModelGone)}
-            if error.status != 404
-            else set()
-        )
-        told = {
-            name: each.retry_after_s or 1.0
-            for name, each in refusals.items()
-            if each.scope == "nobody"
-        }
-        soonest = min([self.wait_s(model, gone | told.keys(), now), *told.values()])
-        wait = soonest if soonest < math.inf else None
-        again = f" Please try again in {wait:.1f}s." if wait and error.waits else ""
-        return PoolExhausted(f"No account could answer ({why}). {error.advice}{again}", error, wait)
+        if not self._entries:
+            none = Overloaded("no account")
+            return PoolExhausted("No account is configured. Add one under accounts.", none, None)
+        reasons, waits = self._reasons(model, refusals, now)
+        soonest = [reasons[name] for name in sorted(waits, key=waits.__getitem__)]
+        error = min([*refusals.values()][::-1] + soonest, key=lambda error: error.lasting)
+        why = "; ".join(f"{name}: {each.message.rstrip('.')}" for name, each in reasons.items())
+        if not isinstance(error, ModelGone):  # then nobody waits for those without the model
+            waits |= {n: math.inf for n, each in reasons.items() if isinstance(each, ModelGone)}
+        return exhaustion(f"No account could answer ({why}).", error, min(waits.values()))
+
+    def _reasons(
+        self, model: str, refusals: Mapping[str, UpstreamError], now: float
+    ) -> tuple[dict[str, UpstreamError], dict[str, float]]:
+        """The reason why each account did not answer, and the seconds until it may."""
+        reasons: dict[str, UpstreamError] = {}
+        waits: dict[str, float] = {}
+        for entry in self._entries:
+            name, obstacle = entry.account.name, self._obstacle(entry, model, now) or UNASKED
+            reasons[name] = reason = refusals.get(name, obstacle.error)
+            waits[name] = obstacle.wait_s(now)
+            if name in refusals and reason.scope == "nobody":
+                waits[name] = reason.retry_after_s or 1.0
+        return reasons, waits
 
     # ---- what a person sees, and steers
 
     def steer(self, action: str, name: str, model: str) -> bool:
-        """Resets, pauses or resumes an account, or one model of it; False where there is no such account."""
-        seat = next((seat for seat in self._seats if seat.account.name == name), None)
-        if seat is None:
+        """Resets, pauses or resumes an account or one model of it; False if there is none."""
+        owners = {entry.account.name: entry.owners for entry in self._entries}.get(name)
+        if owners is None:
             return False
         if action == "pause":
-            self._rests.setdefault((name, model), {})["paused"] = Cooldown(
-                Paused("A person paused it."), math.inf
-            )
+            paused = Cooldown(Paused("A person paused it."), math.inf)
+            self._cooldowns.add((name, model), paused)
         elif action == "resume":
-            self._rests.get((name, model), {}).pop("paused", None)
+            self._cooldowns.drop(
+                lambda key, cooldown: key == (name, model) and cooldown.error.quota == "paused"
+            )
         else:
-            for owner in seat.owners:
-                self._forget(owner, model)
-            self._unlearn({} if model else {name: seat})
+            for owner in owners:
+                self._cooldowns.forget(owner, model)
+            if not model:
+                self._ledger.unlearn(owners)
         return True
 
-    def _forget(self, owner: str, model: str, spare: Collection[str] = ()) -> None:
-        """Ends the rests of an account or a project, for one model or for all."""
-        for (whose, of), rests in self._rests.items():
-            if whose == owner and model in ("", of):
-                for quota in rests.keys() - set(spare):
-                    del rests[quota]
-
     def status(self, now: float) -> list[dict[str, Any]]:
-        """Of each account what it is, does and may do, and the same for each model that it was asked for."""
-        told = []
-        self._begin_day(now)
-        for seat in self._seats:
-            account = seat.account
-            models = [
-                model
-                for owner, model in (*self._uses, *self._rests)
-                if owner in seat.owners and model
-            ]
-            about: dict[str, Any] = {
-                "account": account.name,
-                "kind": account.kind,
-                "quota_group": account.quota_group,
-            }
-            about |= {"seems_to_share_with": sorted(seat.twins), "in_flight": seat.busy}
-            about["state"] = self._state(seat, "", now) or "is ready"
-            told.append(
-                about
-                | {
-                    "models": [
-                        self._model_status(seat, model, now) for model in dict.fromkeys(models)
-                    ]
-                }
-            )
-        return told
+        """The state of each account, and its state, counts and limits for each model asked for."""
+        return [self._status(entry, now) for entry in self._entries]
 
-    def _model_status(self, seat: PoolEntry, model: str, now: float) -> dict[str, Any]:
-        use = self._uses.get((seat.account.name, model)) or Use({})
-        limits = (self._uses.get((seat.owners[-1], model)) or use).limits
-        about = {
-            "model": model,
-            "state": self._state(seat, model, now) or "is ready",
-            "limits": limits,
+    def _status(self, entry: PoolEntry, now: float) -> dict[str, Any]:
+        known = (*self._ledger.uses, *self._cooldowns.by_key)
+        models = dict.fromkeys(model for owner, model in known if model and owner in entry.owners)
+        return {
+            "account": entry.account.name,
+            "kind": entry.account.kind,
+            "quota_group": entry.account.quota_group,
+            "in_flight": entry.busy,
+            "state": self._state(entry, "", now),
+            "models": [self._model_status(entry, model, now) for model in models],
         }
-        return about | dict(zip(QUOTAS, use.at(now, self._day), strict=True))
+
+    def _model_status(self, entry: PoolEntry, model: str, now: float) -> dict[str, Any]:
+        own = self._ledger.use((entry.account.name, model), now)
+        key = entry.project(model)
+        limits = self._ledger.limits(key, self._ledger.use(key, now))
+        return {
+            "model": model,
+            "state": self._state(entry, model, now),
+            "limits": limits,
+        } | own.counts
+
+    def _state(self, entry: PoolEntry, model: str, now: float) -> str:
+        if obstacle := self._obstacle(entry, model, now):
+            return obstacle.describe(now)
+        return "is ready"
 
     # ---- what outlives the process
 
     def rows(self) -> dict[str, str]:
-        """The rests of quotas, models and paused accounts and what was used today, as texts by name for `restore`."""
-        rows, marks = {}, self._marks()
-        for (owner, model), rests in self._rests.items():
-            for quota, rest in rests.items():
-                if (kind := type(rest.error).__name__) in RESTING:
-                    mark = "" if quota == "paused" else marks.get(owner)
-                    about = [
-                        mark,
-                        kind,
-                        rest.error.message,
-                        rest.error.code,
-                        rest.until,
-                        rest.strikes,
-                    ]
-                    rows[dumps(["rest", owner, model, quota])] = json.dumps(
-                        about
-                    )  # which may be infinite
-        for (owner, model), use in self._uses.items():
-            if use.day == self._day:
-                rows[dumps(["use", owner, model])] = dumps(
-                    [marks.get(owner), use.day, use.counts[2:], use.learned]
-                )
-        return rows
+        """Texts by name for `restore`: cooldowns of quotas and models, pauses, counts of today."""
+        fingerprints = self._fingerprints()
+        rows = [*self._cooldown_rows(), *self._use_rows()]
+        return {dumps(key): json.dumps([fingerprints.get(key[1]), *value]) for key, value in rows}
+
+    def _cooldown_rows(self) -> Iterable[tuple[list[str], list[Any]]]:
+        for (owner, model), cooldowns in self._cooldowns.by_key.items():
+            for quota, each in cooldowns.items():
+                error = each.error
+                if (kind := type(error).__name__) in LASTING:
+                    value = [kind, error.message, error.code, each.until, each.strikes]
+                    yield ["rest", owner, model, quota], value
+
+    def _use_rows(self) -> Iterable[tuple[list[str], list[Any]]]:
+        for (owner, model), use in self._ledger.uses.items():
+            if use.day_end == self._ledger.day_end:
+                today = [use.counts["requests_per_day"], use.counts["tokens_per_day"]]
+                yield ["use", owner, model], [use.day_end, today, use.learned]
 
     def restore(self, rows: Mapping[str, str], now: float) -> None:
-        """Takes back what `rows` gave, unless its time is over or the account is another one by now."""
-        self._begin_day(now)
-        marks = self._marks()
+        """Takes back what `rows` gave, unless its day is over. Only a pause outlives the account's
+        credentials."""
+        fingerprints = self._fingerprints()
         for name, text in rows.items():
             with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
-                mark, *value = json.loads(text)
-                if mark == "" or mark == marks[json.loads(name)[1]]:
-                    self._restore_row(json.loads(name), value, now)
+                key, (mark, *value) = json.loads(name), json.loads(text)
+                if key[3:] == ["paused"] or mark == fingerprints[key[1]]:
+                    self._restore_row(key, value, now)
 
-    def _marks(self) -> dict[str, str]:
-        """By which each account is known again: not its name alone, for it may get another key while nothing runs."""
-        marks = {owner: owner for seat in self._seats for owner in seat.owners}
+    def _restore_row(self, name: Any, value: Any, now: float) -> None:
+        match name, value:
+            case ["rest", owner, model, quota], [kind, message, code, until, strikes]:
+                error = LASTING[kind](message, code=code)
+                error.quota = quota
+                self._cooldowns.add((owner, model), Cooldown(error, until, strikes))
+            case ["use", owner, model], [day_end, today, learned] if (
+                now < day_end <= now + DAY_S_MAX
+            ):
+                self._ledger.restore((owner, model), today, learned, now)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """A fingerprint of each account's credentials, so that a row is not restored for another
+        key that came under the same name. A project has its name."""
+        marks = {owner: owner for entry in self._entries for owner in entry.owners}
         for one in self.accounts:
             login = f"{one.client_id}\n{one.refresh_token}\n{one.service_account}\n{one.project}"
             marks[one.name] = hashlib.sha256(encoded(f"{one.api_key}\n{login}")).hexdigest()[:8]
         return marks
 
-    def _restore_row(self, name: Any, value: Any, now: float) -> None:
-        table, owner, model, *more = name
-        if table == "rest":
-            kind, message, code, until, strikes = value
-            error = RESTING[kind](message, code=code)
-            error.quota = more[0]
-            self._rests.setdefault((owner, model), {})[error.quota] = Cooldown(
-                error, until, strikes
-            )
-        elif value[0] == self._day:
-            use = self._new_use(owner, model)
-            use.at(now, self._day)
-            use.counts[2:], use.learned = value[1:]
-            self._limited |= bool(use.learned)
-
 
 def affinity_of(client: str, session: str, request: Request) -> int:
-    """A number that the requests of one conversation share: they meet the same account, whose prompt cache knows them.
-
-    Without the client's name for the session, by what was said first.
-    """
+    """A number that the requests of one conversation share, so that they meet the same account,
+    whose prompt cache knows them. Where the client names no session, it comes from the instructions
+    and the first message."""
     if session:
         return zlib.crc32(encoded(f"{client}\n{session}"))
-    said = []
-    for part in request.messages[0].parts if request.messages else ():
-        said.append(
-            part.text if isinstance(part, Text) else part.data if isinstance(part, Media) else ""
-        )
-    tool = "\n".join([client, *request.system])[
-        :SAID_CHARS
-    ]  # apart, for it may be long and always the same
-    return zlib.crc32(encoded(tool + "\n".join(said)[:SAID_CHARS]))
+    instructions = "\n".join([client, *request.system])[:AFFINITY_CHARS]
+    first = []
+    for part in (part for message in request.messages[:1] for part in message.parts):
+        if isinstance(part, Text):
+            first.append(part.text)
+        elif isinstance(part, Media):
+            first.append(part.data)
+    return zlib.crc32(encoded(instructions + "\n".join(first)[:AFFINITY_CHARS]))
 
 
 # ==============================================================================
 # 14. Journal
 # ==============================================================================
 
-JOURNAL_MAX = 1000
+JOURNAL_MAX = 1000  # requests that `agproxy why` can explain: the last minutes of a busy day
 
 
 @dataclass(slots=True)
-class Step:
-    """One step of the retry loop: what was known of each account, who was asked, and what came of it."""
+class Decision:
+    """One choice of the retry loop: the state of each account, the one asked, and its answer."""
 
     model: str
     seen: list[tuple[str, str]] = field(default_factory=list)
@@ -5905,7 +5925,7 @@ class Step:
 
 @dataclass(slots=True)
 class Trace:
-    """What happened to one request, for its headers, its log line and `agproxy why`."""
+    """The record of one request, for its headers, its log line and `agproxy why`."""
 
     config: Config
     id: str
@@ -5918,50 +5938,54 @@ class Trace:
     account: Account | None = None
     attempts: int = 0
     affinity: int = 0
-    steps: list[Step] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
     first_byte: float | None = None
     usage: Usage | None = None
-    changes: int = 0  # how many there were; the journal keeps a thousand requests
+    changes: int = 0  # how many there were: the changes themselves would be too much to keep
     strict: bool = False
     error: str = ""  # the code of the error that broke off a stream
 
     def headers(self, now: float) -> dict[str, str]:
-        headers = {
-            "X-Request-Id": self.id,
-            "openai-processing-ms": str(round(1000 * (now - self.started))),
-        }
+        headers = {"X-Request-Id": self.id, "openai-processing-ms": str(self.ms_until(now))}
         if self.mapped_model:
             headers |= {"X-Mapped-Model": self.mapped_model, "X-Attempts": str(self.attempts)}
         if self.account and self.config.show_account != "off":
             shown = self.account.email or self.account.name
-            headers["X-Account-Email"] = (
-                shown if self.config.show_account == "full" else masked(shown)
-            )
+            if self.config.show_account == "masked":
+                shown = masked(shown)
+            headers["X-Account-Email"] = shown
         if self.changes:
             headers["X-Agproxy-Changes"] = str(self.changes)
-        return headers | ({"X-Agproxy-Demo": "1"} if self.config.demo else {})
+        if self.config.demo:
+            headers["X-Agproxy-Demo"] = "1"
+        return headers
+
+    def ms_until(self, moment: float) -> int:
+        return round(1000 * (moment - self.started))
 
 
 def decisions_of(trace: Trace) -> list[dict[str, Any]]:
+    """The decisions in JSON, as an error's body and `agproxy why` show them."""
     return [
-        {"model": step.model, "considered": dict(step.seen)}
-        | {
-            "chosen": step.account or None,
-            "answer": step.answer or None,
-            "waited_s": round(step.wait_s, 2),
+        {
+            "model": decision.model,
+            "considered": dict(decision.seen),
+            "chosen": decision.account or None,
+            "answer": decision.answer or None,
+            "waited_s": round(decision.wait_s, 2),
         }
-        for step in trace.steps
+        for decision in trace.decisions
     ]
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a gateway did since it was started."""
+    """Sums over all requests since the gateway was started."""
 
     requests: int = 0
     failed: int = 0
     usage: Usage = field(default_factory=Usage)
-    accounts: dict[str, int] = field(default_factory=dict)
+    accounts: Counter[str] = field(default_factory=Counter)
 
     def add(self, trace: Trace, status: int) -> None:
         if trace.model:
@@ -5969,7 +5993,7 @@ class Tally:
             self.failed += status >= 400 or bool(trace.error)
         if trace.account and status < 400:
             self.usage += trace.usage or Usage()
-            self.accounts[trace.account.name] = self.accounts.get(trace.account.name, 0) + 1
+            self.accounts[trace.account.name] += 1
 
     def bill(self) -> str:
         accounts = ", ".join(f"{name} {count}" for name, count in self.accounts.items()) or "none"
@@ -5979,16 +6003,19 @@ class Tally:
 
 
 class Journal:
+    """The last exchanges, for `agproxy why`, and the sums of all, for the bill."""
+
     def __init__(self) -> None:
         self.tally = Tally()
         self._entries: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
 
     def add(self, trace: Trace, status: int, now: float) -> None:
         self.tally.add(trace, status)
-        if trace.steps:
+        if trace.decisions:
             self._entries.append((trace, status, now))
 
     def find(self, id: str) -> dict[str, Any] | None:
+        """The log's fields of a request and the decisions of its retry loop; None where it is not known."""
         for trace, status, ended in self._entries:
             if trace.id == id:
                 return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
@@ -6002,26 +6029,32 @@ def masked(name: str) -> str:
 
 
 def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
-    """What the log says of a finished request; never a prompt, never a key."""
-    fields = {
-        name: getattr(trace, name)
-        for name in ("id", "client_id", "client", "route", "model", "mapped_model")
+    """The fields of a finished request's log line; never a prompt, never a key."""
+    fields: dict[str, Any] = {
+        "id": trace.id,
+        "client_id": trace.client_id,
+        "client": trace.client,
+        "route": trace.route,
+        "model": trace.model,
+        "mapped_model": trace.mapped_model,
+        "account": trace.account and trace.account.name,
+        "attempts": trace.attempts,
+        "status": status,
+        "error": trace.error,
+        "first_ms": None if trace.first_byte is None else trace.ms_until(trace.first_byte),
+        "ms": trace.ms_until(now),
+        "tokens": trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}",
     }
-    fields |= {"account": trace.account and trace.account.name, "attempts": trace.attempts}
-    fields |= {"status": status, "error": trace.error}
-    for name, at in (("first_ms", trace.first_byte), ("ms", now)):
-        fields[name] = None if at is None else round(1000 * (at - trace.started))
-    fields["tokens"] = trace.usage and f"{trace.usage.prompt}+{trace.usage.completion}"
     return {key: value for key, value in fields.items() if value not in (None, "")}
 
 
 def log_text(fields: Mapping[str, Any]) -> str:
-    """The fields as one line; a control character of a client's is escaped, so that none forges a line."""
-    rest = dict(fields)
-    words = [rest.pop("id"), rest.pop("route")]
-    if model := rest.pop("model", ""):
-        words.append(f"{model} -> {rest.pop('mapped_model', '?')}")
-    words += [f"{key}={value}" for key, value in rest.items()]
+    """The fields as one line; control characters are escaped, so that no client forges a line."""
+    others = dict(fields)
+    words = [others.pop("id"), others.pop("route")]
+    if model := others.pop("model", ""):
+        words.append(f"{model} -> {others.pop('mapped_model', '?')}")
+    words += [f"{key}={value}" for key, value in others.items()]
     return re.sub(
         r"[\x00-\x1f\x7f-\x9f\u2028\u2029]",
         lambda match: f"\\x{ord(match[0]):02x}",
@@ -7764,8 +7797,8 @@ class Attempts:
         The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
         same one, once; else the soonest of those in cooldown, if that is soon: then also one that was refused before.
         """
-        self.step = step = Step(self._model)
-        self._trace.steps.append(step)
+        self.step = step = Decision(self._model)
+        self._trace.decisions.append(step)
         while True:
             if not self._mended and (lease := self._untried()):
                 return lease
@@ -7959,7 +7992,7 @@ class Upstream:
         raise attempts.exhausted()
 
     async def _attempt(
-        self, question: Question[Answered_co], lease: Lease, step: Step, trace: Trace
+        self, question: Question[Answered_co], lease: Lease, step: Decision, trace: Trace
     ) -> Answered_co:
         """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
         trace.attempts += 1
@@ -8642,7 +8675,7 @@ async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> 
     if len(gateway.backgrounds) >= BACKGROUND_MAX:
         text = f"{BACKGROUND_MAX} responses are made in the background already. Try again later."
         raise Overloaded(text)
-    trace = replace(request_trace, steps=[])
+    trace = replace(request_trace, decisions=[])
     request_trace.model = ""
     detached = Exchange(gateway, trace, exchange.door, exchange.task)
     detached.payloads, detached.streamed = exchange.payloads, exchange.streamed
@@ -8995,7 +9028,7 @@ def error_reply(request: web.Request, error: GatewayError) -> web.Response:
     if error.code == "context_length_exceeded":
         error.param = door.long_field
     body = door.error(error)
-    if error.waits and trace.steps and isinstance(body.get("error"), dict):
+    if error.waits and trace.decisions and isinstance(body.get("error"), dict):
         body["error"]["decisions"] = decisions_of(trace)
     response = reply(request, dump_bytes(body), error.status)
     response.headers.update(error.headers)
@@ -10621,11 +10654,6 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
     ]
     for one in accounts:
         shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
-        shared += (
-            [f"seems to share with {', '.join(one['seems_to_share_with'])}"]
-            if one["seems_to_share_with"]
-            else []
-        )
         about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
         rows.append((*about, "; ".join([one["state"], *shared])))
         for model in one["models"]:

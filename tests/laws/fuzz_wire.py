@@ -151,7 +151,7 @@ def never_long(*_: object) -> float:
 async def served(direct: bool) -> AsyncIterator[int]:
     """A gateway, impatient so that a case takes seconds at most, before the upstream above."""
     patched = mock.patch.multiple(
-        agproxy, DIRECT=direct, BODY_S_MAX=PATIENCE_S, KEEP_ALIVE_S=PATIENCE_S, rest_of=never_long
+        agproxy, DIRECT=direct, BODY_S_MAX=PATIENCE_S, KEEP_ALIVE_S=PATIENCE_S, cooldown_of=never_long
     )
     timeouts = agproxy.Timeouts(
         connect_s=2, first_event_s=PATIENCE_S, idle_s=PATIENCE_S, total_s=2 * PATIENCE_S, stall_s=2

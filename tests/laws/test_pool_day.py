@@ -189,7 +189,7 @@ class Day:
             self.failed(trace, model, error)
 
     def failed(self, trace: agproxy.Trace, model: str, error: agproxy.PoolExhausted) -> None:
-        tried = {step.account for step in trace.steps if step.account}
+        tried = {step.account for step in trace.decisions if step.account}
         if trace.attempts == agproxy.ATTEMPTS_MAX:
             self.judge.figures["failed: 3 refusals that nothing could foretell"] += 1
             return
@@ -223,10 +223,10 @@ def test_a_day_of_five_accounts_in_three_projects(seed: int, capsys: pytest.Capt
         day = Day(loop, seed)
         await day.live()
         rested = day.upstream.pool.status(day.clock())
-        assert any("rests" in model["state"] for account in rested for model in account["models"])
+        assert any("cooldown" in model["state"] for account in rested for model in account["models"])
         await asyncio.sleep(2 * DAY_S)
         pool, now = day.upstream.pool, day.clock()
-        for account in PROJECTS:  # every cooldown has ended: each is asked, and that ends the rest
+        for account in PROJECTS:  # every cooldown has ended: each is asked, and that ends it
             for model in QUOTAS:
                 lease = pool.acquire(model, PROJECTS.keys() - {account}, 0, now, [])
                 assert lease, (account, model)
@@ -251,4 +251,3 @@ def test_a_day_of_five_accounts_in_three_projects(seed: int, capsys: pytest.Capt
     assert figures["requests"] == sum(REQUESTS.values())
     assert sum(count for what, count in figures.items() if what.startswith("served by")) > 0.8 * figures["requests"]
     assert figures["half-open probes"] > 50
-    assert day.upstream.pool.status(day.clock())[2]["seems_to_share_with"] == ["d"]

@@ -26,7 +26,7 @@ ERRORS: Any = [
 ]
 
 
-READY = ("is ready", "is near its limit", "seems to share a project that rests", "is to be probed")
+READY = ("is ready", "is near its limit", "is to be probed")
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -37,8 +37,8 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = agproxy.AccountPool(ACCOUNTS)
         self.leases: list[agproxy.Lease] = []
 
-    def resting(self, lease: agproxy.Lease) -> list[agproxy.Cooldown]:
-        return [rest for rest in self.pool._rests_of(lease.entry, lease.model) if rest.holds(self.now)]
+    def cooldowns(self) -> list[agproxy.Cooldown]:
+        return [each for by_quota in self.pool._cooldowns.by_key.values() for each in by_quota.values()]
 
     @rule(
         model=st.sampled_from(MODELS),
@@ -47,7 +47,7 @@ class PoolMachine(RuleBasedStateMachine):
         again=st.booleans(),
     )
     def acquire(self, model: str, key: int, tried: set[str], again: bool) -> None:
-        before = {id(rest) for rests in self.pool._rests.values() for rest in rests.values() if rest.holds(self.now)}
+        before = {id(cooldown) for cooldown in self.cooldowns() if cooldown.holds(self.now)}
         seen: list[tuple[str, str]] = []
         lease = self.pool.acquire(model, tried, key, self.now, seen, again)
         assert [name for name, _ in seen] == [account.name for account in self.accounts]
@@ -56,9 +56,8 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert lease.account.name not in tried
         assert lease.account in self.accounts
-        assert not before & {id(rest) for rest in self.pool._rests_of(lease.entry, model)}, (
-            "a resting account was asked"
-        )
+        own = set(map(id, self.pool._cooldowns.of(lease.entry, model)))
+        assert not before & own, "an account was asked in its cooldown"
         self.leases.append(lease)
 
     @precondition(lambda self: self.leases)
@@ -68,8 +67,8 @@ class PoolMachine(RuleBasedStateMachine):
         probes = list(lease.probes)
         self.pool.succeeded(lease, self.now)
         self.pool.release(lease, tokens, self.now)
-        kept = {id(rest) for rests in self.pool._rests.values() for rest in rests.values()}
-        assert not kept & set(map(id, probes)), "a probe that was answered ended no rest"
+        left = set(map(id, self.cooldowns()))
+        assert not left & set(map(id, probes)), "a probe that was answered ended no cooldown"
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), error=st.sampled_from(ERRORS), chance=st.floats(0, 1))
@@ -77,8 +76,9 @@ class PoolMachine(RuleBasedStateMachine):
         lease = self.leases.pop(data.draw(st.integers(0, len(self.leases) - 1)))
         made = error()
         self.pool.failed(lease, made, self.now, chance)
-        known = lease.entry in self.pool._seats and lease.entry.account is lease.account  # else it is another one
-        assert made.scope == "nobody" or not known or self.resting(lease), "who was refused does not rest"
+        known = lease.entry in self.pool._entries and lease.entry.account is lease.account  # else it is another one
+        cooldown = self.pool._cooldowns.longest(lease.entry, lease.model, self.now)
+        assert made.scope == "nobody" or not known or cooldown, "an account that refused is in no cooldown"
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -110,12 +110,11 @@ class PoolMachine(RuleBasedStateMachine):
         self.leases.clear()
 
     @invariant()
-    def every_rest_ends_and_has_one_probe(self) -> None:
-        for rests in self.pool._rests.values():
-            for rest in rests.values():
-                assert math.isinf(rest.until) or rest.until <= self.now + agproxy.COOLDOWN_END_S_MAX + 5.0 * 50
-                assert rest.prober is None or not rest.prober.ended
-        assert all(seat.busy >= 0 for seat in self.pool._seats)
+    def every_cooldown_ends_and_has_one_probe(self) -> None:
+        for cooldown in self.cooldowns():
+            assert math.isinf(cooldown.until) or cooldown.until <= self.now + agproxy.COOLDOWN_END_S_MAX + 5.0 * 50
+            assert cooldown.prober is None or not cooldown.prober.ended
+        assert all(entry.busy >= 0 for entry in self.pool._entries)
 
     @invariant()
     def it_can_always_be_told(self) -> None:

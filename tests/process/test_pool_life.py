@@ -74,7 +74,9 @@ async def test_a_day_that_is_used_up_is_remembered(
     assert (await ask(base_url))[:2] == (200, "b")
     assert gemini.keys == ["key-b"]
     shown = await command(base_url, "status")
-    assert re.search(r"gemini-2.5-flash .*/50 .*rests for \d{3,5} s \(requests_per_day\): You exceeded", shown.output)
+    assert re.search(
+        r"gemini-2.5-flash .*/50 .*is in cooldown for \d{3,5} s \(requests_per_day\): You exceeded", shown.output
+    )
 
 
 async def test_gateways_that_share_a_file_leave_the_rests_of_the_others_there(tmp_path: Path) -> None:
@@ -90,7 +92,7 @@ async def test_gateways_that_share_a_file_leave_the_rests_of_the_others_there(tm
             pool.failed(lease, agproxy.QuotaGone("Used up."), 1768507200.0, 0)
         await store.save()
         await database.close()
-    assert lease is None  # a rests still
+    assert lease is None  # a is in cooldown still
 
 
 async def test_a_store_that_cannot_be_opened_stops_nothing(serve: Serve, write: Write, gemini: FakeGemini) -> None:
@@ -149,7 +151,7 @@ async def test_a_changed_file_is_read_by_itself_and_a_bad_one_changes_nothing(
     write("a", "c")
     await served.wait_for(r"(the config was read again: 2 accounts)")
     gemini.script = [said("c")]
-    assert (await ask(base_url))[1] == "c"  # a did not change, and rests still
+    assert (await ask(base_url))[1] == "c"  # a did not change, and is in cooldown still
     (tmp_path / "accounts.yaml").write_text("accounts:\n  - {name: a, api_kee: x}\n")
     await served.wait_for(r"(the config stays as it was: accounts.yaml:2: unknown key 'api_kee')")
     told = await command(base_url, "reload")
@@ -208,10 +210,10 @@ async def test_what_a_person_sees_and_steers(serve: Serve, write: Write, gemini:
     assert (status, body["error"]["code"]) == (429, "insufficient_quota")
     steps = body["error"]["decisions"]
     assert [(step["chosen"], step["answer"] is not None) for step in steps] == [("a", True), (None, False)]
-    assert "rests for" in steps[1]["considered"]["b"]
+    assert "is in cooldown for" in steps[1]["considered"]["b"]
     rows = json.loads((await command(base_url, "status", "--json")).output)["accounts"]
     assert [(row["account"], row["quota_group"], row["in_flight"]) for row in rows] == [("a", "p", 0), ("b", "p", 0)]
-    assert "rests" not in (await command(base_url, "pool", "reset", "b")).output  # of the whole group
+    assert "cooldown" not in (await command(base_url, "pool", "reset", "b")).output  # of the whole group
     assert "no account's name" in (await command(base_url, "pool", "reset", "x")).output
 
 
@@ -326,8 +328,8 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     aiohttp_client: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rest_of = agproxy.rest_of
-    monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
+    cooldown_of = agproxy.cooldown_of
+    monkeypatch.setattr(agproxy, "cooldown_of", lambda *told: cooldown_of(*told) / 10)
     settings = {"max_wait_s": 0, "count": 1} | settings
     accounts = tuple(agproxy.Account(f"a{i}", "k", gemini.url) for i in range(settings.pop("count")))
     chain = {"gemini-2.5-pro": ("nobody-knows-it", "gemini-2.5-flash")}
@@ -392,7 +394,7 @@ async def test_who_waits_for_a_rest_sees_that_it_was_ended(
     for end in (lambda: pool.steer("reset", "a", ""), lambda: pool.update([replace(account, weight=2)], "affinity", 0)):
         gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 300s."), said("x")]
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
-        await until(lambda: "rests" in json.dumps(pool.status(time.time())))
+        await until(lambda: "cooldown" in json.dumps(pool.status(time.time())))
         end()
         assert (await asyncio.wait_for(asked, 5)).status == 200
 

@@ -1,4 +1,4 @@
-"""Who is asked next, who rests until when."""
+"""The account that is asked next, cooldowns and counts."""
 
 import math
 import sys
@@ -51,7 +51,7 @@ def test_accounts_answer_in_turn_and_no_tried_one_again() -> None:
     assert pool.name("a", "b") is None
 
 
-def test_by_turns_a_weight_counts_and_a_rest_is_not_caught_up_with() -> None:
+def test_by_turns_a_weight_counts_and_a_cooldown_is_not_caught_up_with() -> None:
     pool = turns(A, replace(B, weight=3))
     assert Counter(pool.name() for _ in range(40)) == {"a": 10, "b": 30}
     pool.refuse("a", now=NOON)
@@ -66,7 +66,7 @@ def test_fill_first_asks_the_first_as_long_as_it_can() -> None:
     assert pool.name() == "b"
 
 
-def test_by_affinity_a_conversation_keeps_its_account_and_only_its_own_rest_moves_it() -> None:
+def test_by_affinity_a_conversation_keeps_its_account_and_only_its_own_cooldown_moves_it() -> None:
     keys = range(3000)
     accounts = [A, B, replace(C, weight=2)]
     before = {key: Pool(accounts).name(key=key) for key in keys}
@@ -108,10 +108,10 @@ def test_an_account_is_asked_no_more_at_once_than_it_takes() -> None:
     assert pool.ask() is None
 
 
-# ---- who rests, and until when
+# ---- cooldowns
 
 
-def test_a_rate_limited_account_rests_until_its_time_for_that_model_alone() -> None:
+def test_a_rate_limited_account_is_in_cooldown_until_its_time_for_that_model_alone() -> None:
     pool = turns(A, B)
     pool.refuse("a")
     assert pool.name(now=NOON + 1) == "b"
@@ -186,25 +186,25 @@ def test_who_was_refused_probes_nobody_where_another_is_ready() -> None:
     assert lease.account.name == "b"
 
 
-def test_of_several_rests_the_longest_is_told() -> None:
+def test_of_several_cooldowns_the_longest_is_told() -> None:
     pool = turns(A)
     first, second = pool.ask(), pool.ask()
     assert first and second
     pool.failed(first, agproxy.RateLimited("minute", retry_after_s=9), NOON, 0)
     pool.failed(second, agproxy.QuotaGone("day"), NOON, 0)
-    assert pool.status(NOON)[0]["models"][0]["state"] == "rests for 43200 s (day): day"
+    assert pool.status(NOON)[0]["models"][0]["state"] == "is in cooldown for 43200 s (day): day"
 
 
 OVERLOADED = agproxy.Overloaded("Busy.", retry_after_s=9)
 
 
-def test_a_fault_that_is_not_the_accounts_makes_nobody_rest() -> None:
+def test_a_fault_that_is_not_the_accounts_begins_no_cooldown() -> None:
     pool = turns(A)
     pool.refuse("a", OVERLOADED)
     assert pool.name() == "a"
 
 
-def test_an_answer_that_began_before_the_refusal_ends_no_rest() -> None:
+def test_an_answer_that_began_before_the_refusal_ends_no_cooldown() -> None:
     pool = turns(A)
     early, late = pool.ask(), pool.ask()
     assert early and late
@@ -213,7 +213,7 @@ def test_an_answer_that_began_before_the_refusal_ends_no_rest() -> None:
     assert pool.name(now=NOON + 2) is None
 
 
-def test_rests_end_apart_and_never_later_than_a_day() -> None:
+def test_cooldowns_end_apart_and_never_later_than_a_day() -> None:
     ends = set()
     for chance in (0.0, 0.5, 1.0):
         pool = turns(A)
@@ -277,28 +277,13 @@ def test_who_is_ready_is_not_waited_for() -> None:
     )
 
 
-def test_accounts_of_a_group_rest_together_but_not_for_what_is_their_own() -> None:
+def test_accounts_of_a_group_share_cooldowns_but_not_of_what_is_their_own() -> None:
     pool = turns(*(replace(account, quota_group="p") for account in (A, B)), C)
     pool.refuse("a", agproxy.CredentialRefused("No."))
     assert pool.name("c") == "b"
     pool.refuse("b")
     assert pool.name() == "c"
     assert pool.name("c") is None
-
-
-def test_who_is_refused_whenever_another_is_seems_to_share_its_project_until_it_is_served() -> None:
-    pool = Pool([A, B, C], "fill_first")
-    minute = agproxy.RateLimited("Slow down.", retry_after_s=30)
-    minute.quota = "requests_per_minute"
-    for now in (NOON, NOON + 100, NOON + 200):
-        pool.refuse("a", minute, now=now)
-        pool.refuse("b", minute, now=now + 1)
-        assert pool.name(now=now + 2) == "c"
-    assert [row["seems_to_share_with"] for row in pool.status(NOON + 250)] == [["b"], ["a"], []]
-    pool.refuse("a", minute, now=NOON + 300)
-    assert pool.name(now=NOON + 301) == "c"  # although b comes first
-    assert pool.name("c", now=NOON + 301) == "b"  # who is asked all the same where nobody else is left
-    assert pool.name(now=NOON + 302) == "b"
 
 
 @pytest.mark.parametrize(
@@ -394,25 +379,16 @@ def test_limits_that_a_reload_brings_hold_at_once_also_for_models_that_were_aske
     "end",
     [
         lambda pool: pool.update([replace(A, api_key="new"), B], "fill_first", 0),
-        lambda pool: pool.steer("reset", "a", "") and pool.steer("reset", "c", ""),
+        lambda pool: pool.steer("reset", "a", ""),
     ],
     ids=["a reload", "a reset"],
 )
-def test_what_refusals_taught_of_an_account_is_forgotten(end: Callable[[Pool], object]) -> None:
+def test_limits_that_refusals_taught_of_an_account_are_forgotten(end: Callable[[Pool], object]) -> None:
     pool = Pool([A, B, C], "fill_first")
-    for now in (NOON, NOON + 100, NOON + 200):
-        pool.refuse("a", TWO_A_MINUTE, now=now)
-        pool.refuse("b", agproxy.RateLimited("day"), now=now)
-    for now in (NOON + 300, NOON + 400, NOON + 500):
-        for name in "bc":
-            error = agproxy.RateLimited("Slow.", retry_after_s=30)
-            error.quota = "requests_per_minute"
-            pool.refuse(name, error, now=now)
-    assert [row["seems_to_share_with"] for row in pool.status(NOON + 600)] == [[], ["c"], ["b"]]
+    pool.refuse("a", TWO_A_MINUTE)
     assert pool.status(NOON)[0]["models"][0]["limits"] == {"requests_per_minute": 2}
     end(pool)
-    told = pool.status(NOON + 600)
-    assert (told[0]["models"][0]["limits"], told[1]["seems_to_share_with"]) == ({}, [])
+    assert pool.status(NOON + 600)[0]["models"][0]["limits"] == {}
 
 
 def test_a_project_has_the_limits_of_each_of_its_accounts_whoever_is_asked_first() -> None:
@@ -456,7 +432,7 @@ def test_what_outlives_the_process() -> None:
     assert tomorrow.status(NOON + 86400)[0]["models"][0]["requests_per_day"] == 1
 
 
-def test_another_key_that_came_while_nothing_ran_has_no_rest_but_the_pause() -> None:
+def test_another_key_that_came_while_nothing_ran_has_no_cooldown_but_the_pause() -> None:
     pool = Pool([A, B], "fill_first")
     pool.refuse("a", agproxy.QuotaGone("Used up."))
     pool.steer("pause", "b", "")
@@ -472,15 +448,15 @@ def test_what_is_kept_has_a_bound() -> None:
     for number in range(agproxy.STATES_MAX + 50):
         pool.refuse("a", agproxy.ModelGone("No."), model=f"m{number}", now=NOON + 1000 * number)
     assert len(pool.rows()) <= 2 * agproxy.STATES_MAX
-    assert len(pool._rests) <= agproxy.STATES_MAX + 1
+    assert len(pool._cooldowns.by_key) <= agproxy.STATES_MAX + 1
 
 
-def test_of_too_many_rests_those_that_end_first_give_way() -> None:
+def test_of_too_many_cooldowns_those_that_end_first_give_way() -> None:
     pool = turns(A)
     pool.steer("pause", "a", "m0")
     for number in range(1, agproxy.STATES_MAX + 50):
         pool.refuse("a", agproxy.ModelGone("No."), model=f"m{number}")
-    assert len(pool._rests) == agproxy.STATES_MAX
+    assert len(pool._cooldowns.by_key) == agproxy.STATES_MAX
     assert pool.name(model="m0") is None
 
 

@@ -134,15 +134,15 @@ async def test_an_account_revoked_while_in_use_is_out_until_its_login_changes(st
         assert (await client.post(CHAT, json=HELLO)).headers["X-Account-Email"] == "b"
     assert len(gemini.forms) == asked
     rows = (await (await client.get("/agproxy/status")).json())["accounts"]
-    assert rows[0]["state"].startswith("rests (barred): The login of a is no longer good")
+    assert rows[0]["state"].startswith("is in cooldown (barred): The login of a is no longer good")
 
 
 async def test_trouble_with_the_network_puts_no_account_out(
     start: Start, gemini: FakeGemini, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(agproxy, "TOKEN_RETRY_S", 1.0)
-    rest_of = agproxy.rest_of
-    monkeypatch.setattr(agproxy, "rest_of", lambda *told: rest_of(*told) / 10)
+    cooldown_of = agproxy.cooldown_of
+    monkeypatch.setattr(agproxy, "cooldown_of", lambda *told: cooldown_of(*told) / 10)
     client = await start("a")
     gemini.tokens = [(500, {})]
     response = await client.post(CHAT, json=HELLO)  # waits the time that such trouble is given

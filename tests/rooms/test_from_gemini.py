@@ -163,7 +163,7 @@ def test_the_class_of_an_error_and_its_wait(row: dict[str, Any]) -> None:
         assert made.retry_after_s == row.get("wait")
     else:
         assert made.quota == row.get("quota", "model")
-        assert agproxy.rest_of(made, 0, NOON) == pytest.approx(row["wait"])
+        assert agproxy.cooldown_of(made, 0, NOON) == pytest.approx(row["wait"])
 
 
 def test_the_error_bodies_are_such_as_google_sends() -> None:
@@ -174,7 +174,7 @@ def test_the_error_bodies_are_such_as_google_sends() -> None:
 
 def test_without_a_word_the_rest_grows_from_probe_to_probe_up_to_an_hour() -> None:
     slow = agproxy.RateLimited("Slow down.")
-    assert [agproxy.rest_of(slow, strikes, NOON) for strikes in (0, 1, 2, 10, 2000 // 2)] == [5, 10, 20, 3600, 3600]
+    assert [agproxy.cooldown_of(slow, strikes, NOON) for strikes in (0, 1, 2, 10, 2000 // 2)] == [5, 10, 20, 3600, 3600]
 
 
 def test_a_key_in_an_error_is_masked() -> None:

@@ -50,7 +50,7 @@ async def test_an_account_that_rests_keeps_no_body(upstream: agproxy.Upstream, g
         await upstream.ask(agproxy.Request(FLASH, messages), trace_of(upstream), sse=True)
     del messages
     gc.collect()
-    assert "rests for" in upstream.pool.status(time.time())[0]["models"][0]["state"]
+    assert "is in cooldown for" in upstream.pool.status(time.time())[0]["models"][0]["state"]
     assert kept() is None
 
 
