@@ -118,7 +118,7 @@ QUOTA = {
         (
             400,
             error(400, "INVALID_ARGUMENT", "Unsupported MIME type: x")[1],
-            agproxy.UpstreamRefused,
+            agproxy.FileRefused,
             "invalid_value",
             "",
         ),
@@ -186,7 +186,7 @@ def test_a_key_in_an_error_is_masked() -> None:
 class Unshaped(agproxy.GeminiReader):
     """Reads every chunk by the parser."""
 
-    def _other(self, raw: bytes) -> None:
+    def _parse(self, raw: bytes) -> None:
         self._chunk(self._parsed(raw))
 
 
@@ -229,9 +229,9 @@ def test_a_chunk_that_goes_on_is_read_as_the_parser_reads_it() -> None:
         chunks[-1]["candidates"][0]["finishReason"] = "STOP"
         new, plain = reader(), Unshaped(lambda: "call_1")
         for text in [sse(chunk) for chunk in chunks] + [b"data: {broken\n\n"] * (seed % 9 == 0):
-            before = new._uncounted
+            before = new._unparsed
             assert told(new.feed(text)) == told(plain.feed(text)), f"seed {seed}"
-            taken += new._uncounted is not before
+            taken += new._unparsed not in (before, b"")
         assert told(new.close()) == told(plain.close()), f"seed {seed}"
     assert taken > 1000, "hardly a chunk was read without the parser"
 
