@@ -4194,16 +4194,14 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
     "MAX_TOKENS": "length",
-    "SAFETY": "content_filter",
-    "RECITATION": "content_filter",
-    "LANGUAGE": "content_filter",
-    "BLOCKLIST": "content_filter",
-    "PROHIBITED_CONTENT": "content_filter",
-    "SPII": "content_filter",
-    "IMAGE_SAFETY": "content_filter",
-    "IMAGE_PROHIBITED_CONTENT": "content_filter",
-    "IMAGE_RECITATION": "content_filter",
-    "MODEL_ARMOR": "content_filter",
+    **dict.fromkeys(
+        ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"),
+        "content_filter",
+    ),
+    **dict.fromkeys(
+        ("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR"),
+        "content_filter",
+    ),
 }
 CALLS_MAX = 1000  # a model that repeats its call over and over does not end by itself
 CALL_ID_MAX = 64  # OpenAI's own limit
@@ -4217,7 +4215,7 @@ class SseSplitter:
     """Bytes of a text/event-stream, cut anywhere, to the JSON texts of its events.
 
     Lines end at CR, LF or CRLF only: U+2028 may stand inside a JSON string.
-    A bare JSON text without `data:`, over one line or several, is how an error in mid-stream may come.
+    An error in mid-stream may come as a bare JSON text without `data:`, over one line or several.
     """
 
     def __init__(self) -> None:
@@ -4344,10 +4342,10 @@ class GeminiReader:
             if last:
                 self._end(error)
         except GatewayError as failure:
-            self._fail(failure)
+            self._fail(failure.with_traceback(None))
         except MISSHAPEN:
-            text = "Gemini sent something that cannot be understood. Try again."
-            self._fail(UpstreamBroken(text))
+            error = UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
+            self._fail(error)
         events, self._events = self._events, []
         return events
 
@@ -4428,7 +4426,8 @@ class GeminiReader:
         if text:
             candidate.texts.append(text)
             candidate.has_content |= kind is Text
-            self._events.append(DELTAS[kind](candidate.choice, text))
+            delta = TextDelta if kind is Text else ThinkingDelta
+            self._events.append(delta(candidate.choice, text))
 
     def _code(self, candidate: Candidate, part: JsonObject) -> None:
         """Shows code that Gemini ran itself, and its output, as text."""
@@ -4449,13 +4448,12 @@ class GeminiReader:
         candidate.calls += 1
         if candidate.calls > self._calls_max:
             return
-        id, arguments = self._id(call.get("id")), arguments_of(tool, args)
-        part = ToolCall(id, tool.name, arguments, signature, tool.namespace, tool.custom)
+        id, arguments, choice = self._id(call.get("id")), arguments_of(tool, args), candidate.choice
+        start = ToolCall(id, tool.name, "", signature, tool.namespace, tool.custom)
+        end = replace(start, arguments=arguments)
         self._end_part(candidate)
         self._emit(
-            PartStart(candidate.choice, replace(part, arguments="")),
-            ArgumentsDelta(candidate.choice, arguments),
-            PartEnd(candidate.choice, part),
+            PartStart(choice, start), ArgumentsDelta(choice, arguments), PartEnd(choice, end)
         )
 
     def _answer(self, candidate: Candidate, args: dict[str, Any]) -> None:
@@ -4509,8 +4507,7 @@ class GeminiReader:
     def _end(self, error: UpstreamError | None) -> None:
         candidates = [candidate for _, candidate in sorted(self._candidates.items())]
         if not candidates or not all(candidate.reason for candidate in candidates):
-            text = "Gemini's answer broke off before its end. Try again."
-            raise error or UpstreamBroken(text)
+            raise error or UpstreamBroken("Gemini's answer broke off before its end. Try again.")
         for candidate in candidates:
             self._finish(candidate)
         if self._unparsed:
@@ -4563,69 +4560,6 @@ class CloudCodeReader(GeminiReader):
         return chunk.get("response", chunk) if isinstance(chunk, dict) else chunk
 
 
-# ---- chunks that need no parser
-
-DELTAS: Mapping[type[Text | Thinking], type[TextDelta | ThinkingDelta]] = {
-    Text: TextDelta,
-    Thinking: ThinkingDelta,
-}
-DIGITS = b"0123456789"
-TEXT_START = re.compile(r'"text"\s*:\s*"')
-KEY = re.compile(r'"(\w+)"\s*:')
-RUN_KEYS = frozenset(
-    ("response", "candidates", "content", "parts", "text", "thought", "role", "index")
-)
-USAGE = b'"usageMetadata"'
-scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
-
-
-@value
-class TextRun:
-    """Chunks that differ in their text and counts alone, as nine of ten do.
-
-    They are read by comparing them with the first, which takes a third of a parser's time.
-    """
-
-    before: str  # up to the text
-    after: str  # from the quote behind the text to the usage
-    tail: bytes  # the usage and what follows, without digits
-    choice: int
-    kind: type[TextDelta | ThinkingDelta]
-
-    def delta(self, raw: bytes) -> TextDelta | ThinkingDelta | None:
-        """The delta of a chunk that goes on with the run, None for any other."""
-        head, _, tail = raw.partition(USAGE)
-        try:
-            start = head.decode()
-            text, end = scan_string(start, len(self.before))
-        except ValueError:
-            return None
-        if not text or not start.startswith(self.before) or start[end:] != self.after:
-            return None
-        if tail.translate(None, DIGITS) != self.tail:
-            return None
-        return self.kind(self.choice, text)
-
-
-def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | None:
-    """The run that a chunk begins, None where it brought more than one text and the usage."""
-    if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
-        return None
-    head, _, tail = raw.partition(USAGE)
-    text = head.decode()
-    start = TEXT_START.search(text)
-    if not start or not isinstance(chunk.get("usageMetadata"), dict):
-        return None
-    found, end = scan_string(text, start.end())
-    before, after = text[: start.end()], text[end:]
-    if found != delta.text or not RUN_KEYS.issuperset(KEY.findall(before + after)):
-        return None
-    return TextRun(before, after, tail.translate(None, DIGITS), delta.choice, type(delta))
-
-
-# ---- what stands in a chunk
-
-
 def checked_text(value: Any) -> str:
     """The text. Raises TypeError for anything else."""
     if not isinstance(value, str):
@@ -4635,10 +4569,10 @@ def checked_text(value: Any) -> str:
 
 def arguments_of(tool: Tool, args: JsonObject) -> str:
     """The arguments as JSON; a custom tool's free text as it is."""
-    if not tool.custom:
-        return dumps(args)
-    text = args.get("input") or ""
-    return text if isinstance(text, str) else dumps(text)
+    value: Any = args
+    if tool.custom:
+        value = args.get("input") or ""
+    return value if isinstance(value, str) else dumps(value)
 
 
 def wav(pcm: bytes, rate: int) -> Media:
@@ -4663,9 +4597,7 @@ def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, 
     return tuple(dict.fromkeys(citations))
 
 
-def sources_of(
-    grounding: Sequence[JsonObject],
-) -> Iterator[tuple[JsonObject, JsonObject]]:
+def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, JsonObject]]:
     """Pairs of a segment of the text and the page that it rests on."""
     chunks = [chunk for metadata in grounding for chunk in metadata.get("groundingChunks") or ()]
     for metadata in grounding:
@@ -4719,30 +4651,17 @@ def count_of(value: Any) -> int:
     return int(digits[0]) if digits else 0
 
 
-USAGE_KEYS = (
-    "promptTokenCount",
-    "toolUsePromptTokenCount",
-    "candidatesTokenCount",
-    "thoughtsTokenCount",
-    "cachedContentTokenCount",
-)
-
-
 def usage_of(raw: JsonObject) -> Usage:
-    """The token counts of a usageMetadata; total = prompt + tool use + candidates + thoughts.
-
-    Source: https://ai.google.dev/api/generate-content#UsageMetadata
-    """
-    counts = [count_of(raw.get(key, 0)) for key in USAGE_KEYS]
+    # total = prompt + tool use + candidates + thoughts
+    # Source: https://ai.google.dev/api/generate-content#UsageMetadata
+    names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
+    counts = [count_of(raw.get(f"{name}TokenCount", 0)) for name in names]
     prompt, tool_use, answer, thoughts, cached = counts
     return Usage(prompt + tool_use, answer + thoughts, cached, thoughts)
 
 
 def read_embeddings(answer: JsonObject, count: int) -> list[list[float]]:
-    """The vectors, each of length 1: Gemini leaves shortened ones as they are.
-
-    Raises UpstreamBroken where they are not `count` vectors of finite numbers.
-    """
+    """The vectors at length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
     try:
         vectors = [unit_vector(embedding["values"]) for embedding in answer["embeddings"]]
     except MISSHAPEN:
@@ -4763,6 +4682,57 @@ def unit_vector(values: Iterable[Any]) -> list[float]:
     return [value / length for value in vector]
 
 
+# ---- chunks that need no parser
+
+DIGITS = b"0123456789"
+TEXT_START = re.compile(r'"text"\s*:\s*"')
+KEY = re.compile(r'"(\w+)"\s*:')
+RUN_KEYS = {"response", "candidates", "content", "parts", "text", "thought", "role", "index"}
+USAGE = b'"usageMetadata"'
+scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+
+
+@value
+class TextRun:
+    """Chunks that differ in text and counts alone; to compare takes a third of a parser's time."""
+
+    before: str  # up to the text
+    after: str  # from the quote behind the text to the usage
+    tail: bytes  # the usage and what follows, without digits
+    choice: int
+    kind: type[TextDelta | ThinkingDelta]
+
+    def delta(self, raw: bytes) -> TextDelta | ThinkingDelta | None:
+        """The delta of a chunk that goes on with the run, None for any other."""
+        head, _, tail = raw.partition(USAGE)
+        try:
+            start = head.decode()
+            text, end = scan_string(start, len(self.before))
+        except ValueError:
+            return None
+        if not text or not start.startswith(self.before) or start[end:] != self.after:
+            return None
+        if tail.translate(None, DIGITS) != self.tail:
+            return None
+        return self.kind(self.choice, text)
+
+
+def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | None:
+    """The run that a chunk begins, None where it brought more than one text and the usage."""
+    if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
+        return None
+    head, _, tail = raw.partition(USAGE)
+    text = head.decode()
+    start = TEXT_START.search(text)
+    if not start or not isinstance(chunk.get("usageMetadata"), dict):
+        return None
+    found, end = scan_string(text, start.end())
+    before, after = text[: start.end()], text[end:]
+    if found != delta.text or not RUN_KEYS.issuperset(KEY.findall(before + after)):
+        return None
+    return TextRun(before, after, tail.translate(None, DIGITS), delta.choice, type(delta))
+
+
 # ---- refusals
 
 # The class of an error of Gemini: of the first row whose pattern fits its status and what it says.
@@ -4773,41 +4743,32 @@ REFUSALS: Sequence[tuple[str, type[UpstreamError]]] = (
     (r"429 .*(limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS)", QuotaGone),
     # The model is full, for whatever account. Source: seen of v1internal with either status
     (r"(429|503) .*(MODEL_CAPACITY_EX|No capacity available)", Overloaded),
-    # The owner broke a rule, or a key was found in public. Source: seen of v1internal
-    (
-        r"(?i)(403|429) .*(abus|unusual traffic|terms of service|TOS_VIOLATION|suspended|leaked)",
-        AccountBarred,
-    ),
+    # The owner broke a rule. Source: seen of v1internal
+    (r"(?i)(403|429) .*(abus|unusual traffic|terms of service|TOS_VIOLATION)", AccountBarred),
+    # The key was found in public, or its project was shut.
+    (r"(?i)(403|429) .*(suspended|leaked)", AccountBarred),
     # The owner or the organisation has to act first. Source: seen of v1internal
     (r"403 .*(VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED)", AccountBarred),
     # Any other quota is a minute's. Source: https://ai.google.dev/gemini-api/docs/rate-limits
     (r"429", RateLimited),
     # Another account may do it. Source: https://cloud.google.com/apis/design/errors
     (r"401|403", CredentialRefused),
-    # The account's key, country or billing; the blank keeps a client's own `billing` out of it.
-    (
-        r"400 .*(API_KEY_INVALID|API key|User location is not supported|[Bb]illing | billing)",
-        CredentialRefused,
-    ),
+    (r"400 .*(API_KEY_INVALID|API key)", CredentialRefused),  # the Gemini API's way to say it
+    # The account's country or billing; the blanks keep a client's own `billing` out of it.
+    (r"400 .*(User location is not supported|[Bb]illing | billing)", CredentialRefused),
     # The prompt is too long for the model: clients mend it by leaving messages out.
     (r"400 .*(token count.* exceeds|maximum number of tokens)", ContextTooLong),
     (r"400 .*[Cc]ontext (length|window)", ContextTooLong),
-    # The body has too many bytes, as a front end says by the status alone.
-    (r"413|400 .*payload size exceeds", TooLarge),
+    (r"413|400 .*payload size exceeds", TooLarge),  # a front end tells the status alone
     # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
     (r"400 .*[Tt]hought[_ ]?[Ss]ignature", SignatureRefused),
     # Source: https://github.com/google-gemini/gemini-cli/issues/4607
     (r"400 .*([Ss]chema|\$ref)", SchemaRefused),
-    # A file of a kind that the model does not read.
-    (r"400 .*MIME type", FileRefused),
-    # Anything else in the request is wrong for every account.
-    (r"400", UpstreamRefused),
-    # This account has no such model.
-    (r"404", ModelGone),
-    # A deadline of Gemini's (504), or of a server before it.
-    (r"408|499|504", UpstreamTimeout),
-    # The model is full for some seconds; statuses above 504 come from proxies.
-    # Source: https://docs.anthropic.com/en/api/errors, for 529
+    (r"400 .*MIME type", FileRefused),  # the model does not read such files
+    (r"400", UpstreamRefused),  # any other mistake is one for every account
+    (r"404", ModelGone),  # for this account
+    (r"408|499|504", UpstreamTimeout),  # a deadline of Gemini's, or of a server before it
+    # Statuses above 504 come from proxies. Source: https://docs.anthropic.com/en/api/errors (529)
     (r"503|50[5-9]|5[1-9]|[6-9]", Overloaded),
     (r"", UpstreamBroken),
 )
@@ -4817,16 +4778,11 @@ HTTP_HINTS = {
     5: "Try again.",
 }
 # Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
-WAIT_TEXT = re.compile(
-    r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE
-)
+WAIT_TEXT = re.compile(r"(retry|try again|reset) (in|after) ([\d.hms]+[hms])", re.IGNORECASE)
 
 
 def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamError:
-    """The meaning of an error answer of Gemini for this account and this request.
-
-    `body` is its JSON, or None; `retry_after` the header of that name.
-    """
+    """The meaning of an error answer of Gemini with this JSON, if any, and Retry-After header."""
     error = error_of(body)
     code = error.get("code")
     if isinstance(code, int) and 400 <= code < 600:
@@ -4874,8 +4830,9 @@ def details_of(error: JsonObject) -> list[dict[str, Any]]:
     """The objects of an error's details and those in them."""
     details: list[dict[str, Any]] = []
     for detail in objects_in(error.get("details")):
-        inner = (detail.get("violations"), [detail.get("metadata")], detail.get("links"))
-        details += (detail, *itertools.chain.from_iterable(map(objects_in, inner)))
+        details.append(detail)
+        for inner in (detail.get("violations"), [detail.get("metadata")], detail.get("links")):
+            details += objects_in(inner)
     return details
 
 
@@ -4890,10 +4847,7 @@ def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
 
 
 def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
-    """Our name of the quota that an object names, and its size if known; None where it names none.
-
-    Google's is such as GenerateRequestsPerDayPerProjectPerModel-FreeTier.
-    """
+    """Our name and the size of a quota such as GenerateRequestsPerDayPerProjectPerModel-FreeTier."""
     name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
         return None
@@ -4918,7 +4872,7 @@ def wait_s_of(refused: UpstreamError, fields: JsonObject, retry_after: str) -> f
     words = [fields.get("quotaResetDelay")]
     if not refused.quota.endswith(("_day", "tier")):  # RetryInfo does not know when their day ends
         text = WAIT_TEXT.search(refused.message)
-        words += [fields.get("retryDelay"), f"{retry_after}s", text and text[1]]
+        words += [fields.get("retryDelay"), f"{retry_after}s", text and text[3]]
     return next((wait for wait in map(duration_s, words) if wait is not None), None)
 
 

@@ -59,6 +59,47 @@ def test_how_an_answer_ends(chunks: list[dict[str, Any]], last: Any) -> None:
         assert isinstance(events[-1].error, last)
 
 
+@pytest.mark.parametrize(
+    ("first", "usage"),
+    [
+        ({"promptTokenCount": 7, "toolUsePromptTokenCount": "2", "cachedContentTokenCount": 3}, (9, 0, 3, 0)),
+        ({"promptTokenCount": 7, "candidatesTokenCount": 1, "thoughtsTokenCount": 4}, (7, 5, 0, 4)),
+        ({}, (0, 0, 0, 0)),
+        (None, (0, 0, 0, 0)),
+        ("none", (0, 0, 0, 0)),
+    ],
+)
+def test_the_start_tells_what_is_counted_by_then(first: Any, usage: tuple[int, ...]) -> None:
+    chunks = said("x")
+    chunks[0] |= {} if first is None else {"usageMetadata": first}
+    chunks[1]["usageMetadata"] = {"promptTokenCount": 100, "candidatesTokenCount": 20}
+    data = sse(*chunks)
+    for cut in (len(data), *range(1, len(data), 7)):
+        r = reader()
+        events = r.feed(data[:cut]) + r.feed(data[cut:]) + r.close()
+        assert events[0] == agproxy.Started(agproxy.Usage(*usage))
+        assert events[-1] == agproxy.Ended(agproxy.Usage(100, 20))
+
+
+def test_the_key_that_was_sent_is_masked_in_an_error_of_the_stream() -> None:
+    r = agproxy.GeminiReader(lambda: "call_1", secret="planted-secret")
+    last = r.feed(sse(error(400, "INVALID_ARGUMENT", "Bad key planted-secret.")[1]))[-1]
+    assert isinstance(last, agproxy.Failed) and last.error.message == "Bad key …."
+    assert last.error.__traceback__ is None, "which would hold the reader"
+
+
+def test_with_stop_sequences_an_answer_may_be_empty() -> None:
+    body = json.dumps(parts(reason="STOP")).encode()
+    last = agproxy.GeminiReader(lambda: "call_1", stops=True).whole(body)[-1]
+    assert isinstance(last, agproxy.Ended)
+    assert isinstance(reader().whole(body)[-1], agproxy.Failed)
+
+
+def test_a_model_that_is_gone_is_the_field_model_s_fault() -> None:
+    assert agproxy.classify_error(404, error(404, "NOT_FOUND", "No such model.")[1]).param == "model"
+    assert agproxy.classify_error(400, error(400, "INVALID_ARGUMENT", "Bad.")[1]).param is None
+
+
 @pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]"])
 def test_openai_s_word_behind_the_end_changes_nothing(end: bytes) -> None:
     r, plain = reader(), reader()
@@ -139,6 +180,20 @@ QUOTA = {
             "",
         ),
         (500, {"error": {"code": 503, "message": "Busy."}}, agproxy.Overloaded, "server_is_overloaded", "Busy."),
+        (
+            400,
+            error(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the maximum number of tokens.")[1],
+            agproxy.ContextTooLong,
+            "context_length_exceeded",
+            "(9)",
+        ),
+        (
+            429,
+            error(429, "RESOURCE_EXHAUSTED", "The\nquota is used up.\nlimit: 0, model: x")[1],
+            agproxy.QuotaGone,
+            "insufficient_quota",
+            "limit: 0",
+        ),
         (504, {"error": []}, agproxy.UpstreamTimeout, "timeout", "HTTP 504"),
     ],
 )
