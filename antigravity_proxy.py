@@ -4500,7 +4500,7 @@ class GeminiReader:
     def _fail(self, error: GatewayError) -> None:
         self.error = error
         error.message = without_secret(error.message, self._secret)
-        for candidate in self._candidates.values():
+        for _, candidate in sorted(self._candidates.items()):
             self._end_part(candidate)
         self._events.append(Failed(error))
 
@@ -4817,13 +4817,13 @@ def error_of(body: Any) -> JsonObject:
 
 def refusal_of(status: int, error: JsonObject) -> UpstreamError:
     """The error of the row of REFUSALS that fits."""
-    about = f"{status} "
+    about, message = f"{status} ", ""
     with contextlib.suppress(RecursionError):
+        message = str(error.get("message") or "")
         about += str(error)
     kind = next(kind for pattern, kind in REFUSALS if re.match(pattern, about))
-    hint = HTTP_HINTS.get(status // 100, "")
-    message = str(error.get("message") or f"Gemini answered HTTP {status}. {hint}".strip())
-    return kind(message[:ERROR_CHARS_MAX])
+    hint = f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip()
+    return kind((message or hint)[:ERROR_CHARS_MAX])
 
 
 def details_of(error: JsonObject) -> list[dict[str, Any]]:

@@ -238,6 +238,14 @@ def test_a_key_in_an_error_is_masked() -> None:
     assert agproxy.classify_error(403, told).message == "Consumer 'api_key:…' has been suspended."
 
 
+def test_an_error_whose_message_is_nested_deep_is_told_by_its_status() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    made = agproxy.classify_error(503, {"error": {"message": deep}})
+    assert (type(made), made.message) == (agproxy.Overloaded, "Gemini answered HTTP 503. Try again.")
+
+
 class Unshaped(agproxy.GeminiReader):
     """Reads every chunk by the parser."""
 
