@@ -4722,7 +4722,7 @@ def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | 
     if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
         return None
     head, _, tail = raw.partition(USAGE)
-    text = head.decode()
+    text = head.decode(errors="replace")
     start = TEXT_START.search(text)
     if not start or not isinstance(chunk.get("usageMetadata"), dict):
         return None

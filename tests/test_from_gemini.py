@@ -299,5 +299,15 @@ def test_a_chunk_that_goes_on_is_read_as_the_parser_reads_it() -> None:
     assert taken > 1000, "hardly a chunk was read without the parser"
 
 
+def test_bytes_of_half_a_surrogate_pair_do_not_end_a_stream() -> None:
+    usage = {"promptTokenCount": 3, "candidatesTokenCount": 4}
+    chunks = [chunk | {"usageMetadata": usage} for chunk in said("a", "b", "?", "c")]
+    data = sse(*chunks).replace(b'"?"', b'"\xed\xa0\xbd"').replace(b'"model"', b'"\xed\xa0\xbd"', 2)
+    r = reader()
+    events = r.feed(data) + r.close()
+    assert [e.text for e in events if isinstance(e, agproxy.TextDelta)] == ["a", "b", "\ud83d", "c"]
+    assert isinstance(events[-1], agproxy.Ended)
+
+
 def told(events: list[agproxy.Event]) -> list[str]:
     return [str(e.error) if isinstance(e, agproxy.Failed) else repr(e) for e in events]
