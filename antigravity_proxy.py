@@ -43,6 +43,7 @@ import gc
 import hashlib
 import hmac
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -58,7 +59,7 @@ import sys
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
+from collections import ChainMap, Counter, defaultdict, deque
 from collections.abc import (
     AsyncIterator,
     Awaitable,
@@ -147,7 +148,7 @@ USER_AGENT = f"agproxy/{__version__}"
 # ├── PoolExhausted         every account was asked or rests
 # └── UpstreamError         one attempt at Gemini failed
 #     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
-#     │   ├── TooLarge
+#     │   ├── ContextTooLong, TooLarge, FileRefused
 #     │   ├── ModelGone     this account does not have the model
 #     │   ├── SignatureRefused  worth one more try without the thought signatures
 #     │   └── SchemaRefused     the same, with schemas in Google's own subset
@@ -179,6 +180,7 @@ class GatewayError(Exception):
     status: int = 500
     type: str = "server_error"
     default_code: str = "server_error"
+    default_param: str | None = None  # the field of the body that is to blame
     remedy: Remedy = "give_up"
     advice: str = "Try again."
     waits: bool = False  # Retry-After is told
@@ -218,7 +220,7 @@ class GatewayError(Exception):
         self.message = SECRET_FORMS.sub("…", message)
         super().__init__(self.message)
         self.code = code or self.default_code or None
-        self.param = param
+        self.param = param or self.default_param
         self.retry_after_s = retry_after_s
         self.headers = headers or {}
 
@@ -279,11 +281,18 @@ class ModelGone(UpstreamRefused, status=404, code="model_not_found", falls_back=
     scope = "model"
     cooldown_s = 600.0
     quota = "model"
+    default_param = "model"
     lasting = 3
     advice = "Use a name of `agproxy models`, or map it in models.map."
 
 
+class ContextTooLong(UpstreamRefused, code="context_length_exceeded"): ...
+
+
 class TooLarge(UpstreamRefused, status=413, code="request_too_large"): ...
+
+
+class FileRefused(UpstreamRefused, code="invalid_value"): ...
 
 
 class SignatureRefused(UpstreamRefused):
@@ -4490,7 +4499,7 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 # 11. From Gemini
 # ==============================================================================
 
-# Gemini's finish reasons; what is not here counts as "stop" and is an error when nothing was said.
+# What is not here counts as "stop", and is an error where nothing was said.
 # Source: https://ai.google.dev/api/generate-content#FinishReason
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
@@ -4504,178 +4513,89 @@ FINISH_REASONS: Mapping[str, FinishReason] = {
         "content_filter",
     ),
 }
-CALLS_MAX = 1000
+CALLS_MAX = 1000  # a model that repeats its call over and over does not end by itself
 CALL_ID_MAX = 64  # OpenAI's own limit
-# What an error body of Gemini means: the first row whose statuses and pattern fit it. What fits none is broken, or
-# overloaded where the status is no known one (529 comes from proxies).
-# Source: https://ai.google.dev/gemini-api/docs/troubleshooting; the texts as servers gave them
-REFUSALS: Sequence[tuple[Sequence[int], str, type[UpstreamError], str | None]] = (
-    ((429,), r"limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS", QuotaGone, None),
-    ((429, 503), r"MODEL_CAPACITY_EX|No capacity available", Overloaded, None),
-    (
-        (403, 429),
-        r"(?i)abus|unusual traffic|terms of service|TOS_VIOLATION|suspended|leaked",
-        AccountBarred,
-        None,
-    ),
-    ((403,), r"VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED", AccountBarred, None),
-    ((429,), "", RateLimited, None),
-    ((401, 403), "", CredentialRefused, None),
-    (
-        (400,),
-        r"API_KEY_INVALID|API key|User location is not supported|[Bb]illing | billing",
-        CredentialRefused,
-        None,
-    ),
-    (
-        (400,),
-        r"token count.* exceeds|maximum number of tokens",
-        UpstreamRefused,
-        "context_length_exceeded",
-    ),
-    ((400,), r"[Cc]ontext (length|window)", UpstreamRefused, "context_length_exceeded"),
-    ((400, 413), r"payload size exceeds", TooLarge, None),
-    ((413,), "", TooLarge, None),
-    ((400,), r"[Tt]hought[_ ]?[Ss]ignature", SignatureRefused, None),
-    ((400,), r"[Ss]chema|\$ref", SchemaRefused, None),
-    ((400,), r"MIME type", UpstreamRefused, "invalid_value"),
-    ((400,), "", UpstreamRefused, None),
-    ((404,), "", ModelGone, None),
-    ((408, 499, 504), "", UpstreamTimeout, None),
-    ((503,), "", Overloaded, None),
-)
+LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
 # What comes of reading JSON that has another form than Gemini promises.
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-DIGITS = b"0123456789"
-TEXT_START = re.compile(r'"text"\s*:\s*"')
-# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
-WAIT_TEXT = re.compile(
-    r"(?:retry|try again|reset) (?:in|after) ((?:\d+(?:\.\d+)?(?:ms|[hms]))+)", re.IGNORECASE
-)
-HTTP_HINTS = {
-    3: "Check base_url and the network: it redirects.",
-    4: "Check base_url.",
-    5: "Try again.",
-}
-LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
-scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+JsonObject = Mapping[str, Any]
 
 
 class SseSplitter:
     """Bytes of a text/event-stream, cut anywhere, to the JSON texts of its events.
 
     Lines end at CR, LF or CRLF only: U+2028 may stand inside a JSON string.
-    A bare JSON text without `data:`, over one line or several, is how an error in mid-stream may come.
+    An error in mid-stream may come as a bare JSON text without `data:`, over one line or several.
     """
 
     def __init__(self) -> None:
-        self._rest: list[bytes] = []
-        self._bare: list[bytes] = []
+        self._pieces: list[bytes] = []  # of a line that is not whole: an image may be many reads
+        self._bare: list[bytes] = []  # lines of a JSON text that has no `data:`
 
     def feed(self, data: bytes) -> list[bytes]:
         lines = data.splitlines()
-        rest = lines.pop() if lines and not data.endswith((b"\n", b"\r")) else b""
-        if lines and self._rest:
-            lines[0] = b"".join([*self._rest, lines[0]])
-            self._rest = []
-        if rest:
-            self._rest.append(
-                rest
-            )  # joined once its line is whole: an image may be one line of many reads
+        piece = b""
+        if lines and not data.endswith((b"\n", b"\r")):
+            piece = lines.pop()
+        if lines and self._pieces:
+            lines[0] = b"".join([*self._pieces, lines[0]])
+            self._pieces = []
+        if piece:
+            self._pieces.append(piece)
         texts = []
         for line in lines:
             if line.startswith(b"data: {"):
                 texts.append(line[6:])
-            elif line and (text := self._line(line)):
+            elif line and (text := self._text(line)):
                 texts.append(text)
         return texts
 
     def close(self) -> list[bytes]:
         """What is left at the end; of what was cut nobody can tell more than that it was."""
-        line, self._rest = b"".join(self._rest), []
-        left = (self._line(line) if line else b"", b"\n".join(self._bare))
-        return [text for text in left if text and parse_json(text) is not None]
+        texts = [*self.feed(b"\n"), b"\n".join(self._bare)]
+        return [text for text in texts if text and parse_json(text) is not None]
 
-    def _line(self, line: bytes) -> bytes:
-        if line.startswith(b"data:"):
-            return (
-                line[5:].strip().removeprefix(b"[DONE]")
-            )  # which some put behind Gemini's own end
-        if not (self._bare or line[:1] in b"{["):
+    def _text(self, line: bytes) -> bytes:
+        """The JSON text that a line ends, b"" where it ends none."""
+        if line.startswith(b"data:"):  # [DONE] is what some put behind Gemini's own end
+            return line[5:].strip().removeprefix(b"[DONE]")
+        if not self._bare and line[:1] not in b"{[":
             return b""
         self._bare.append(line)
-        whole = b"\n".join(self._bare) if line.endswith((b"}", b"]")) else b""
-        if not whole or parse_json(whole) is None:
+        if not line.endswith((b"}", b"]")):
+            return b""
+        text = b"\n".join(self._bare)
+        if parse_json(text) is None:
             return b""
         self._bare = []
-        return whole
+        return text
 
 
 @dataclass(slots=True)
 class Candidate:
-    """What is known of one choice while its chunks come."""
+    """The state of one choice while its chunks come."""
 
-    number: int
-    kind: type[Text | Thinking] | None = (
-        None  # of the part that is open, as are its texts and signature
-    )
+    choice: int
+    kind: type[Text | Thinking] | None = None  # of the open part, as are `texts` and `signature`
     texts: list[str] = field(default_factory=list)
     signature: Signature | None = None
-    before: str = ""  # the text of the parts that ended
-    said: bool = False
+    earlier_text: str = ""  # of the text parts that ended
+    has_content: bool = False
+    has_answer: bool = False  # by the answer tool
     calls: int = 0
-    answered: bool = False  # has given its answer by the answer tool
     reason: str = ""
     pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
-    grounding: tuple[Mapping[str, Any], ...] = ()
-    logprobs: tuple[Mapping[str, Any], ...] = ()
-
-
-@value
-class Shape:
-    """How a chunk looks that holds nothing but more of a text; the next one mostly differs in text and counts alone."""
-
-    before: str  # up to the text
-    after: str  # from the quote behind the text to the usage
-    rest: bytes  # the usage and what follows, without digits
-    choice: int
-    candidate: Candidate
-    kind: type[TextDelta | ThinkingDelta]
-
-
-def shape_of(
-    raw: bytes, chunk: Any, events: Sequence[Event], candidates: Mapping[int, Candidate]
-) -> Shape | None:
-    """The shape of a chunk, where `events`, all that came of it, are one delta and nothing else was told."""
-    if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
-        return None
-    (one, *others), counts = chunk["candidates"], chunk.get("usageMetadata")
-    if others or not one.keys() <= {"content", "index"} or not isinstance(counts, dict):
-        return None
-    (part, *others), text = one["content"]["parts"], raw.decode()
-    start = TEXT_START.search(text)
-    if others or not part.keys() <= {"text", "thought"} or not start:
-        return None
-    said, end = scan_string(text, start.end())
-    usage = text.find('"usageMetadata"', end)
-    if said != delta.text or usage < 0 or not text[usage:].isascii():
-        return None
-    rest = raw[usage - len(text) :].translate(None, DIGITS)
-    return Shape(
-        text[: start.end()],
-        text[end:usage],
-        rest,
-        delta.choice,
-        candidates[delta.choice],
-        type(delta),
-    )
+    grounding: tuple[JsonObject, ...] = ()
+    logprobs: tuple[JsonObject, ...] = ()
 
 
 class GeminiReader:
     """Chunks of one answer to Events; knows of no transport and no client.
 
-    `new_id` makes the id of a tool call that came without one; `tools` are the declared ones by Gemini's name.
+    `new_id` makes the id of a tool call that came without one; `tools` are the declared ones by
+    Gemini's name; `secret` is the key that was sent, for an error may repeat it; with `stops`, stop
+    sequences were sent: an answer may be empty, for one may be the first that the model says.
     """
 
     def __init__(
@@ -4687,143 +4607,117 @@ class GeminiReader:
         secret: str = "",
         stops: bool = False,
     ) -> None:
-        self.secret = secret  # the key that was sent: an error may repeat it
-        self.stops = (
-            False  # whether stop sequences were sent: one may be the first that the model says
-        )
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
+        self._secret = secret
+        self._stops = stops
         self._ids: frozenset[str] = frozenset()
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
-        self._usage: Mapping[str, Any] = {}
-        self._uncounted = b""  # the last chunk whose usage was not read yet
-        self._shape: Shape | None = None
+        self._usage: JsonObject = {}
+        self._run: TextRun | None = None
+        self._unparsed = b""  # the last chunk of the run, the only one whose usage matters
         self._events: list[Event] = []
         self._started = False
         self.error: GatewayError | None = None  # what ended the answer, where it failed
 
     def feed(self, data: bytes) -> list[Event]:
         """Events of the next bytes of a stream."""
-        return self._chunks(self._splitter.feed(data))
+        return self._read(self._splitter.feed(data))
 
     def close(self, error: UpstreamError | None = None) -> list[Event]:
-        """Events of the end of the body: the finish, or the truth that there was none, and by which `error`."""
-        return self._chunks(self._splitter.close(), last=True, error=error)
+        """Events of the end of the body: the finish, or `error` or another where there was none."""
+        return self._read(self._splitter.close(), last=True, error=error)
 
     def whole(self, body: bytes) -> list[Event]:
         """Events of an answer that came in one piece: a stream of one chunk."""
-        return self._chunks([body], last=True)
+        return self._read([body], last=True)
 
-    def _chunks(
-        self, texts: Iterable[bytes], last: bool = False, error: UpstreamError | None = None
+    def _read(
+        self, chunks: Iterable[bytes], last: bool = False, error: UpstreamError | None = None
     ) -> list[Event]:
-        """Events of chunks, and of the end behind the `last`; an answer of another form than Gemini promises has failed."""
+        """Events of chunks, and of the end behind the last; nothing follows a failure."""
+        if self.error:
+            return []
         try:
-            for text in texts:
-                if self.error:
-                    break
-                if self._shape is None or not self._more(self._shape, text):
-                    self._other(text)
-            if last and not self.error:
+            for raw in chunks:
+                delta = self._run.delta(raw) if self._run else None
+                if delta is None:
+                    self._parse(raw)
+                    continue
+                self._candidates[delta.choice].texts.append(delta.text)
+                self._events.append(delta)
+                self._unparsed = raw
+            if last:
                 self._end(error)
+        except GatewayError as failure:
+            self._fail(failure.with_traceback(None))
         except MISSHAPEN:
-            self._fail(
-                UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
-            )
+            error = UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
+            self._fail(error)
         events, self._events = self._events, []
         return events
 
-    def _more(self, shape: Shape, raw: bytes) -> bool:
-        """Reads a chunk that only goes on as the one before did, without a parser; false where it is another."""
-        try:
-            text = raw.decode()
-            said, end = scan_string(text, len(shape.before))
-        except ValueError:
-            return False
-        rest = end + len(shape.after)
-        like = text.startswith(shape.before) and text.startswith(shape.after, end)
-        if not like or not said or raw[rest - len(text) :].translate(None, DIGITS) != shape.rest:
-            return False
-        shape.candidate.texts.append(said)
-        self._events.append(shape.kind(shape.choice, said))
-        self._uncounted = raw
-        return True
-
-    def _other(self, raw: bytes) -> None:
+    def _parse(self, raw: bytes) -> None:
         chunk = self._parsed(raw)
         before = len(self._events)
         self._chunk(chunk)
-        self._shape = shape_of(raw, chunk, self._events[before:], self._candidates)
-        if self._shape:
-            self._usage, self._uncounted = {}, raw  # which is smaller
+        self._run = run_of(raw, chunk, self._events[before:])
 
     def _parsed(self, raw: bytes) -> Any:
         try:
             chunk = fast_loads(raw)
-        except (ValueError, RecursionError):
+        except (RecursionError, ValueError):
             chunk = parse_json(raw)
         return chunk[0] if isinstance(chunk, list) and chunk else chunk
 
     def _chunk(self, chunk: Any) -> None:
         if not isinstance(chunk, dict):
-            return self._fail(UpstreamBroken("Gemini sent something that is not JSON. Try again."))
+            raise UpstreamBroken("Gemini sent something that is not JSON. Try again.")
         if "error" in chunk:
-            return self._fail(classify_error(502, chunk))
+            raise classify_error(502, chunk)
         usage = chunk.get("usageMetadata")
         if isinstance(usage, dict):
-            self._usage, self._uncounted = usage, b""
-        if "promptFeedback" in chunk and (chunk["promptFeedback"] or {}).get("blockReason"):
+            self._usage, self._unparsed = usage, b""
+        if (chunk.get("promptFeedback") or {}).get("blockReason"):
             self._candidate(0).reason = "SAFETY"
         for raw in chunk.get("candidates") or ():
-            choice = raw.get("index") or 0
-            if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
-                raise ValueError("no such choice")
-            candidate = self._candidates.get(choice) or self._candidate(choice)
+            candidate = self._candidate(raw.get("index") or 0)
             for part in (raw.get("content") or {}).get("parts") or ():
-                text = part.get("text")
-                if text.__class__ is str and text and len(part) == 1 and candidate.kind is Text:
-                    candidate.texts.append(text)  # nine of ten parts are just more of a text
-                    self._events.append(TextDelta(choice, text))
-                else:
-                    self._part(candidate, part)
-            if (
-                len(raw) > 2 or "index" not in raw or "content" not in raw
-            ):  # most chunks have these two alone
-                self._about(candidate, raw)
+                self._part(candidate, part)
+            self._metadata(candidate, raw)
 
-    def _candidate(self, choice: int) -> Candidate:
-        return self._candidates.setdefault(choice, Candidate(choice))
+    def _candidate(self, choice: Any) -> Candidate:
+        """The state of a choice. Raises ValueError where there can be no such choice."""
+        if choice.__class__ is not int or not 0 <= choice < CHOICES_MAX:
+            raise ValueError("no such choice")
+        candidate = self._candidates.get(choice)
+        if candidate is None:
+            candidate = self._candidates[choice] = Candidate(choice)
+        return candidate
 
-    def _about(self, candidate: Candidate, raw: Mapping[str, Any]) -> None:
-        """What is told of a candidate beside its content."""
+    def _metadata(self, candidate: Candidate, raw: JsonObject) -> None:
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
         for key in ("groundingMetadata", "citationMetadata"):
-            if about := raw.get(key):
-                candidate.grounding += (about,)
+            if metadata := raw.get(key):
+                candidate.grounding += (metadata,)
         if result := raw.get("logprobsResult"):
             candidate.logprobs += tuple(logprobs_of(result))
 
     def _part(self, candidate: Candidate, part: dict[str, Any]) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
         if text or (signature and text is not None and candidate.kind is Text):
-            self._text(
-                candidate, Thinking if part.get("thought") else Text, checked_text(text), signature
-            )
+            kind = Thinking if part.get("thought") else Text
+            self._text(candidate, kind, checked_text(text), signature)
         elif call := part.get("functionCall"):
             self._call(candidate, call, signature and checked_text(signature))
         elif (blob := part.get("inlineData")) and not part.get("thought"):
-            self._media(
-                candidate,
-                Media(checked_text(blob["mimeType"]), checked_text(blob["data"]), signature),
-            )
-        elif code := part.get("executableCode"):
-            language = str(code.get("language", "")).lower()
-            self._text(candidate, Text, f"\n```{language}\n{checked_text(code['code'])}\n```\n")
-        elif result := part.get("codeExecutionResult"):
-            self._text(candidate, Text, f"\n```\n{checked_text(result.get('output') or '')}\n```\n")
+            mime, data = checked_text(blob["mimeType"]), checked_text(blob["data"])
+            self._media(candidate, Media(mime, data, signature))
+        else:
+            self._code(candidate, part)
 
     def _text(
         self,
@@ -4832,146 +4726,144 @@ class GeminiReader:
         text: str,
         signature: str | None = None,
     ) -> None:
-        choice = candidate.number
         if candidate.kind is not kind:
             self._end_part(candidate)
             candidate.kind = kind
-            self._emit(PartStart(choice, kind("")))
+            self._emit(PartStart(candidate.choice, kind("")))
         if signature and kind is Text:
             start = sum(map(len, candidate.texts))
             candidate.signature = Signature(checked_text(signature), start, start + len(text))
         if text:
             candidate.texts.append(text)
-            candidate.said = candidate.said or kind is Text
-            self._events.append(
-                TextDelta(choice, text) if kind is Text else ThinkingDelta(choice, text)
-            )
+            candidate.has_content |= kind is Text
+            delta = TextDelta if kind is Text else ThinkingDelta
+            self._events.append(delta(candidate.choice, text))
+
+    def _code(self, candidate: Candidate, part: JsonObject) -> None:
+        """Shows code that Gemini ran itself, and its output, as text."""
+        if code := part.get("executableCode"):
+            language, shown = str(code.get("language", "")).lower(), code["code"]
+        elif result := part.get("codeExecutionResult"):
+            language, shown = "", result.get("output") or ""
+        else:
+            return
+        self._text(candidate, Text, f"\n```{language}\n{checked_text(shown)}\n```\n")
 
     def _call(self, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
         name = checked_text(call.get("name") or "")
         tool = self._tools.get(name) or Tool(name, "", None)
         args = dict(call.get("args") or {})
-        if (
-            tool.answers
-        ):  # the JSON that was asked for, as the text that the client waits for; only the first
-            if not candidate.answered:
-                candidate.answered = True
-                self._text(candidate, Text, dumps(args))
-            return
+        if tool.answers:
+            return self._answer(candidate, args)
         candidate.calls += 1
         if candidate.calls > self._calls_max:
             return
-        given = (args.get("input") or "") if tool.custom else args
-        arguments = given if isinstance(given, str) else dumps(given)
-        made = ToolCall(
-            self._id(call.get("id")), tool.name, arguments, signature, tool.namespace, tool.custom
-        )
+        id, arguments, choice = self._id(call.get("id")), arguments_of(tool, args), candidate.choice
+        start = ToolCall(id, tool.name, "", signature, tool.namespace, tool.custom)
+        end = replace(start, arguments=arguments)
         self._end_part(candidate)
-        self._emit(PartStart(candidate.number, replace(made, arguments="")))
-        self._emit(ArgumentsDelta(candidate.number, arguments))
-        self._emit(PartEnd(candidate.number, made))
+        self._emit(
+            PartStart(choice, start), ArgumentsDelta(choice, arguments), PartEnd(choice, end)
+        )
 
-    def _id(self, given: Any) -> str:
+    def _answer(self, candidate: Candidate, args: dict[str, Any]) -> None:
+        """Shows the first call of the answer tool as the JSON text that the client waits for."""
+        if not candidate.has_answer:
+            candidate.has_answer = True
+            self._text(candidate, Text, dumps(args))
+
+    def _id(self, id: Any) -> str:
         """Gemini's own id for a call where it is one that OpenAI's clients take, else a new one."""
-        usable = isinstance(given, str) and 0 < len(given) <= CALL_ID_MAX and given not in self._ids
-        made: str = given if usable else self._new_id()
-        self._ids |= {made}
-        return made
+        if not isinstance(id, str) or not 0 < len(id) <= CALL_ID_MAX or id in self._ids:
+            id = self._new_id()
+        self._ids |= {id}
+        return str(id)
 
     def _media(self, candidate: Candidate, media: Media) -> None:
-        if media.mime.lower().startswith("audio/l16"):
-            rate = re.search(r"rate=(\d{1,6})", media.mime)
-            candidate.pcm_rate = int(rate[1]) if rate else candidate.pcm_rate
-            candidate.pcm += (base64.b64decode(media.data),)
-            candidate.said = True
-        else:
-            self._whole_part(candidate, media)
+        if not media.mime.lower().startswith("audio/l16"):
+            return self._whole_part(candidate, media)
+        if rate := re.search(r"rate=([1-9]\d{0,5})", media.mime):
+            candidate.pcm_rate = int(rate[1])
+        candidate.pcm += (base64.b64decode(media.data),)
+        candidate.has_content = True
 
     def _whole_part(self, candidate: Candidate, part: Part) -> None:
-        candidate.said = True
+        candidate.has_content = True
         self._end_part(candidate)
-        self._emit(PartStart(candidate.number, part))
-        self._emit(PartEnd(candidate.number, part))
+        self._emit(PartStart(candidate.choice, part), PartEnd(candidate.choice, part))
 
     def _end_part(self, candidate: Candidate, citations: tuple[Citation, ...] = ()) -> None:
-        if candidate.kind is None:
-            return
         text = "".join(candidate.texts)
         if candidate.kind is Text:
-            self._emit(PartEnd(candidate.number, Text(text, candidate.signature, citations)))
-            candidate.before += text
-        else:
-            self._emit(PartEnd(candidate.number, Thinking(text)))
+            self._emit(PartEnd(candidate.choice, Text(text, candidate.signature, citations)))
+            candidate.earlier_text += text
+        elif candidate.kind is Thinking:
+            self._emit(PartEnd(candidate.choice, Thinking(text)))
         candidate.kind, candidate.texts, candidate.signature = None, [], None
 
-    def _emit(self, event: Event) -> None:
+    def _emit(self, *events: Event) -> None:
         if not self._started:
             self._started = True
-            self._events.append(Started())
-        self._events.append(event)
+            self._events.append(Started(usage_of(self._usage)))
+        self._events += events
 
     def _fail(self, error: GatewayError) -> None:
         self.error = error
-        error.message = without_secret(error.message, self.secret)
+        error.message = without_secret(error.message, self._secret)
         for _, candidate in sorted(self._candidates.items()):
             self._end_part(candidate)
         self._events.append(Failed(error))
 
     def _end(self, error: UpstreamError | None) -> None:
-        """What is left to be told, once, at the end."""
-        if not self._candidates or not all(
-            candidate.reason for candidate in self._candidates.values()
-        ):
-            self._fail(
-                error or UpstreamBroken("Gemini's answer broke off before its end. Try again.")
-            )
-        for _, candidate in sorted(self._candidates.items()):
-            if not self.error:
-                self._finish_choice(candidate)
-        if not self.error:
-            last = self._parsed(self._uncounted) if self._uncounted else {}
-            self._emit(Ended(usage_of(last.get("usageMetadata") or self._usage)))
+        candidates = [candidate for _, candidate in sorted(self._candidates.items())]
+        if not candidates or not all(candidate.reason for candidate in candidates):
+            raise error or UpstreamBroken("Gemini's answer broke off before its end. Try again.")
+        for candidate in candidates:
+            self._finish(candidate)
+        if self._unparsed:
+            self._usage = self._parsed(self._unparsed)["usageMetadata"]
+        self._emit(Ended(usage_of(self._usage)))
 
-    def _finish_choice(self, candidate: Candidate) -> None:
+    def _finish(self, candidate: Candidate) -> None:
+        """Ends a choice. Raises UpstreamBroken where it is empty without a good reason."""
         reason = FINISH_REASONS.get(candidate.reason, "stop")
         if reason == "stop" and candidate.calls:
             reason = "tool_calls"
-        if (
-            reason == "stop"
-            and not candidate.said
-            and not (self.stops and candidate.reason == "STOP")
-        ):
-            known = re.fullmatch(r"[A-Z_]{1,40}", candidate.reason)
-            why = f"finish reason {candidate.reason}" if known else "unknown finish reason"
-            return self._fail(UpstreamBroken(f"Gemini's answer is empty ({why}). Try again."))
+        may_be_empty = reason != "stop" or (self._stops and candidate.reason == "STOP")
+        if not candidate.has_content and not may_be_empty:
+            why = "unknown finish reason"
+            if re.fullmatch(r"[A-Z_]{1,40}", candidate.reason):
+                why = f"finish reason {candidate.reason}"
+            raise UpstreamBroken(f"Gemini's answer is empty ({why}). Try again.")
         if candidate.pcm:
             self._whole_part(candidate, wav(b"".join(candidate.pcm), candidate.pcm_rate))
-        self._end_part(candidate, self._annotate(candidate) if candidate.grounding else ())
-        self._emit(Finished(candidate.number, reason, candidate.logprobs))
+        self._end_part(candidate, self._annotate(candidate))
+        self._emit(Finished(candidate.choice, reason, candidate.logprobs))
 
     def _annotate(self, candidate: Candidate) -> tuple[Citation, ...]:
-        """Tells what the whole text rests on; the citations of the part that is open, counted in it."""
-        spoken = candidate.before + ("".join(candidate.texts) if candidate.kind is Text else "")
-        citations = citations_of(spoken, candidate.grounding)
-        queries = [
-            query for about in candidate.grounding for query in about.get("webSearchQueries") or ()
-        ]
-        if citations or queries:
-            self._emit(
-                Annotated(
-                    candidate.number, citations, tuple(dict.fromkeys(map(checked_text, queries)))
-                )
-            )
-        before = len(candidate.before)
+        """Emits the sources of the whole text; returns the open part's, counted from its start."""
+        if not candidate.grounding:
+            return ()
+        text, start = candidate.earlier_text, len(candidate.earlier_text)
+        if candidate.kind is Text:
+            text += "".join(candidate.texts)
+        citations = citations_of(text, candidate.grounding)
+        searches = dict.fromkeys(
+            checked_text(query)
+            for metadata in candidate.grounding
+            for query in metadata.get("webSearchQueries") or ()
+        )
+        if citations or searches:
+            self._emit(Annotated(candidate.choice, citations, tuple(searches)))
         return tuple(
-            replace(c, start=c.start - before, end=c.end - before)
-            for c in citations
-            if c.start >= before
+            replace(citation, start=citation.start - start, end=citation.end - start)
+            for citation in citations
+            if citation.start >= start
         )
 
 
 class CloudCodeReader(GeminiReader):
-    """The same of v1internal, which wraps each chunk as {"response": ...}."""
+    """Reads the chunks of v1internal, which wraps each as {"response": ...}."""
 
     def _parsed(self, raw: bytes) -> Any:
         chunk = super()._parsed(raw)
@@ -4985,206 +4877,322 @@ def checked_text(value: Any) -> str:
     return value
 
 
+def arguments_of(tool: Tool, args: JsonObject) -> str:
+    """The arguments as JSON; a custom tool's free text as it is."""
+    value: Any = args
+    if tool.custom:
+        value = args.get("input") or ""
+    return value if isinstance(value, str) else dumps(value)
+
+
 def wav(pcm: bytes, rate: int) -> Media:
-    """Raw 16-bit mono samples, as Gemini's speech models send them, with the header that players need."""
-    head = struct.pack("<4sI8sIHHIIHH4sI", b"RIFF", 36 + len(pcm), b"WAVEfmt ", 16, 1, 1, rate, rate * 2, 2, 16, b"data", len(pcm))  # fmt: skip
-    return Media("audio/wav", base64.b64encode(head + pcm).decode())
+    """A file of raw 16-bit mono samples, as Gemini's speech models send them."""
+    import wave
+
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, rate, 0, "NONE", ""))
+        writer.writeframes(pcm)
+    return Media("audio/wav", base64.b64encode(file.getvalue()).decode())
 
 
-def citations_of(text: str, grounding: Sequence[Mapping[str, Any]]) -> tuple[Citation, ...]:
-    """Web sources of a text. Gemini counts UTF-8 bytes and leaves a zero start out; ours are code points.
+def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, ...]:
+    """Web sources of a text, each once."""
+    raw = encoded(text)
+    citations = [
+        Citation(*span_of(segment, text, raw), str(page["uri"]), str(page.get("title") or ""))
+        for segment, page in sources_of(grounding)
+        if page.get("uri")
+    ]
+    return tuple(dict.fromkeys(citations))
 
+
+def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, JsonObject]]:
+    """Pairs of a segment of the text and the page that it rests on."""
+    chunks = [chunk for metadata in grounding for chunk in metadata.get("groundingChunks") or ()]
+    for metadata in grounding:
+        for support in metadata.get("groundingSupports") or ():
+            for i in support.get("groundingChunkIndices") or ():
+                if i < len(chunks):
+                    yield support.get("segment") or {}, chunks[i].get("web") or {}
+        for key in ("citationSources", "citations"):
+            for source in metadata.get(key) or ():
+                yield source, source
+
+
+def span_of(segment: JsonObject, text: str, raw: bytes) -> tuple[int, int]:
+    """Start and end of a segment of the text in code points.
+
+    Gemini counts bytes of UTF-8 and leaves a zero start out; where it miscounts, its quote tells.
     Source: https://ai.google.dev/api/generate-content#Segment
     """
-    raw = encoded(text)
+    marks = (raw[: count_of(segment.get(key))] for key in ("startIndex", "endIndex"))
+    start, end = (len(mark.decode(errors="ignore")) for mark in marks)
+    quote = segment.get("text")
+    if isinstance(quote, str) and quote and text[start:end] != quote and quote in text:
+        start = text.index(quote)
+        end = start + len(quote)
+    return start, end
 
-    def span(segment: Mapping[str, Any]) -> tuple[int, int]:
-        marks = (raw[: count_of(segment.get(key))] for key in ("startIndex", "endIndex"))
-        start, end = (len(mark.decode(errors="ignore")) for mark in marks)
-        quoted = segment.get("text")
-        if isinstance(quoted, str) and quoted and text[start:end] != quoted and quoted in text:
-            start = text.index(quoted)
-            end = start + len(quoted)
-        return start, end
 
-    found: list[tuple[tuple[int, int], Mapping[str, Any]]] = []
-    pages = [
-        (chunk.get("web") or {})
-        for about in grounding
-        for chunk in about.get("groundingChunks") or ()
+def logprobs_of(result: JsonObject) -> list[dict[str, Any]]:
+    """Token, log probability and alternatives of each token."""
+    chosen, tops = result.get("chosenCandidates") or (), result.get("topCandidates") or ()
+    return [
+        logprob_of(token)
+        | {"top_logprobs": [logprob_of(other) for other in top.get("candidates") or ()]}
+        for token, top in zip(chosen, itertools.chain(tops, itertools.repeat({})), strict=False)
     ]
-    for about in grounding:
-        for support in about.get("groundingSupports") or ():
-            at = span(support.get("segment") or {})
-            found += [
-                (at, pages[i]) for i in support.get("groundingChunkIndices") or () if i < len(pages)
-            ]
-        found += [
-            (span(one), one)
-            for one in (*(about.get("citationSources") or ()), *(about.get("citations") or ()))
-        ]
-    cited = [(at, page) for at, page in found if page.get("uri")]
-    return tuple(
-        dict.fromkeys(
-            Citation(*at, str(page["uri"]), str(page.get("title") or "")) for at, page in cited
-        )
-    )
 
 
-def logprobs_of(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of each token: token, logprob and its alternatives."""
-    tops = result.get("topCandidates") or ()
-    chosen = [logprob_of(one) for one in result.get("chosenCandidates") or ()]
-    for i, one in enumerate(chosen):
-        one["top_logprobs"] = (
-            [logprob_of(top) for top in tops[i].get("candidates") or ()] if i < len(tops) else []
-        )
-    return chosen
-
-
-def logprob_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+def logprob_of(raw: JsonObject) -> dict[str, Any]:
     token = checked_text(raw.get("token") or "")
     logprob = float(raw.get("logProbability") or 0)
-    logprob = max(logprob, LOGPROB_MIN) if math.isfinite(logprob) else LOGPROB_MIN
+    if not LOGPROB_MIN <= logprob < math.inf:
+        logprob = LOGPROB_MIN
     return {"token": token, "logprob": logprob, "bytes": list(encoded(token))}
 
 
 def count_of(value: Any) -> int:
     """A count that may come as a number or as digits; 0 for anything else."""
-    if value.__class__ is int or value is None:
-        return max(0, value or 0)
+    if value.__class__ is int:
+        return max(0, value)
     digits = re.match(r"\d{1,15}", str(value))
     return int(digits[0]) if digits else 0
 
 
-def usage_of(raw: Mapping[str, Any]) -> Usage:
-    """Source: https://ai.google.dev/api/generate-content#UsageMetadata (total = prompt + tool use + candidates + thoughts)"""
-    prompt = count_of(raw.get("promptTokenCount")) + count_of(raw.get("toolUsePromptTokenCount"))
-    cached, thoughts = (
-        count_of(raw.get("cachedContentTokenCount")),
-        count_of(raw.get("thoughtsTokenCount")),
-    )
-    return Usage(
-        prompt, count_of(raw.get("candidatesTokenCount")) + thoughts, cached, reasoning=thoughts
-    )
+def usage_of(raw: JsonObject) -> Usage:
+    # total = prompt + tool use + candidates + thoughts
+    # Source: https://ai.google.dev/api/generate-content#UsageMetadata
+    names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
+    counts = [count_of(raw.get(f"{name}TokenCount", 0)) for name in names]
+    prompt, tool_use, answer, thoughts, cached = counts
+    return Usage(prompt + tool_use, answer + thoughts, cached, thoughts)
 
 
-def read_embeddings(answer: Mapping[str, Any], count: int) -> list[list[float]]:
-    """The vectors, each of length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
+def read_embeddings(answer: JsonObject, count: int) -> list[list[float]]:
+    """The vectors at length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
     try:
-        vectors = [[float(value) for value in one["values"]] for one in answer["embeddings"]]
-        norms = [math.hypot(*vector) or 1.0 for vector in vectors]
-    except (ArithmeticError, LookupError, TypeError, ValueError):
-        vectors, norms = [], []
-    if len(vectors) != count or not all(map(math.isfinite, norms)):
+        vectors = [unit_vector(embedding["values"]) for embedding in answer["embeddings"]]
+    except MISSHAPEN:
+        vectors = []
+    if len(vectors) != count:
         raise UpstreamBroken("Gemini sent other vectors than were asked for. Try again.")
-    pairs = zip(vectors, norms, strict=True)
-    return [
-        vector if abs(norm - 1) < 1e-6 else [v / norm for v in vector] for vector, norm in pairs
-    ]
+    return vectors
+
+
+def unit_vector(values: Iterable[Any]) -> list[float]:
+    """The vector of these values at length 1. Raises ValueError where one is not finite."""
+    vector = [float(value) for value in values]
+    length = math.hypot(*vector) or 1.0
+    if not math.isfinite(length):
+        raise ValueError("a vector has no length")
+    if abs(length - 1) < 1e-6:
+        return vector
+    return [value / length for value in vector]
+
+
+# ---- chunks that need no parser
+
+DIGITS = b"0123456789"
+TEXT_START = re.compile(r'"text"\s*:\s*"')
+KEY = re.compile(r'"(\w+)"\s*:')
+RUN_KEYS = {"response", "candidates", "content", "parts", "text", "thought", "role", "index"}
+USAGE = b'"usageMetadata"'
+scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+
+
+@value
+class TextRun:
+    """Chunks that differ in text and counts alone; to compare takes a third of a parser's time."""
+
+    before: str  # up to the text
+    after: str  # from the quote behind the text to the usage
+    tail: bytes  # the usage and what follows, without digits
+    choice: int
+    kind: type[TextDelta | ThinkingDelta]
+
+    def delta(self, raw: bytes) -> TextDelta | ThinkingDelta | None:
+        """The delta of a chunk that goes on with the run, None for any other."""
+        head, _, tail = raw.partition(USAGE)
+        try:
+            start = head.decode()
+            text, end = scan_string(start, len(self.before))
+        except ValueError:
+            return None
+        if not text or not start.startswith(self.before) or start[end:] != self.after:
+            return None
+        if tail.translate(None, DIGITS) != self.tail:
+            return None
+        return self.kind(self.choice, text)
+
+
+def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | None:
+    """The run that a chunk begins, None where it brought more than one text and the usage."""
+    if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
+        return None
+    head, _, tail = raw.partition(USAGE)
+    text = head.decode(errors="replace")
+    start = TEXT_START.search(text)
+    if not start or not isinstance(chunk.get("usageMetadata"), dict):
+        return None
+    found, end = scan_string(text, start.end())
+    before, after = text[: start.end()], text[end:]
+    if found != delta.text or not RUN_KEYS.issuperset(KEY.findall(before + after)):
+        return None
+    return TextRun(before, after, tail.translate(None, DIGITS), delta.choice, type(delta))
+
+
+# ---- refusals
+
+# The class of an error of Gemini: of the first row whose pattern fits its status and what it says.
+# Source of all that name no other: https://ai.google.dev/gemini-api/docs/troubleshooting
+REFUSALS: Sequence[tuple[str, type[UpstreamError]]] = (
+    # A day's quota, or one that the tier does not have at all: no wait of seconds helps.
+    # Source: https://ai.google.dev/gemini-api/docs/rate-limits; the words in capitals: v1internal
+    (r"429 .*(limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS)", QuotaGone),
+    # The model is full, for whatever account. Source: seen of v1internal with either status
+    (r"(429|503) .*(MODEL_CAPACITY_EX|No capacity available)", Overloaded),
+    # The owner broke a rule. Source: seen of v1internal
+    (r"(?i)(403|429) .*(abus|unusual traffic|terms of service|TOS_VIOLATION)", AccountBarred),
+    # The key was found in public, or its project was shut.
+    (r"(?i)(403|429) .*(suspended|leaked)", AccountBarred),
+    # The owner or the organisation has to act first. Source: seen of v1internal
+    (r"403 .*(VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED)", AccountBarred),
+    # Any other quota is a minute's. Source: https://ai.google.dev/gemini-api/docs/rate-limits
+    (r"429", RateLimited),
+    # Another account may do it. Source: https://cloud.google.com/apis/design/errors
+    (r"401|403", CredentialRefused),
+    (r"400 .*(API_KEY_INVALID|API key)", CredentialRefused),  # the Gemini API's way to say it
+    # The account's country or billing; the blanks keep a client's own `billing` out of it.
+    (r"400 .*(User location is not supported|[Bb]illing | billing)", CredentialRefused),
+    # The prompt is too long for the model: clients mend it by leaving messages out.
+    (r"400 .*(token count.* exceeds|maximum number of tokens)", ContextTooLong),
+    (r"400 .*[Cc]ontext (length|window)", ContextTooLong),
+    (r"413|400 .*payload size exceeds", TooLarge),  # a front end tells the status alone
+    # Source: https://ai.google.dev/gemini-api/docs/thought-signatures
+    (r"400 .*[Tt]hought[_ ]?[Ss]ignature", SignatureRefused),
+    # Source: https://github.com/google-gemini/gemini-cli/issues/4607
+    (r"400 .*([Ss]chema|\$ref)", SchemaRefused),
+    (r"400 .*MIME type", FileRefused),  # the model does not read such files
+    (r"400", UpstreamRefused),  # any other mistake is one for every account
+    (r"404", ModelGone),  # for this account
+    (r"408|499|504", UpstreamTimeout),  # a deadline of Gemini's, or of a server before it
+    # Statuses above 504 come from proxies. Source: https://docs.anthropic.com/en/api/errors (529)
+    (r"503|50[5-9]|5[1-9]|[6-9]", Overloaded),
+    (r"", UpstreamBroken),
+)
+HTTP_HINTS = {
+    3: "Check base_url and the network: it redirects.",
+    4: "Check base_url.",
+    5: "Try again.",
+}
+# Of v1internal in Go's form: "Your quota will reset after 3h2m1s."
+WAIT_TEXT = re.compile(r"(retry|try again|reset) (in|after) ([\d.hms]+[hms])", re.IGNORECASE)
 
 
 def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamError:
-    """What an error answer of Gemini means for this account and this request.
-
-    `body` is its JSON, or None; `retry_after` the header of that name. The class comes first, then the wait.
-    """
+    """The meaning of an error answer of Gemini with this JSON, if any, and Retry-After header."""
     error = error_of(body)
-    told = error.get("code")
-    status = told if isinstance(told, int) and 400 <= told < 600 else status
-    message = str(
-        error.get("message")
-        or f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip()
-    )
-    everything = ""
-    with contextlib.suppress(RecursionError):
-        everything = str(error)
-    meant = (row[2:] for row in REFUSALS if status in row[0] and re.search(row[1], everything))
-    kind, code = next(meant, (Overloaded if status > 504 else UpstreamBroken, None))
-    made = kind(message[:ERROR_CHARS_MAX], code=code, param="model" if kind is ModelGone else None)
-    return with_wait(made, error, retry_after)
+    code = error.get("code")
+    if isinstance(code, int) and 400 <= code < 600:
+        status = code
+    refused = refusal_of(status, error)
+    details = details_of(error)
+    fields = ChainMap(*details)
+    if isinstance(refused, RateLimited):
+        tell_quota(refused, details)
+    page = fields.get("validation_link") or fields.get("url")
+    if page and isinstance(refused, AccountBarred):
+        refused.message = f"{refused.message.rstrip('.')}. Visit {page}"
+    refused.reset_at = reset_at_of(fields)
+    refused.retry_after_s = wait_s_of(refused, fields, retry_after)
+    return refused
 
 
-def error_of(body: Any) -> Mapping[str, Any]:
-    """The error object of an error body: bare, in an array, or as JSON inside another error's message."""
-    body = body[0] if isinstance(body, list) and body else body
+def error_of(body: Any) -> JsonObject:
+    """The error object of an error body: bare, in an array, or as JSON in another one's message."""
+    if isinstance(body, list) and body:
+        body = body[0]
     error = body.get("error") if isinstance(body, dict) else None
     if isinstance(error, str):
         return {"message": error}
     if not isinstance(error, dict):
         return {}
     message = error.get("message")
-    inner = (
-        parse_json(message)
-        if isinstance(message, str) and message.lstrip()[:1] in ("{", "[")
-        else None
-    )
-    return error_of(inner) or error
+    if isinstance(message, str) and message.lstrip().startswith(("{", "[")):
+        return error_of(parse_json(message)) or error
+    return error
 
 
-def with_wait(made: UpstreamError, error: Mapping[str, Any], retry_after: str) -> UpstreamError:
-    """The error with the quota that it speaks of, the wait that is asked for and the page to visit, by its details."""
-    about: dict[str, Any] = {}
-    quotas: dict[str, int | None] = {}
+def refusal_of(status: int, error: JsonObject) -> UpstreamError:
+    """The error of the row of REFUSALS that fits."""
+    about, message = f"{status} ", ""
+    with contextlib.suppress(RecursionError):
+        message = str(error.get("message") or "")
+        about += str(error)
+    kind = next(kind for pattern, kind in REFUSALS if re.match(pattern, about))
+    hint = f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip()
+    return kind((message or hint)[:ERROR_CHARS_MAX])
+
+
+def details_of(error: JsonObject) -> list[dict[str, Any]]:
+    """The objects of an error's details and those in them."""
+    details: list[dict[str, Any]] = []
     for detail in objects_in(error.get("details")):
-        for part in (
-            detail,
-            *objects_in([detail.get("metadata")]),
-            *objects_in(detail.get("links"))[:1],
-        ):
-            about |= part
-        for violation in objects_in(detail.get("violations")):
-            quotas |= quota_of(violation, "quotaId", "quotaValue")
-    quotas |= quota_of(about, "quota_limit", "quota_limit_value")
-    if isinstance(made, RateLimited) and quotas:
-        made.quota = min(quotas, key=lambda quota: not quota.endswith("day"))
-        made.limit = quotas[made.quota]
-    if re.search(r"limit: 0\b", made.message) and isinstance(made, QuotaGone):
-        made.quota, made.limit = "tier", None
-    if isinstance(made, AccountBarred) and (
-        page := about.get("validation_link") or about.get("url")
-    ):
-        made.message = f"{made.message.rstrip('.')}. Visit {page}"
-    waits = [duration_s(about.get("quotaResetDelay"))]
-    if not waits[0] and isinstance(reset := about.get("quotaResetTimeStamp"), str):
-        from datetime import datetime
-
-        with contextlib.suppress(ValueError, OverflowError):
-            made.reset_at = datetime.fromisoformat(reset).timestamp()
-    if (
-        not made.quota.endswith("_day") and made.quota != "tier"
-    ):  # these are known better than RetryInfo tells
-        text = WAIT_TEXT.search(made.message)
-        waits += [
-            duration_s(about.get("retryDelay")),
-            duration_s(f"{retry_after}s"),
-            duration_s(text and text[1]),
-        ]
-    made.retry_after_s = next((wait for wait in waits if wait is not None), None)
-    return made
+        details.append(detail)
+        for inner in (detail.get("violations"), [detail.get("metadata")], detail.get("links")):
+            details += objects_in(inner)
+    return details
 
 
-def quota_of(about: Mapping[str, Any], id: str, value: str) -> dict[str, int | None]:
-    """The quota that an id such as GenerateRequestsPerDayPerProjectPerModel-FreeTier names, and its size."""
-    name = about.get(id)
+def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
+    """Sets the quota that is used up, a day's before a minute's, and its size."""
+    quotas = dict(quota for fields in details if (quota := quota_of(fields)))
+    if quotas:
+        refused.quota = min(quotas, key=lambda quota: not quota.endswith("day"))
+        refused.limit = quotas[refused.quota]
+    if isinstance(refused, QuotaGone) and re.search(r"limit: 0\b", refused.message):
+        refused.quota, refused.limit = "tier", None
+
+
+def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
+    """Our name and the size of a quota such as GenerateRequestsPerDayPerProjectPerModel-FreeTier."""
+    name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
-        return {}
+        return None
+    unit = "tokens" if "Token" in name else "requests"
     per = "day" if re.search("PerDay|Daily", name) else "minute"
-    return {
-        f"{'tokens' if 'Token' in name else 'requests'}_per_{per}": count_of(about.get(value))
-        or None
-    }
+    size = count_of(fields.get("quotaValue") or fields.get("quota_limit_value"))
+    return f"{unit}_per_{per}", size or None
+
+
+def reset_at_of(fields: JsonObject) -> float | None:
+    """The moment when a quota is new, in seconds since 1970, where no delay until then is told."""
+    from datetime import datetime
+
+    if not duration_s(fields.get("quotaResetDelay")):
+        with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):
+            return datetime.fromisoformat(fields["quotaResetTimeStamp"]).timestamp()
+    return None
+
+
+def wait_s_of(refused: UpstreamError, fields: JsonObject, retry_after: str) -> float | None:
+    """Seconds to wait as the first of Gemini's words says, None without one."""
+    words = [fields.get("quotaResetDelay")]
+    if not refused.quota.endswith(("_day", "tier")):  # RetryInfo does not know when their day ends
+        text = WAIT_TEXT.search(refused.message)
+        words += [fields.get("retryDelay"), f"{retry_after}s", text and text[3]]
+    return next((wait for wait in map(duration_s, words) if wait is not None), None)
 
 
 def duration_s(text: Any) -> float | None:
-    """Seconds of a duration such as 34.07s, 900ms or 3h2m1.2s; at most a day's; None for anything else."""
+    """Seconds of a duration such as 34.07s or 3h2m1.2s, at most a day's; None for anything else."""
     if not isinstance(text, str) or not re.fullmatch(r"(\d{1,9}(\.\d+)?(ms|[hms]))+", text):
         return None
     units = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
-    total = sum(
-        float(count) * units[unit] for count, unit in re.findall(r"([\d.]+)(ms|[hms])", text)
-    )
-    return min(total, RETRY_AFTER_S_MAX)
+    pieces = re.findall(r"([\d.]+)(ms|[hms])", text)
+    return min(sum(float(count) * units[unit] for count, unit in pieces), RETRY_AFTER_S_MAX)
 
 
 # ==============================================================================

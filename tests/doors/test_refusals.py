@@ -298,7 +298,7 @@ def codes_in_the_source() -> set[str]:
     kinds = [
         kind for kind in vars(agproxy).values() if isinstance(kind, type) and issubclass(kind, agproxy.GatewayError)
     ]
-    found: set[Any] = {kind.default_code for kind in kinds} | {row[3] for row in agproxy.REFUSALS}
+    found: set[Any] = {kind.default_code for kind in kinds}
     for node in ast.walk(tree_of_the_file()):
         if not isinstance(node, ast.Call):
             continue

@@ -58,6 +58,47 @@ def test_how_an_answer_ends(chunks: list[dict[str, Any]], last: Any) -> None:
         assert isinstance(events[-1].error, last)
 
 
+@pytest.mark.parametrize(
+    ("first", "usage"),
+    [
+        ({"promptTokenCount": 7, "toolUsePromptTokenCount": "2", "cachedContentTokenCount": 3}, (9, 0, 3, 0)),
+        ({"promptTokenCount": 7, "candidatesTokenCount": 1, "thoughtsTokenCount": 4}, (7, 5, 0, 4)),
+        ({}, (0, 0, 0, 0)),
+        (None, (0, 0, 0, 0)),
+        ("none", (0, 0, 0, 0)),
+    ],
+)
+def test_the_start_tells_what_is_counted_by_then(first: Any, usage: tuple[int, ...]) -> None:
+    chunks = said("x")
+    chunks[0] |= {} if first is None else {"usageMetadata": first}
+    chunks[1]["usageMetadata"] = {"promptTokenCount": 100, "candidatesTokenCount": 20}
+    data = sse(*chunks)
+    for cut in (len(data), *range(1, len(data), 7)):
+        r = reader()
+        events = r.feed(data[:cut]) + r.feed(data[cut:]) + r.close()
+        assert events[0] == agproxy.Started(agproxy.Usage(*usage))
+        assert events[-1] == agproxy.Ended(agproxy.Usage(100, 20))
+
+
+def test_the_key_that_was_sent_is_masked_in_an_error_of_the_stream() -> None:
+    r = agproxy.GeminiReader(lambda: "call_1", secret="planted-secret")
+    last = r.feed(sse(error(400, "INVALID_ARGUMENT", "Bad key planted-secret.")[1]))[-1]
+    assert isinstance(last, agproxy.Failed) and last.error.message == "Bad key …."
+    assert last.error.__traceback__ is None, "which would hold the reader"
+
+
+def test_with_stop_sequences_an_answer_may_be_empty() -> None:
+    body = json.dumps(parts(reason="STOP")).encode()
+    last = agproxy.GeminiReader(lambda: "call_1", stops=True).whole(body)[-1]
+    assert isinstance(last, agproxy.Ended)
+    assert isinstance(reader().whole(body)[-1], agproxy.Failed)
+
+
+def test_a_model_that_is_gone_is_the_field_model_s_fault() -> None:
+    assert agproxy.classify_error(404, error(404, "NOT_FOUND", "No such model.")[1]).param == "model"
+    assert agproxy.classify_error(400, error(400, "INVALID_ARGUMENT", "Bad.")[1]).param is None
+
+
 @pytest.mark.parametrize("end", [b"data: [DONE]\n\n", b"data: [DONE]"])
 def test_openai_s_word_behind_the_end_changes_nothing(end: bytes) -> None:
     r, plain = reader(), reader()
@@ -117,7 +158,7 @@ QUOTA = {
         (
             400,
             error(400, "INVALID_ARGUMENT", "Unsupported MIME type: x")[1],
-            agproxy.UpstreamRefused,
+            agproxy.FileRefused,
             "invalid_value",
             "",
         ),
@@ -138,6 +179,20 @@ QUOTA = {
             "",
         ),
         (500, {"error": {"code": 503, "message": "Busy."}}, agproxy.Overloaded, "server_is_overloaded", "Busy."),
+        (
+            400,
+            error(400, "INVALID_ARGUMENT", "The input token count (9) exceeds the maximum number of tokens.")[1],
+            agproxy.ContextTooLong,
+            "context_length_exceeded",
+            "(9)",
+        ),
+        (
+            429,
+            error(429, "RESOURCE_EXHAUSTED", "The\nquota is used up.\nlimit: 0, model: x")[1],
+            agproxy.QuotaGone,
+            "insufficient_quota",
+            "limit: 0",
+        ),
         (504, {"error": []}, agproxy.UpstreamTimeout, "timeout", "HTTP 504"),
     ],
 )
@@ -182,10 +237,18 @@ def test_a_key_in_an_error_is_masked() -> None:
     assert agproxy.classify_error(403, told).message == "Consumer 'api_key:…' has been suspended."
 
 
+def test_an_error_whose_message_is_nested_deep_is_told_by_its_status() -> None:
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    made = agproxy.classify_error(503, {"error": {"message": deep}})
+    assert (type(made), made.message) == (agproxy.Overloaded, "Gemini answered HTTP 503. Try again.")
+
+
 class Unshaped(agproxy.GeminiReader):
     """Reads every chunk by the parser."""
 
-    def _other(self, raw: bytes) -> None:
+    def _parse(self, raw: bytes) -> None:
         self._chunk(self._parsed(raw))
 
 
@@ -228,11 +291,21 @@ def test_a_chunk_that_goes_on_is_read_as_the_parser_reads_it() -> None:
         chunks[-1]["candidates"][0]["finishReason"] = "STOP"
         new, plain = reader(), Unshaped(lambda: "call_1")
         for text in [sse(chunk) for chunk in chunks] + [b"data: {broken\n\n"] * (seed % 9 == 0):
-            before = new._uncounted
+            before = new._unparsed
             assert told(new.feed(text)) == told(plain.feed(text)), f"seed {seed}"
-            taken += new._uncounted is not before
+            taken += new._unparsed not in (before, b"")
         assert told(new.close()) == told(plain.close()), f"seed {seed}"
     assert taken > 1000, "hardly a chunk was read without the parser"
+
+
+def test_bytes_of_half_a_surrogate_pair_do_not_end_a_stream() -> None:
+    usage = {"promptTokenCount": 3, "candidatesTokenCount": 4}
+    chunks = [chunk | {"usageMetadata": usage} for chunk in said("a", "b", "?", "c")]
+    data = sse(*chunks).replace(b'"?"', b'"\xed\xa0\xbd"').replace(b'"model"', b'"\xed\xa0\xbd"', 2)
+    r = reader()
+    events = r.feed(data) + r.close()
+    assert [e.text for e in events if isinstance(e, agproxy.TextDelta)] == ["a", "b", "\ud83d", "c"]
+    assert isinstance(events[-1], agproxy.Ended)
 
 
 def told(events: list[agproxy.Event]) -> list[str]:
