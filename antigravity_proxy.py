@@ -6235,273 +6235,217 @@ def token_error(account: Account, status: int, told: Mapping[str, Any]) -> Upstr
 # 17. Transport
 # ==============================================================================
 
-HEAD_BYTES_MAX = 64 << 10
-CHUNK_LINE_MAX = 4096
-JOINED_BYTES_MAX = 64 << 10
-DIRECT = True
+HEAD_BYTES_MAX = 64 << 10  # a server sends a few KiB; more is not the head of an answer
+CHUNK_LINE_MAX = 4096  # a chunk's size has a few digits, and nobody sends long extensions
+JOINED_BYTES_MAX = 64 << 10  # up to here a copy is cheaper than a second packet
+UNREAD_BYTES_MAX = 256 << 10  # what the answer to a slow client may hold in memory
+HAPPY_EYEBALLS_S = 0.25  # Source: https://www.rfc-editor.org/rfc/rfc8305#section-8
 
 
-class Deadline:
-    """Rings when a moment has come that is put off again and again; a timer lasts for many of them."""
+class Incoming(ABC):
+    """An answer whose head is there, and whose body is pulled.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._at = math.inf
-        self._ring: Callable[[], None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def set(self, seconds: float, ring: Callable[[], None]) -> None:
-        self._at, self._ring = self.loop.time() + seconds, ring
-        if self._timer is None or self._timer.when() > self._at:
-            self.stop()
-            self._timer = self.loop.call_at(self._at, self._look)
-
-    def clear(self) -> None:
-        """Nothing is waited for; the timer goes on for what may come next, and holds nothing of what was."""
-        self._at, self._ring = math.inf, None
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._ring and self.loop.time() >= self._at:
-            self._ring()
-        elif self._at < math.inf:
-            self._timer = self.loop.call_at(self._at, self._look)
-
-
-class Incoming:
-    """An HTTP answer that is waited for. Its body comes in pieces: to whoever reads, or straight to a sink.
-
-    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
+    `more` and `read` raise UpstreamTimeout and UpstreamBroken, and nothing foreign.
     """
 
-    def __init__(
-        self, channel: asyncio.Transport | Pour, deadline: Deadline, first_s: float, idle_s: float
-    ) -> None:
-        self.status = 0  # until the head has come
-        self.headers: Mapping[str, str] = {}
-        self._channel = channel
-        self._deadline, self._loop = deadline, deadline.loop
-        self._pieces: list[bytes] = []
-        self._sink: Callable[[bytes], None] | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
-        self._paused = False
-        self._error: BaseException | None = None
-        self._idle_s = idle_s
-        self._last = 0.0
-        deadline.set(first_s, self._give_up)
+    status: int
+    headers: Mapping[str, str]  # by names in lower case
 
-    # ---- from the wire
+    @abstractmethod
+    async def more(self, *, first: bool = False) -> bytes:
+        """All that has come since, or b"" at the end. Silence counts only while somebody waits.
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status, self.headers = status, headers
-        self._wake()
+        Until something of the body is understood (`first`), it must come within first_event_s of
+        the request. Afterwards no silence may last longer than idle_s.
+        """
 
-    def push(self, data: bytes) -> None:
-        self._last = self._loop.time()
-        if self._sink is not None:
-            self._sink(data)
-        else:
-            self._pieces.append(data)
-            self._wake()
-
-    def end(self, error: BaseException | None = None) -> None:
-        """The body is over; with an error it was cut off."""
-        if not self._ended:
-            self._ended = True
-            self._error = error
-            self._deadline.clear()
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _check_silence(self) -> None:
-        """The deadline is put off from the last piece once it is over, so that a piece costs no timer."""
-        silent_s = 0.0 if self._paused else self._loop.time() - self._last
-        if silent_s < self._idle_s:
-            self._deadline.set(self._idle_s - silent_s, self._check_silence)
-        else:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        self.abort(TimeoutError())
-
-    # ---- to whoever wants it
-
-    def _wait(self) -> asyncio.Future[None]:
-        self._waiter = self._loop.create_future()
-        return self._waiter
-
-    async def head(self) -> None:
-        """Returns once status and headers are there. Raises what kept them from coming: OSError, TimeoutError."""
-        while not self.status and not self._ended:
-            await self._wait()
-        if not self.status:
-            raise self._error or ConnectionError("the connection was closed")
-
-    async def more(self) -> bytes:
-        """What has come since, or b"" at the end. Raises what cut the body off: OSError, TimeoutError."""
-        while not self._pieces and not self._ended:
-            await self._wait()
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        if not data and self._error:
-            raise self._error
-        return data
+    @abstractmethod
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """Ends an answer that is not over yet. The error is raised to whoever waits for more."""
 
     async def read(self) -> bytes:
-        """The whole body; who stops waiting for it, ends it. Raises as `more`."""
+        """The whole body, within first_event_s. Where the reader is cancelled, the answer ends."""
         pieces = []
         try:
-            while data := await self.more():
+            while data := await self.more(first=True):
                 pieces.append(data)
         finally:
             self.abort()
         return b"".join(pieces)
 
-    async def flow(self, sink: Callable[[bytes], None]) -> None:
-        """Hands each piece to the sink in the call that received it, until the end. Raises as `more`."""
-        if data := b"".join(self._pieces):
-            self._pieces.clear()
-            sink(data)
-        self._sink = sink
-        self.headers = {}  # a stream may last long
-        if not self._ended:
-            self._last = self._loop.time()
-            self._deadline.set(self._idle_s, self._check_silence)
-        while not self._ended:
-            await self._wait()
-        if self._error:
-            raise self._error
 
-    def pause(self) -> None:
-        if not self._ended and not self._paused:
-            self._paused = True
-            self._channel.pause_reading()
+def too_slow(first: bool) -> UpstreamTimeout:
+    """The error of an answer that does not begin, or does not go on."""
+    if first:
+        return UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.")
+    text = "Gemini fell silent in the middle of its answer."
+    return UpstreamTimeout(f"{text} Try again, or raise proxy.timeouts.idle_s.")
 
-    def resume(self) -> None:
-        if not self._ended and self._paused:
-            self._paused, self._last = False, self._loop.time()
-            self._channel.resume_reading()
 
-    def abort(self, error: Exception | None = None) -> None:
-        """Ends an answer that nobody wants any more, or that came too late; nothing where it is over."""
-        if not self._ended:
-            self.end(error)
-            self._channel.abort()
+def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
+    """The error of a connection that was not made, or broke. It names no URL."""
+    import socket  # both are loaded: asyncio needs them
+    import ssl
+
+    if isinstance(cause, ssl.SSLError):
+        text = "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
+    elif isinstance(cause, socket.gaierror):
+        text = "Gemini's host name could not be resolved. Check DNS and base_url."
+    elif isinstance(cause, ConnectionError) and not isinstance(cause, ConnectionRefusedError):
+        text = f"{where} broke the connection before an answer began. Try again."
+    else:
+        advice = "Check the network, base_url and whether a proxy is needed."
+        text = f"Gemini could not be reached. {advice}"
+    return UpstreamBroken(text)
 
 
 class Unframer:
-    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
+    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing.
 
+    Raises ValueError, also for broken gzip.
     Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
     """
 
-    def __init__(self, headers: Mapping[str, str], *, strict: bool = False) -> None:
-        self._strict = strict
+    def __init__(self, headers: Mapping[str, str]) -> None:
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._until_close = not self._chunked and "content-length" not in headers
-        self._left = 0 if self._chunked else int(headers.get("content-length", 0))
-        """Of the body, or of the current chunk and the line end behind it."""
-        self._line = b""
-        self._trailers = False
-        packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
-        self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
+        self._left = 0  # of the body, or of the current chunk and the line end behind it
+        if not self._chunked:
+            self._left = int(headers.get("content-length", 0))
+        self._line = b""  # the beginning of a line that was cut
+        self._trailers = False  # the last chunk was there; lines up to an empty one follow
+        self._unpack: Callable[[bytes], bytes] | None = None
+        if headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate"):
+            self._unpack = zlib.decompressobj(wbits=47).decompress
         self.done = not self._chunked and not self._until_close and self._left == 0
-        self._between = self._chunked and not strict  # what comes begins with a chunk's size
-        self.behind = b""  # what came behind the last chunk
+        self.behind = b""  # what came behind a chunked body
 
     def feed(self, data: bytes) -> bytes:
-        if self._between:
-            pieces, at = whole_chunks(data)
-            if at < len(data):
-                pieces.append(self._unchunk(data[at:]))
-            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        elif self._chunked:
+        if self._chunked:
             data = self._unchunk(data)
         elif not self._until_close:
-            if len(data) > self._left:
-                raise ValueError("more than Content-Length")
             self._left -= len(data)
             self.done = self._left == 0
+            if self._left < 0:
+                raise ValueError("more than Content-Length")
+        if self._unpack is None:
+            return data
         try:
-            return self._unpack(data) if self._unpack else data
+            return self._unpack(data)
         except zlib.error as error:
             raise ValueError("broken compression") from error
 
     def close(self) -> bool:
-        """The connection ended: whether the body is whole."""
+        """The connection ended. False where the body was cut off."""
         return self.done or self._until_close
 
     def _unchunk(self, data: bytes) -> bytes:
-        if self._line:
-            data, self._line = self._line + data, b""
-        pieces, at, size = [], 0, len(data)
-        while at < size and not self.done:
-            if not self._left:
-                end = data.find(b"\r\n", at)
-                if end < 0:
-                    self._line = data[at:]
-                    break
-                self._left = self._after_size(data[at:end])
-                at = end + 2
-            stop = at + self._left
-            if self._strict and not b"\r\n".endswith(
-                data[max(at, stop - 2) : stop], 0, 2 - max(0, stop - size)
-            ):
-                raise ValueError("no line end behind a chunk")
-            if self._left > 2:
-                pieces.append(data[at : stop - 2])  # as far as it came
-            self._left, at = (0, stop) if stop <= size else (stop - size, size)
-        if len(self._line) > CHUNK_LINE_MAX:
-            raise ValueError("endless chunk size")
-        self.behind = data[at:] if self.done else b""
-        self._between = not (self._strict or self._line or self._left or self._trailers)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _after_size(self, line: bytes) -> int:
-        """How many bytes follow a chunk's size line: the chunk, and the line end behind it."""
-        if self._trailers:
-            self.done = not line
-            return 0
-        digits = line if b";" not in line else line.partition(b";")[0]
-        if self._strict and not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
-            raise ValueError("an odd chunk size")
-        size = int(digits, 16)
-        if size > 0:
-            return size + 2
-        if size < 0:
-            raise ValueError("negative chunk size")
-        self._trailers = True
-        return 0
-
-
-def whole_chunks(data: bytes) -> tuple[list[bytes], int]:
-    """The chunks that begin the data and are whole, and where the rest begins: the common case, at half the cost."""
-    pieces: list[bytes] = []
-    at, size = 0, len(data)
-    try:
-        while at < size:
-            end = data.index(b"\r\n", at)
-            stop = end + 4 + int(data[at:end], 16)
-            if not end + 4 < stop <= size:
+        data, at = self._line + data, self._left
+        self._line, size = b"", len(data)
+        pieces = [data[: at - 2]] if at > 2 else []
+        while at < size and not self._trailers:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                self._keep_line(data[at:])
                 break
-            pieces.append(data[end + 2 : stop - 2])
-            at = stop
-    except ValueError:
-        pass  # a size has an extension, or is cut
-    return pieces, at
+            length = int(data[at:end].partition(b";")[0], 16)
+            if length < 0:
+                raise ValueError("negative chunk size")
+            if length == 0:
+                self._trailers, at = True, end + 2
+            else:
+                pieces.append(data[end + 2 : end + 2 + length])
+                at = end + 4 + length
+        self._left = max(0, at - size)
+        if self._trailers:
+            self._skip_trailers(data[at:])
+        return b"".join(pieces)
+
+    def _skip_trailers(self, data: bytes) -> None:
+        while not self.done:
+            line, end, data = data.partition(b"\r\n")
+            if not end:
+                return self._keep_line(line)
+            self.done = not line
+        self.behind = data
+
+    def _keep_line(self, line: bytes) -> None:
+        if len(line) > CHUNK_LINE_MAX:
+            raise ValueError("endless line")
+        self._line = line
+
+
+class DirectIncoming(Incoming):
+    """An answer on a connection of our own. It reads on until UNREAD_BYTES_MAX are not pulled."""
+
+    def __init__(self, connection: Connection, timeouts: Timeouts) -> None:
+        self.status = 0  # until the head has come
+        self.headers = {}
+        self._connection = connection
+        self._begins_by = connection.loop.time() + timeouts.first_event_s
+        self._idle_s = timeouts.idle_s
+        self._pieces: list[bytes] = []
+        self._unread = 0
+        self._paused = False
+        self._over = False
+        self._error: UpstreamError | None = None
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status, self.headers = status, headers
+        self._connection.wake()
+
+    def push(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._unread += len(data)
+        if self._unread > UNREAD_BYTES_MAX and not self._paused:
+            self._paused = True
+            self._connection.transport.pause_reading()
+        self._connection.wake()
+
+    def end(self, error: UpstreamError | None = None) -> None:
+        """The body is over, or with an error it was cut off."""
+        if not self._over:
+            self._over, self._error = True, error
+            self._connection.wake()
+
+    def resume(self) -> None:
+        if self._paused and not self._over:
+            self._paused = False
+            self._connection.transport.resume_reading()
+
+    async def head(self) -> None:
+        """Returns once status and headers are there. Raises as `more`."""
+        while not self.status and not self._over:
+            await self._wait(first=True)
+        if not self.status:
+            raise self._error or broken_by(ConnectionError())
+
+    async def more(self, *, first: bool = False) -> bytes:
+        while not self._pieces and not self._over:
+            await self._wait(first)
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        self._unread = 0
+        self.resume()
+        if self._error and not data:
+            raise self._error
+        return data
+
+    async def _wait(self, first: bool) -> None:
+        moment = self._begins_by
+        if not first:
+            moment = self._connection.loop.time() + self._idle_s
+        if not await self._connection.heard(moment):
+            self.abort(too_slow(first))
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        if not self._over:
+            self.end(error)
+            self._connection.transport.abort()
 
 
 class Connection:
-    """One connection to an upstream, for one exchange after another; asyncio's transport calls it as its protocol.
+    """One connection to an upstream, for one exchange after another; it is asyncio's protocol.
 
     Source: https://www.rfc-editor.org/rfc/rfc9112
     """
@@ -6509,25 +6453,30 @@ class Connection:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts
     ) -> None:
-        self._deadline = Deadline(loop)
+        self.loop = loop
+        self.silent = True  # nothing came back in this exchange yet
         self._idle = idle
         self._timeouts = timeouts
         self._head = b""
-        self._incoming: Incoming | None = None
+        self._incoming: DirectIncoming | None = None
         self._keep = True
-        self._silent = True  # nothing came back in this exchange yet
+        self._waiter: asyncio.Future[bool] | None = None
+        self._moment = 0.0  # until which the waiter waits
+        self._timer: asyncio.TimerHandle | None = None
 
     async def exchange(self, head: bytes, body: bytes) -> Incoming:
-        """Sends a request; the answer, once its head is there. Raises OSError; StaleConnection where it was dead."""
+        """Sends a request and waits for the head of its answer.
+
+        Raises UpstreamTimeout and UpstreamBroken; where `silent` then holds, nothing was heard.
+        """
+        self.silent = True
         if self.transport.is_closing():
-            raise StaleConnection
-        self._silent = True
-        wait = self._timeouts
-        self._incoming = incoming = Incoming(
-            self.transport, self._deadline, wait.first_event_s, wait.idle_s
-        )
-        self.transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
-        if len(body) >= JOINED_BYTES_MAX:
+            raise broken_by(ConnectionError())
+        self._incoming = incoming = DirectIncoming(self, self._timeouts)
+        if len(body) < JOINED_BYTES_MAX:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
             self.transport.write(body)
         try:
             await incoming.head()
@@ -6536,11 +6485,42 @@ class Connection:
             raise
         return incoming
 
+    # ---- waiting
+
+    async def heard(self, moment: float) -> bool:
+        """Returns once something came, or false once that moment of the loop's clock has come."""
+        self._moment = moment
+        waiter: asyncio.Future[bool] = self.loop.create_future()
+        self._waiter = waiter
+        if self._timer is None or self._timer.when() > moment:
+            self._set_timer()
+        return await waiter
+
+    def wake(self, heard: bool = True) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(heard)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._moment, self._ring)
+
+    def _ring(self) -> None:
+        """Each piece puts the moment off, so that one timer lasts for many of them."""
+        self._timer = None
+        if self._waiter is not None and self.loop.time() < self._moment:
+            self._set_timer()
+        else:
+            self.wake(False)
+
+    # ---- asyncio's protocol
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._silent = False
+        self.silent = False
         incoming = self._incoming
         if incoming is None:
             return self.transport.abort()  # nothing was asked
@@ -6553,11 +6533,11 @@ class Connection:
                 if self._unframer.done:
                     self._end(incoming)
         except (ValueError, IndexError):
-            incoming.abort(ConnectionError("what came is not HTTP"))
+            incoming.abort(broken_by(ConnectionError("what came is not HTTP")))
 
-    def _read_head(self, incoming: Incoming, data: bytes) -> bytes:
-        """Reads status and headers; what is left of the data is body. Raises ValueError, IndexError."""
-        head, found, rest = (self._head + data).partition(b"\r\n\r\n")
+    def _read_head(self, incoming: DirectIncoming, data: bytes) -> bytes:
+        """Reads status and headers. What follows them is returned. Raises ValueError, IndexError."""
+        head, found, body = (self._head + data).partition(b"\r\n\r\n")
         if not found:
             self._head = head
             if len(head) > HEAD_BYTES_MAX:
@@ -6567,20 +6547,20 @@ class Connection:
         first, *lines = head.decode("latin-1").split("\r\n")
         version, status = first.split(" ", 2)[:2]
         if status.startswith("1"):
-            return rest  # 100 Continue, 103 Early Hints: the answer is still to come
-        headers = dict(map(known_field, lines)) | (
-            {"content-length": "0"} if status in ("204", "304") else {}
-        )
+            return body  # 100 Continue, 103 Early Hints: the answer is still to come
+        headers = dict(map(known_field, lines))
+        if status in ("204", "304"):
+            headers["content-length"] = "0"
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         self._unframer = Unframer(headers)
         incoming.begin(int(status), headers)
-        return rest
+        return body
 
-    def _end(self, incoming: Incoming) -> None:
+    def _end(self, incoming: DirectIncoming) -> None:
         """The answer is whole; the connection may serve another one. Raises ValueError."""
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
-        incoming.resume()  # a client was slow; the next one waits for an answer here
+        incoming.resume()  # the next answer comes here, whoever reads this one late
         self._incoming = None
         if self._keep and not self.transport.is_closing():
             self._idle.append(self)
@@ -6592,20 +6572,19 @@ class Connection:
         """Nothing to do: asyncio closes the transport and calls connection_lost."""
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._deadline.stop()
         if self in self._idle:
             self._idle.remove(self)
-        if self._incoming is not None:
-            whole = self._incoming.status and error is None and self._unframer.close()
-            cut = (
-                StaleConnection()
-                if self._silent
-                else error or ConnectionError("the connection was closed")
-            )
-            self._incoming.end(None if whole else cut)
+        if (incoming := self._incoming) is not None:
+            self._incoming = None
+            if incoming.status and error is None and self._unframer.close():
+                incoming.end()
+            else:
+                incoming.end(broken_by(error or ConnectionError()))
+        if self._timer is not None:
+            self._timer.cancel()
 
     def pause_writing(self) -> None:
-        """Nothing to do: a body is handed over whole, and asyncio keeps what the socket does not take yet."""
+        """Nothing to do: asyncio keeps what the socket does not take yet of a body."""
 
     def resume_writing(self) -> None: ...
 
@@ -6617,12 +6596,11 @@ def known_field(line: str) -> tuple[str, str]:
     return name.strip().lower(), value.strip()
 
 
-class StaleConnection(ConnectionError):
-    """The upstream closed the connection without a byte of an answer."""
-
-
 class DirectTransport:
-    """Requests to one upstream over connections of our own: no task and no queue between its socket and the client's."""
+    """Requests to one upstream over connections of our own, which are used again.
+
+    No task and no queue stands between its socket and the client's.
+    """
 
     proxy: None = None
 
@@ -6633,36 +6611,44 @@ class DirectTransport:
         self._idle: list[Connection] = []
 
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
-        """The answer to a POST, or without a body to a GET, once its head is there. Raises OSError and TimeoutError."""
-        method, length = (
-            ("GET", "") if body is None else ("POST", f"Content-Length: {len(body)}\r\n")
-        )
-        lines = length + "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        what = f"{method} {self._url.path}{path} HTTP/1.1\r\nHost: {self._netloc}"
-        head = f"{what}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n".encode()
+        """The answer to a POST, or without a body to a GET, once its head is there.
+
+        Raises UpstreamTimeout and UpstreamBroken.
+        """
+        head = self._render_head(path, headers, body)
         while self._idle:
-            with contextlib.suppress(
-                StaleConnection
-            ):  # closed by the other side in the meantime: nothing was heard
-                return await self._idle.pop().exchange(head, body or b"")
-        connection = Connection(asyncio.get_running_loop(), self._idle, self._timeouts)
-        await self._connect(connection)
+            connection = self._idle.pop()
+            try:
+                return await connection.exchange(head, body or b"")
+            except UpstreamBroken:
+                if not connection.silent:
+                    raise  # else it was closed in the meantime
+        connection = await self._connect()
         return await connection.exchange(head, body or b"")
 
-    async def _connect(self, protocol: Any) -> None:
-        """For a Connection: it need not be of asyncio's own class, so that --help does not import that."""
+    def _render_head(self, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+        first = f"GET {self._url.path}{path} HTTP/1.1\r\n"
+        if body is not None:
+            first = f"POST {self._url.path}{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        more = f"Host: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n"
+        return (first + more).encode()
+
+    async def _connect(self) -> Connection:
+        """Raises UpstreamBroken."""
         loop = asyncio.get_running_loop()
+        protocol: Any = Connection(loop, self._idle, self._timeouts)  # asyncio's class comes late
         tls = tls_context() if self._url.scheme == "https" else None
         host, port = self._url.hostname or "", self._url.port or (443 if tls else 80)
-        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(host)  # uvloop cannot
-        both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
+        several: Any = {}
+        if isinstance(loop, asyncio.BaseEventLoop) and not is_address(host):  # uvloop cannot
+            several["happy_eyeballs_delay"] = HAPPY_EYEBALLS_S
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                await loop.create_connection(lambda: protocol, host, port, ssl=tls, **both)
-        except TimeoutError:
-            raise ConnectionError("the connection was not made in time") from None
-        except UnicodeError:  # of http://a..b
-            raise OSError("that is no host's name") from None
+                await loop.create_connection(lambda: protocol, host, port, ssl=tls, **several)
+        except (OSError, UnicodeError) as error:  # a timeout, too; and the name in http://a..b
+            raise broken_by(error) from None
+        return protocol  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         for connection in list(self._idle):
@@ -6676,92 +6662,98 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
+class ProxiedIncoming(Incoming):
+    """An answer of aiohttp's client, which pauses by itself."""
+
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        begins_by: float,
+        idle_s: float,
+        proxy: str | None,
+    ) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._response = response
+        self._begins_by, self._idle_s, self._proxy = begins_by, idle_s, proxy
+        self._over = False
+        self._error: UpstreamError | None = None
+
+    async def more(self, *, first: bool = False) -> bytes:
+        moment = self._begins_by
+        if not first:
+            moment = asyncio.get_running_loop().time() + self._idle_s
+        data = b""
+        try:
+            async with asyncio.timeout_at(moment):
+                data = await self._response.content.readany()
+        except TimeoutError:
+            self.abort(too_slow(first))
+        except (aiohttp.ClientError, OSError) as error:
+            self.abort(broken_over(self._proxy, error))
+        if self._error and not data:
+            raise self._error
+        return data
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        if not self._over:
+            self._over, self._error = True, error
+            self._response.close()
+
+
 class ProxiedTransport:
-    """The same through a proxy, by aiohttp's client."""
+    """Requests through a proxy by aiohttp's client, over a connection for each."""
 
     def __init__(self, url: str, proxy: str | None, timeouts: Timeouts) -> None:
-        self._url = url
         self.proxy = proxy
+        self._url = url
         self._timeouts = timeouts
         self._session = open_session(timeouts)
 
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
-        """As a DirectTransport's. Raises aiohttp.ClientError, too."""
-        about: Any = {
-            "data": body,
-            "headers": headers,
-            "proxy": self.proxy,
-            "allow_redirects": False,
-        }
-        async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
-            response = await self._session.request(
-                "GET" if body is None else "POST", self._url + path, **about
-            )
-        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-        return Pour(response, left_s, self._timeouts.idle_s).incoming
+        """As a DirectTransport's."""
+        method = "GET" if body is None else "POST"
+        begins_by = asyncio.get_running_loop().time() + self._timeouts.first_event_s
+        asked = self._session.request(
+            method,
+            self._url + path,
+            data=body,
+            headers=headers,
+            proxy=self.proxy,
+            allow_redirects=False,
+        )
+        try:
+            async with asyncio.timeout_at(begins_by):
+                response = await asked
+        except TimeoutError:
+            raise too_slow(first=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise broken_over(self.proxy, error) from None
+        return ProxiedIncoming(response, begins_by, self._timeouts.idle_s, self.proxy)
 
     async def close(self) -> None:
         await self._session.close()
 
 
-class Pour:
-    """Carries the body of aiohttp's response over to an Incoming."""
-
-    def __init__(self, response: aiohttp.ClientResponse, first_s: float, idle_s: float) -> None:
-        self._response = response
-        self._running = asyncio.Event()
-        self.pause_reading, self.resume_reading = self._running.clear, self._running.set
-        self.resume_reading()
-        deadline = Deadline(asyncio.get_running_loop())
-        self.incoming = Incoming(self, deadline, first_s, idle_s)
-        self.incoming.begin(
-            response.status, {key.lower(): value for key, value in response.headers.items()}
-        )
-        self._task = asyncio.create_task(self._pour())
-        self._task.add_done_callback(self._over)
-        self._task.add_done_callback(lambda _: deadline.stop())
-
-    async def _pour(self) -> None:
-        async for data in self._response.content.iter_any():
-            self.incoming.push(data)
-            await self._running.wait()
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        """Also what the sink raised ends the answer."""
-        if error := None if task.cancelled() else task.exception():
-            self._response.close()
-        self.incoming.end(error)
-
-    def abort(self) -> None:
-        self._task.cancel()
-        self._response.close()
+def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
+    """The error for one of aiohttp's."""
+    at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
+    of_proxy = (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)
+    if at_proxy or isinstance(error, of_proxy):
+        text = "The proxy to Gemini could not be used."
+        return UpstreamBroken(f"{text} Check proxy.upstream_proxy or HTTPS_PROXY.")
+    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    if not isinstance(cause, OSError):
+        cause = ConnectionError()  # an answer that was cut or is not HTTP
+    return broken_by(cause, "The proxy or Gemini" if proxy else "Gemini")
 
 
 def open_session(wait: Timeouts) -> aiohttp.ClientSession:
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s)
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     return aiohttp.ClientSession(
         timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar()
     )
-
-
-def connection_problem(error: Exception, proxy: str | None) -> str:
-    """What went wrong on the way to Gemini, and what to do, without its URL."""
-    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
-    at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
-    if at_proxy or isinstance(
-        error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError
-    ):
-        return "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
-    if "SSL" in type(cause).__name__:
-        return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
-    if type(cause).__name__ == "gaierror":
-        return "Gemini's host name could not be resolved. Check DNS and base_url."
-    refused = isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError)
-    if refused or not isinstance(cause, ConnectionError):
-        return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
-    where = "The proxy or Gemini" if proxy else "Gemini"
-    return f"{where} broke the connection before an answer began. Try again."
 
 
 def proxy_for(url: str, given: str | None) -> str | None:
@@ -6817,6 +6809,8 @@ class Answer:
         self._reader = reader
         self._late: UpstreamError | None = None
         self._alarm: asyncio.TimerHandle | None = None
+        self._running = asyncio.Event()
+        self._running.set()
 
     def end_by(self, seconds: float) -> None:
         """Breaks the answer off when it lasts longer."""
@@ -6829,6 +6823,7 @@ class Answer:
         """Ends the answer; unless it was whole, its last event says why."""
         self._late = error
         self._incoming.abort()
+        self._running.set()
 
     async def flow(self, sink: Callable[[list[Event]], None]) -> list[Event]:
         """Hands the events of each read to the sink as they come; those that end the answer are returned."""
@@ -6837,20 +6832,17 @@ class Answer:
             return []
         failed: list[Event] = []
 
-        def feed(data: bytes) -> None:
-            events = reader.feed(data)
-            if reader.error:
-                failed.extend(events)
-                self._incoming.abort()  # nobody waits for what is behind
-            elif events:
-                sink(events)
-
         try:
-            await self._incoming.flow(feed)
-        except TimeoutError:
-            text = "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
-            self._late = self._late or UpstreamTimeout(text)
-        except (aiohttp.ClientError, OSError):
+            while not failed and (data := await self._more()):
+                events = reader.feed(data)
+                if reader.error:
+                    failed = events
+                    self._incoming.abort()  # nobody waits for what is behind
+                elif events:
+                    sink(events)
+        except UpstreamTimeout as error:
+            self._late = self._late or error
+        except UpstreamBroken:
             pass  # the reader knows whether the answer was whole
         events = failed or reader.close(self._late)
         self.last = events[-1] if events else None
@@ -6865,11 +6857,15 @@ class Answer:
             self.close()
         return Answer(events, self._incoming, None)
 
+    async def _more(self) -> bytes:
+        await self._running.wait()
+        return await self._incoming.more()
+
     def pause(self) -> None:
-        self._incoming.pause()
+        self._running.clear()
 
     def resume(self) -> None:
-        self._incoming.resume()
+        self._running.set()
 
     def close(self) -> None:
         if self._alarm:
@@ -6952,6 +6948,8 @@ def renumbered(event: Event, choice: int) -> Event:
 class Upstream:
     """The accounts' Gemini: HTTP, the list of models, and the one retry loop."""
 
+    direct = True  # False: by aiohttp's client also where there is no proxy
+
     def __init__(self, config: Config) -> None:
         self.clock: Clock = time.time
         self.pool = AccountPool(())
@@ -6996,7 +6994,7 @@ class Upstream:
             url, wait = account.base_url, self._config.timeouts
             proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
             if (transport := self._opened.get((url, proxy, wait))) is None:
-                direct = proxy is None and DIRECT
+                direct = proxy is None and self.direct
                 transport = (
                     DirectTransport(url, wait) if direct else ProxiedTransport(url, proxy, wait)
                 )
@@ -7051,13 +7049,12 @@ class Upstream:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """What one account's upstream lists; of those that list none, the best known, if it takes a word. Raises UpstreamError."""
         try:
-            with UpstreamErrors(self._to(account).proxy):
-                async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
-                    return await (
-                        self._pages_of(account)
-                        if account.kind == "gemini"
-                        else self._known_of(account)
-                    )
+            async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
+                return await (
+                    self._pages_of(account) if account.kind == "gemini" else self._known_of(account)
+                )
+        except TimeoutError:
+            raise too_slow(first=True) from None
         except MISSHAPEN:
             raise UpstreamBroken(
                 "What answers at base_url is not Gemini. Check base_url."
@@ -7260,15 +7257,14 @@ class Upstream:
             generation.sse or account.kind == "cloudcode"
         )  # which refuses what is not streamed sooner
         method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        with UpstreamErrors(self._to(account).proxy):
-            incoming = await self._post(account, lease.model, method, form.body)
-            try:
-                return await first_events(
-                    incoming, generation.reader(form, account), sse, generation.sse
-                )
-            except BaseException:
-                incoming.abort()
-                raise
+        incoming = await self._post(account, lease.model, method, form.body)
+        try:
+            return await first_events(
+                incoming, generation.reader(form, account), sse, generation.sse
+            )
+        except BaseException:
+            incoming.abort()
+            raise
 
     async def count(self, request: Request, trace: Trace) -> int:
         """How many tokens a request is. Raises as `ask`. Source: https://ai.google.dev/api/tokens"""
@@ -7297,8 +7293,7 @@ class Upstream:
         return answer
 
     async def _unary(self, lease: Lease, method: str, body: bytes) -> dict[str, Any]:
-        with UpstreamErrors(self._to(lease.account).proxy):
-            answer = await json_of(await self._post(lease.account, lease.model, method, body))
+        answer = await json_of(await self._post(lease.account, lease.model, method, body))
         if not isinstance(answer, dict):
             raise UpstreamBroken("Gemini sent something that cannot be understood. Try again.")
         return answer
@@ -7542,23 +7537,6 @@ class Generation:
         return made
 
 
-class UpstreamErrors:
-    """Raises what goes wrong on the way to Gemini as an UpstreamError."""
-
-    def __init__(self, proxy: str | None) -> None:
-        self._proxy = proxy
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, TimeoutError):
-            raise UpstreamTimeout(
-                "Gemini did not answer in time. Try again, or raise proxy.timeouts."
-            ) from None
-        if error is not None and isinstance(error, (aiohttp.ClientError, OSError)):
-            raise UpstreamBroken(connection_problem(error, self._proxy)) from None
-
-
 async def json_of(incoming: Incoming) -> Any:
     """What an answer says. Raises what a status other than 200 means, and the transport's errors."""
     answer = parse_json(await incoming.read())
@@ -7580,7 +7558,7 @@ async def first_events(
         body = await incoming.read()
         events = reader.feed(body) + reader.close() if sse else reader.whole(body)
         return Answer(events, incoming, None)
-    while data := await incoming.more():
+    while data := await incoming.more(first=True):
         if events := reader.feed(data):
             return Answer(events, incoming, reader)
     return Answer(reader.close(), incoming, None)
@@ -7996,6 +7974,84 @@ class HttpResponse:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+class StrictUnframer:
+    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
+    """
+
+    def __init__(self, headers: Mapping[str, str], *, strict: bool = True) -> None:
+        self._strict = strict
+        self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        self._until_close = not self._chunked and "content-length" not in headers
+        self._left = 0 if self._chunked else int(headers.get("content-length", 0))
+        """Of the body, or of the current chunk and the line end behind it."""
+        self._line = b""
+        self._trailers = False
+        packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
+        self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
+        self.done = not self._chunked and not self._until_close and self._left == 0
+        self.behind = b""  # what came behind the last chunk
+
+    def feed(self, data: bytes) -> bytes:
+        if self._chunked:
+            data = self._unchunk(data)
+        elif not self._until_close:
+            if len(data) > self._left:
+                raise ValueError("more than Content-Length")
+            self._left -= len(data)
+            self.done = self._left == 0
+        try:
+            return self._unpack(data) if self._unpack else data
+        except zlib.error as error:
+            raise ValueError("broken compression") from error
+
+    def close(self) -> bool:
+        """The connection ended: whether the body is whole."""
+        return self.done or self._until_close
+
+    def _unchunk(self, data: bytes) -> bytes:
+        if self._line:
+            data, self._line = self._line + data, b""
+        pieces, at, size = [], 0, len(data)
+        while at < size and not self.done:
+            if not self._left:
+                end = data.find(b"\r\n", at)
+                if end < 0:
+                    self._line = data[at:]
+                    break
+                self._left = self._after_size(data[at:end])
+                at = end + 2
+            stop = at + self._left
+            if self._strict and not b"\r\n".endswith(
+                data[max(at, stop - 2) : stop], 0, 2 - max(0, stop - size)
+            ):
+                raise ValueError("no line end behind a chunk")
+            if self._left > 2:
+                pieces.append(data[at : stop - 2])  # as far as it came
+            self._left, at = (0, stop) if stop <= size else (stop - size, size)
+        if len(self._line) > CHUNK_LINE_MAX:
+            raise ValueError("endless chunk size")
+        self.behind = data[at:] if self.done else b""
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _after_size(self, line: bytes) -> int:
+        """How many bytes follow a chunk's size line: the chunk, and the line end behind it."""
+        if self._trailers:
+            self.done = not line
+            return 0
+        digits = line if b";" not in line else line.partition(b";")[0]
+        if self._strict and not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
+            raise ValueError("an odd chunk size")
+        size = int(digits, 16)
+        if size > 0:
+            return size + 2
+        if size < 0:
+            raise ValueError("negative chunk size")
+        self._trailers = True
+        return 0
+
+
 class HttpRequest:
     """One request of a client, and the way back to it. Raises ValueError for a head that is not HTTP/1.1."""
 
@@ -8039,9 +8095,7 @@ class HttpRequest:
         )
         self._connection = connection
         self._left = body_length(self._new, self.headers)
-        self._chunks = (
-            Unframer({"transfer-encoding": "chunked"}, strict=True) if self._left < 0 else None
-        )
+        self._chunks = StrictUnframer({"transfer-encoding": "chunked"}) if self._left < 0 else None
         self.whole = self._left == 0  # whether all of the body is there
         self._pieces: list[bytes] = []
         self._size = 0

@@ -51,7 +51,7 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 @pytest.fixture(params=["direct", "aiohttp"])
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(agproxy, "DIRECT", request.param == "direct")
+    monkeypatch.setattr(agproxy.Upstream, "direct", request.param == "direct")
 
 
 # ---- heartbeat

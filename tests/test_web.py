@@ -29,7 +29,7 @@ HELLO = {"model": "gpt-4o", "messages": [{"role": "user", "content": "hi"}]}
 @pytest.fixture(params=["direct", "aiohttp", "vertex", "cloudcode"], autouse=True)
 def transport(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What is seen by HTTP is the same over both transports, and of all kinds of accounts; the kind."""
-    monkeypatch.setattr(agproxy, "DIRECT", request.param != "aiohttp")
+    monkeypatch.setattr(agproxy.Upstream, "direct", request.param != "aiohttp")
     return request.param if request.param in KINDS else "gemini"
 
 
