@@ -6041,23 +6041,39 @@ class PoolStore:
 # ==============================================================================
 
 LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
-TOKEN_S_MAX = 10.0  # for a token, or a project
-TOKEN_AHEAD_S = 240.0
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+TOKEN_S_MAX = 10.0  # for a token, or a step on the way to a project; a request waits for it
+TOKEN_AHEAD_S = 240.0  # Google's own libraries renew a token about as long before its end
+TOKEN_S = 3600  # how long a token is good where nobody says, and an assertion at most
+ONBOARD_POLLS_MAX = 12  # a minute in all; Google's own client waits as long
+ONBOARD_POLL_S = 5.0
+CODE_ASSIST_CLIENT = {
+    "metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}
+}
+OAUTH_CLIENT_ERRORS = (
+    "invalid_client",
+    "unauthorized_client",
+    "invalid_request",
+    "unsupported_grant_type",
+    "invalid_scope",
+)
 
 
 @dataclass(slots=True)
 class Token:
-    """What lets an account in, and until when; the refresh token where a newer one came than the config has."""
+    """An account's token, and the refresh token where a newer one came than the config has."""
 
     header: str = ""
     until: float = 0.0
     refresh_token: str = ""
-    tried: float = 0.0
+    tried: float = 0.0  # when it was last asked for
 
 
 class Shared:
-    """Work that is done once for all who want its result at the same time; who leaves does not end it for the others."""
+    """Work that is done once for all who want its result at the same time.
+
+    A waiter who leaves does not end it for the others.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[Any, asyncio.Task[Any]] = {}
@@ -6066,12 +6082,12 @@ class Shared:
         return await asyncio.shield(self.start(key, work))
 
     def start(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        if (task := self._tasks.get(key)) is None:
+        task = self._tasks.get(key)
+        if task is None:
             task = self._tasks[key] = asyncio.create_task(work())
             task.add_done_callback(lambda _: self._tasks.pop(key))
-            task.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # whether it is asked for or not
+            # its error counts as seen, though nobody may wait for it
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     def close(self) -> None:
@@ -6080,31 +6096,53 @@ class Shared:
 
 
 class Credentials:
-    """The header that lets each account in: its key, or a token that is renewed ahead of its end.
+    """The header that lets each account in, and the project that a cloudcode account works in."""
 
-    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
-    """
-
-    def __init__(
-        self, post: Callable[[Account, Mapping[str, str]], Awaitable[tuple[int, Any]]], clock: Clock
-    ) -> None:
-        self._post = post
+    def __init__(self, config: Config, clock: Clock) -> None:
         self._clock = clock
         self._tokens: dict[tuple[str, ...], Token] = {}
-        self._renewals = Shared()
+        self._projects: dict[str, str] = {}
+        self._shared = Shared()
+        self.adopt(config)
+
+    def adopt(self, config: Config) -> None:
+        """Goes on with another config. Tokens stay good; projects are asked for anew."""
+        self._config = config
+        self._projects.clear()
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        return open_session(self._config.timeouts)
+
+    async def close(self) -> None:
+        self._shared.close()
+        if "_session" in self.__dict__:
+            await self._session.close()
+
+    async def _call(self, account: Account, method: str, url: str, **sent: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer. Raises aiohttp.ClientError and OSError."""
+        proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
+        asked = self._session.request(method, url, proxy=proxy, allow_redirects=False, **sent)
+        async with asyncio.timeout(TOKEN_S_MAX), asked as response:
+            return response.status, parse_json(await response.read())
+
+    # ---- tokens
 
     async def header(self, account: Account, refused: str = "") -> dict[str, str]:
-        """`refused` is a token that the upstream did not take. Raises CredentialRefused, AccountBarred and TokenTrouble."""
+        """`refused` is a token that the upstream did not take.
+
+        Raises CredentialRefused, AccountBarred and TokenTrouble.
+        """
         if account.kind == "gemini":
             return {"x-goog-api-key": account.api_key}
         key = (account.token_url, account.client_id, account.refresh_token, account.service_account)
         token = self._tokens.setdefault(key, Token())
-        left_s = token.until - self._clock() if token.header != refused else 0.0
         renew = functools.partial(self._renew, account, token)
-        if left_s <= 0:
-            await self._renewals.do(key, renew)
+        left_s = token.until - self._clock()
+        if left_s <= 0 or token.header == refused:
+            await self._shared.do(key, renew)
         elif left_s < TOKEN_AHEAD_S and self._clock() > token.tried + TOKEN_RETRY_S:
-            self._renewals.start(key, renew)  # nobody waits for it
+            self._shared.start(key, renew)  # nobody waits for it
         return {"Authorization": token.header}
 
     async def _renew(self, account: Account, token: Token) -> None:
@@ -6113,21 +6151,19 @@ class Credentials:
         form = {
             "grant_type": "refresh_token",
             "refresh_token": token.refresh_token or account.refresh_token,
+            "client_id": account.client_id,
+            "client_secret": account.client_secret,
         }
-        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
         if account.service_account:
             grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
             form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
-            raise AccountBarred(
-                f"{account.name} has no login yet. Run `agproxy login {account.name}`."
-            )
-        told = await self._ask(account, form, "access_token")
-        token.header, token.until = (
-            f"Bearer {told['access_token']}",
-            now + (count_of(told.get("expires_in")) or 3600),
-        )
-        token.refresh_token = str(told.get("refresh_token") or token.refresh_token)
+            advice = f"Run `agproxy login {account.name}`."
+            raise AccountBarred(f"{account.name} has no login yet. {advice}")
+        answer = await self._ask_token(account, form, "access_token")
+        token.header = f"Bearer {answer['access_token']}"
+        token.until = now + (count_of(answer.get("expires_in")) or TOKEN_S)
+        token.refresh_token = str(answer.get("refresh_token") or token.refresh_token)
 
     async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
         """The refresh token that a login was granted. Raises UpstreamError."""
@@ -6136,99 +6172,209 @@ class Credentials:
             "code": code,
             "redirect_uri": redirect,
             "code_verifier": verifier,
+            "client_id": account.client_id,
+            "client_secret": account.client_secret,
         }
-        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
-        return str((await self._ask(account, form, "refresh_token"))["refresh_token"])
+        return str((await self._ask_token(account, form, "refresh_token"))["refresh_token"])
 
-    async def _ask(
+    async def _ask_token(
         self, account: Account, form: Mapping[str, str], wanted: str
     ) -> Mapping[str, Any]:
         try:
-            async with asyncio.timeout(TOKEN_S_MAX):
-                status, answer = await self._post(account, form)
+            status, answer = await self._call(account, "POST", account.token_url, data=form)
         except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-            text = (
-                "The token endpoint could not be reached in time. Check the network and token_url."
-            )
-            raise TokenTrouble(text, retry_after_s=TOKEN_RETRY_S) from None
-        told = answer if isinstance(answer, dict) else {}
-        if status != 200 or not isinstance(told.get(wanted), str):
-            raise token_error(account, status, told)
-        return told
+            text = "The token endpoint could not be reached in time."
+            advice = "Check the network and token_url."
+            raise TokenTrouble(f"{text} {advice}", retry_after_s=TOKEN_RETRY_S) from None
+        if not isinstance(answer, dict):
+            answer = {}
+        if status != 200 or not isinstance(answer.get(wanted), str):
+            raise token_error(account, status, answer)
+        return answer
 
-    def close(self) -> None:
-        self._renewals.close()
+    # ---- projects
+
+    async def project(self, account: Account, header: Mapping[str, str]) -> str:
+        """The project that calls for an account name.
+
+        A cloudcode account without one in the config has the one that the service names for it,
+        never another. Raises UpstreamError.
+        """
+        known = account.project or self._projects.get(account.name)
+        if known or account.kind != "cloudcode":
+            return known or ""
+        find = functools.partial(self._find_project, account, header)
+        found = await self._shared.do(("project", account.name), find)
+        self._projects[account.name] = found
+        return found
+
+    def forget_project(self, account: Account) -> None:
+        """After a refusal: it may be another one by now."""
+        self._projects.pop(account.name, None)
+
+    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
+        """Raises CredentialRefused with what keeps the account out."""
+        ask = functools.partial(self._ask_service, account, header)
+        try:
+            answer = await ask(":loadCodeAssist", CODE_ASSIST_CLIENT)
+            project = answer.get("cloudaicompanionProject")
+            tiers = [tier for tier in answer.get("allowedTiers") or () if tier.get("isDefault")]
+            if not project and tiers and not answer.get("currentTier"):
+                answer = await self._onboard(ask, tiers[0].get("id"))
+                response = answer.get("response") or {}
+                project = (response.get("cloudaicompanionProject") or {}).get("id")
+            if not isinstance(project, str) or not project:
+                raise no_project(account, answer)
+        except (AttributeError, TypeError):
+            text = "What answers at base_url is not Code Assist. Check base_url."
+            raise UpstreamBroken(text) from None
+        return project
+
+    async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
+        """What a user's first login does elsewhere; the service makes a project."""
+        answer = await ask(":onboardUser", {"tierId": tier, **CODE_ASSIST_CLIENT})
+        for _ in range(ONBOARD_POLLS_MAX):
+            if answer.get("done"):
+                break
+            await asyncio.sleep(ONBOARD_POLL_S)
+            answer = await ask(f"/{answer.get('name')}", None)
+        return answer
+
+    async def _ask_service(
+        self, account: Account, header: Mapping[str, str], path: str, body: Any
+    ) -> dict[str, Any]:
+        """A call without a body is a GET. Raises UpstreamError."""
+        method = "GET" if body is None else "POST"
+        url = f"{account.base_url}/v1internal{path}"
+        try:
+            status, answer = await self._call(account, method, url, json=body, headers=header)
+            if status == 401:
+                header = await self.header(account, header["Authorization"])
+                status, answer = await self._call(account, method, url, json=body, headers=header)
+        except TimeoutError:
+            text = "Code Assist did not name a project in time. Try again."
+            raise UpstreamTimeout(text) from None
+        except (aiohttp.ClientError, OSError):
+            text = "Code Assist could not be reached."
+            advice = "Check the network, base_url and whether a proxy is needed."
+            raise UpstreamBroken(f"{text} {advice}") from None
+        if status != 200 or not isinstance(answer, dict):
+            raise classify_error(status, answer)
+        return answer
+
+
+def no_project(account: Account, answer: Mapping[str, Any]) -> CredentialRefused:
+    """The error for an account without a project, with the reasons that the service tells."""
+    fields = ("reasonCode", "reasonMessage", "validationUrl", "message")
+    refusals = (*(answer.get("ineligibleTiers") or ()), answer.get("error") or {})
+    reasons = [" ".join(str(one[key]) for key in fields if one.get(key)) for one in refusals]
+    why = "; ".join(filter(None, reasons))
+    why = why and f" ({why})"
+    return CredentialRefused(
+        f"The service has no project for {account.name}{why}. Set its `project`."
+    )
+
+
+def open_session(wait: Timeouts) -> aiohttp.ClientSession:
+    """A session of aiohttp's client with a connection for each request."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+def proxy_for(url: str, configured: str | None) -> str | None:
+    """The proxy to a URL: the configured one, else the environment's unless NO_PROXY excepts it.
+
+    There is none to loopback.
+    """
+    import urllib.request as environment
+
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return None
+    if configured:
+        return configured
+    proxies = environment.getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def login_url(account: Account, redirect: str, state: str, verifier: str) -> str:
-    """Where a user lets the account in. Source: https://www.rfc-editor.org/rfc/rfc7636#section-4"""
-    challenge = (
-        base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
-    )
-    asked = {
+    """The page where a user lets the account in.
+
+    Source: https://www.rfc-editor.org/rfc/rfc7636#section-4
+    """
+    digest = hashlib.sha256(verifier.encode()).digest()
+    query = {
         "client_id": account.client_id,
         "redirect_uri": redirect,
         "response_type": "code",
         "scope": SCOPE,
+        "state": state,
+        "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+        "code_challenge_method": "S256",
+        "access_type": "offline",
+        "prompt": "consent",
     }
-    asked |= {"state": state, "code_challenge": challenge, "code_challenge_method": "S256"}
-    return f"{LOGIN_URL}?{urlencode(asked | {'access_type': 'offline', 'prompt': 'consent'})}"
+    return f"{LOGIN_URL}?{urlencode(query)}"
 
 
 def login_code(address: str, state: str) -> str:
     """The code in the address that a login ends at. Raises CredentialRefused."""
-    given = parse_qs(address.strip().partition("#")[0].partition("?")[2])
-    if given.get("state") != [state] or "code" not in given:
-        why = "; ".join(given.get("error", ["it is not the address of this login"]))
+    query = parse_qs(address.strip().partition("#")[0].partition("?")[2])
+    if query.get("state") != [state] or "code" not in query:
+        why = "; ".join(query.get("error", ["it is not the address of this login"]))
         raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
-    return given["code"][0]
+    return query["code"][0]
 
 
 def signed_assertion(account: Account, now: float) -> str:
-    """Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests"""
+    """A service account's word that it is itself. Raises CredentialRefused.
+
+    Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests
+    """
     try:
         crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
     except ImportError:
-        raise CredentialRefused(
-            "A service account needs google-auth. Run `pip install google-auth`."
-        ) from None
-    about = json.loads(account.service_account)
-    claims = {"iss": about["client_email"], "scope": SCOPE, "aud": account.token_url}
+        text = "A service account needs google-auth. Run `pip install google-auth`."
+        raise CredentialRefused(text) from None
+    key = json.loads(account.service_account)
+    claims = {
+        "iss": key["client_email"],
+        "scope": SCOPE,
+        "aud": account.token_url,
+        "iat": int(now),
+        "exp": int(now) + TOKEN_S,
+    }
     try:
-        signer = crypt.RSASigner.from_service_account_info(about)
-        return bytes(
-            jwt.encode(signer, claims | {"iat": int(now), "exp": int(now) + 3600})
-        ).decode()
+        signer = crypt.RSASigner.from_service_account_info(key)
+        return bytes(jwt.encode(signer, claims)).decode()
     except ValueError:
-        raise CredentialRefused(
-            f"The private key in {account.credentials} is none. Make a new one."
-        ) from None
+        text = f"The private key in {account.credentials} is none. Make a new one."
+        raise CredentialRefused(text) from None
 
 
-def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
-    """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
+def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> UpstreamError:
+    """The error for a token endpoint's refusal. Only invalid_grant is for good.
 
     Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
     """
-    code = str(told.get("error") or f"HTTP {status}")
-    why = f"{code}: {told['error_description']}" if told.get("error_description") else code
+    code = why = str(answer.get("error") or f"HTTP {status}")
+    if description := answer.get("error_description"):
+        why = f"{code}: {description}"
     if code == "invalid_grant":
         text = f"The login of {account.name} is no longer good ({why})."
-        return AccountBarred(
-            f"{text} Run `agproxy login {account.name}`, or renew its credentials."
-        )
-    if code in (
-        "invalid_client",
-        "unauthorized_client",
-        "invalid_request",
-        "unsupported_grant_type",
-        "invalid_scope",
-    ):
-        text = f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
-        return CredentialRefused(text)
-    return TokenTrouble(
-        f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S
-    )
+        advice = f"Run `agproxy login {account.name}`, or renew its credentials."
+        return AccountBarred(f"{text} {advice}")
+    if code in OAUTH_CLIENT_ERRORS:
+        text = f"The token endpoint refuses the OAuth client ({why})."
+        return CredentialRefused(f"{text} Check client_id and client_secret.")
+    text = f"The token endpoint fails ({why}). Try again."
+    return TokenTrouble(text, retry_after_s=TOKEN_RETRY_S)
 
 
 # ==============================================================================
@@ -6748,30 +6894,6 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
     return broken_by(cause, "The proxy or Gemini" if proxy else "Gemini")
 
 
-def open_session(wait: Timeouts) -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s)
-    connector = aiohttp.TCPConnector(limit=0, force_close=True)
-    return aiohttp.ClientSession(
-        timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar()
-    )
-
-
-def proxy_for(url: str, given: str | None) -> str | None:
-    """The proxy to an upstream: the given one, else the environment's unless NO_PROXY excepts it; to loopback none."""
-    import urllib.request as environment
-
-    parts = urlsplit(url)
-    if is_loopback(parts.hostname or ""):
-        return None
-    if given:
-        return given
-    proxies = environment.getproxies_environment()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
-
-
 # ==============================================================================
 # 18. Upstream
 # ==============================================================================
@@ -6781,8 +6903,6 @@ MODELS_FRESH_S = 3600.0
 MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
-ONBOARD_POLLS_MAX = 12
-ONBOARD_POLL_S = 5.0
 EMBEDDINGS_A_CALL = 100
 Attempt = Callable[[Lease], Awaitable[T]]
 Mends = Callable[[UpstreamError], bool] | None
@@ -6953,12 +7073,11 @@ class Upstream:
     def __init__(self, config: Config) -> None:
         self.clock: Clock = time.time
         self.pool = AccountPool(())
-        self.credentials = Credentials(self._post_form, lambda: self.clock())
+        self.credentials = Credentials(config, lambda: self.clock())
         self._opened: dict[
             tuple[str, str | None, Timeouts], DirectTransport | ProxiedTransport
         ] = {}
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
-        self._projects: dict[str, str] = {}
         self._shared = Shared()
         self._models: tuple[str, ...] | None = None
         self._listing: asyncio.Task[None] | None = None
@@ -6970,17 +7089,12 @@ class Upstream:
         self._config = config
         self.adopt(config)
 
-    @functools.cached_property
-    def _session(self) -> aiohttp.ClientSession:
-        """For tokens and projects; whoever has keys alone never loads aiohttp."""
-        return open_session(self._config.timeouts)
-
     def adopt(self, config: Config) -> None:
         """Goes on with another config. What runs is finished by the old one; accounts that are the same keep their state."""
         self.pool.update(config.accounts, config.strategy, config.reserve)
         self._transports.clear()
         self._config = self.media.config = config
-        self._projects.clear()
+        self.credentials.adopt(config)
         self._models_until = 0.0
         self._map_model = functools.lru_cache(1024)(
             lambda name, listed: map_model(name, config, listed)
@@ -7003,11 +7117,8 @@ class Upstream:
 
     async def close(self) -> None:
         self._shared.close()
-        self.credentials.close()
-        for opened in (*self._opened.values(), self.media):
+        for opened in (*self._opened.values(), self.credentials, self.media):
             await opened.close()
-        if "_session" in self.__dict__:
-            await self._session.close()
 
     # ---- models
 
@@ -7238,7 +7349,7 @@ class Upstream:
                 lease, by.usage.prompt if isinstance(by, Ended) else 0, self.clock()
             )
         if isinstance(error, CredentialRefused | ModelGone):
-            self._projects.pop(lease.account.name, None)  # it may be another one by now
+            self.credentials.forget_project(lease.account)
         self.pool.failed(lease, error, self.clock(), random.random())
         if isinstance(error, QuotaGone):
             self.rested.set()
@@ -7305,11 +7416,7 @@ class Upstream:
         transport, refused = self._to(account), ""
         while True:
             header = await self.credentials.header(account, refused)
-            project = (
-                await self._project(account, header)
-                if account.kind == "cloudcode"
-                else account.project
-            )
+            project = await self.credentials.project(account, header)
             path, sent = enveloped(account, project, model, method, body)
             about = {"Content-Type": "application/json", "User-Agent": USER_AGENT}
             incoming = await transport.send(path, header | about, sent)
@@ -7317,71 +7424,6 @@ class Upstream:
                 return incoming
             incoming.abort()
             refused = header["Authorization"]
-
-    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
-        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
-        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
-        async with sent as response:
-            return response.status, parse_json(await response.read())
-
-    async def _project(self, account: Account, header: Mapping[str, str]) -> str:
-        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
-        if known := account.project or self._projects.get(account.name):
-            return known
-        try:
-            found = await self._shared.do(
-                ("project", account.name), lambda: self._find_project(account, header)
-            )
-        except (AttributeError, TypeError):
-            raise UpstreamBroken(
-                "What answers at base_url is not Code Assist. Check base_url."
-            ) from None
-        self._projects[account.name] = found
-        return found
-
-    async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
-        """Raises CredentialRefused with what keeps the account out."""
-        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
-        told = await self._ask_service(account, header, ":loadCodeAssist", about)
-        project = told.get("cloudaicompanionProject")
-        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
-        if not project and tiers and not told.get("currentTier"):
-            told = await self._ask_service(
-                account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about}
-            )
-            for _ in range(ONBOARD_POLLS_MAX):
-                if told.get("done"):
-                    break
-                await asyncio.sleep(ONBOARD_POLL_S)
-                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
-            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
-        if not isinstance(project, str) or not project:
-            said = ("reasonCode", "reasonMessage", "validationUrl", "message")
-            refused = (*(told.get("ineligibleTiers") or ()), told.get("error") or {})
-            reasons = [" ".join(str(one[key]) for key in said if one.get(key)) for one in refused]
-            why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
-            raise CredentialRefused(
-                f"The service has no project for {account.name}{why}. Set its `project`."
-            )
-        return project
-
-    async def _ask_service(
-        self, account: Account, header: Mapping[str, str], path: str, body: Any
-    ) -> dict[str, Any]:
-        method = "GET" if body is None else "POST"
-        url, proxy = f"{account.base_url}/v1internal{path}", self._to(account).proxy
-        for _ in range(2):
-            sent = self._session.request(
-                method, url, json=body, headers=header, proxy=proxy, allow_redirects=False
-            )
-            async with asyncio.timeout(TOKEN_S_MAX), sent as response:
-                answer = parse_json(await response.read())
-            if response.status != 401:
-                break
-            header = await self.credentials.header(account, header["Authorization"])
-        if response.status != 200 or not isinstance(answer, dict):
-            raise classify_error(response.status, answer)
-        return answer
 
 
 def enveloped(
