@@ -6420,23 +6420,39 @@ class PoolStore:
 # ==============================================================================
 
 LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
-TOKEN_S_MAX = 10.0  # for a token, or a project
-TOKEN_AHEAD_S = 240.0
 SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+TOKEN_S_MAX = 10.0  # for a token, or a step on the way to a project; a request waits for it
+TOKEN_AHEAD_S = 240.0  # Google's own libraries renew a token about as long before its end
+TOKEN_S = 3600  # how long a token is good where nobody says, and an assertion at most
+ONBOARD_POLLS_MAX = 12  # a minute in all; Google's own client waits as long
+ONBOARD_POLL_S = 5.0
+CODE_ASSIST_CLIENT = {
+    "metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}
+}
+OAUTH_CLIENT_ERRORS = (
+    "invalid_client",
+    "unauthorized_client",
+    "invalid_request",
+    "unsupported_grant_type",
+    "invalid_scope",
+)
 
 
 @dataclass(slots=True)
 class Token:
-    """What lets an account in, and until when; the refresh token where a newer one came than the config has."""
+    """An account's token, and the refresh token where a newer one came than the config has."""
 
     header: str = ""
     until: float = 0.0
     refresh_token: str = ""
-    tried: float = 0.0
+    tried: float = 0.0  # when it was last asked for
 
 
 class Shared:
-    """Work that is done once for all who want its result at the same time; who leaves does not end it for the others."""
+    """Work that is done once for all who want its result at the same time.
+
+    A waiter who leaves does not end it for the others.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[Any, asyncio.Task[Any]] = {}
@@ -6445,12 +6461,12 @@ class Shared:
         return await asyncio.shield(self.start(key, work))
 
     def start(self, key: Any, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
-        if (task := self._tasks.get(key)) is None:
+        task = self._tasks.get(key)
+        if task is None:
             task = self._tasks[key] = asyncio.create_task(work())
             task.add_done_callback(lambda _: self._tasks.pop(key))
-            task.add_done_callback(
-                lambda done: done.cancelled() or done.exception()
-            )  # whether it is asked for or not
+            # its error counts as seen, though nobody may wait for it
+            task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     def close(self) -> None:
@@ -6459,43 +6475,53 @@ class Shared:
 
 
 class Credentials:
-    """The header that lets each account in: its key, or a token that is renewed ahead of its end.
-
-    `post` sends a form to a token endpoint; it gives the status and the JSON, or raises what the network raises.
-    """
+    """The header that lets each account in, and the project that a cloudcode account works in."""
 
     def __init__(self, config: Config, clock: Clock) -> None:
-        self._post = self._post_form
         self._clock = clock
-        self._config = config
+        self._tokens: dict[tuple[str, ...], Token] = {}
         self._projects: dict[str, str] = {}
         self._shared = Shared()
-        self._tokens: dict[tuple[str, ...], Token] = {}
-        self._renewals = Shared()
+        self.adopt(config)
 
     def adopt(self, config: Config) -> None:
+        """Goes on with another config. Tokens stay good; projects are asked for anew."""
         self._config = config
         self._projects.clear()
-
-    def forget_project(self, account: Account) -> None:
-        self._projects.pop(account.name, None)
 
     @functools.cached_property
     def _session(self) -> aiohttp.ClientSession:
         return open_session(self._config.timeouts)
 
+    async def close(self) -> None:
+        self._shared.close()
+        if "_session" in self.__dict__:
+            await self._session.close()
+
+    async def _call(self, account: Account, method: str, url: str, **sent: Any) -> tuple[int, Any]:
+        """Status and JSON of an answer. Raises aiohttp.ClientError and OSError."""
+        proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
+        asked = self._session.request(method, url, proxy=proxy, allow_redirects=False, **sent)
+        async with asyncio.timeout(TOKEN_S_MAX), asked as response:
+            return response.status, parse_json(await response.read())
+
+    # ---- tokens
+
     async def header(self, account: Account, refused: str = "") -> dict[str, str]:
-        """`refused` is a token that the upstream did not take. Raises CredentialRefused, AccountBarred and TokenTrouble."""
+        """`refused` is a token that the upstream did not take.
+
+        Raises CredentialRefused, AccountBarred and TokenTrouble.
+        """
         if account.kind == "gemini":
             return {"x-goog-api-key": account.api_key}
         key = (account.token_url, account.client_id, account.refresh_token, account.service_account)
         token = self._tokens.setdefault(key, Token())
-        left_s = token.until - self._clock() if token.header != refused else 0.0
         renew = functools.partial(self._renew, account, token)
-        if left_s <= 0:
-            await self._renewals.do(key, renew)
+        left_s = token.until - self._clock()
+        if left_s <= 0 or token.header == refused:
+            await self._shared.do(key, renew)
         elif left_s < TOKEN_AHEAD_S and self._clock() > token.tried + TOKEN_RETRY_S:
-            self._renewals.start(key, renew)  # nobody waits for it
+            self._shared.start(key, renew)  # nobody waits for it
         return {"Authorization": token.header}
 
     async def _renew(self, account: Account, token: Token) -> None:
@@ -6504,21 +6530,19 @@ class Credentials:
         form = {
             "grant_type": "refresh_token",
             "refresh_token": token.refresh_token or account.refresh_token,
+            "client_id": account.client_id,
+            "client_secret": account.client_secret,
         }
-        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
         if account.service_account:
             grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
             form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
-            raise AccountBarred(
-                f"{account.name} has no login yet. Run `agproxy login {account.name}`."
-            )
-        told = await self._ask(account, form, "access_token")
-        token.header, token.until = (
-            f"Bearer {told['access_token']}",
-            now + (count_of(told.get("expires_in")) or 3600),
-        )
-        token.refresh_token = str(told.get("refresh_token") or token.refresh_token)
+            advice = f"Run `agproxy login {account.name}`."
+            raise AccountBarred(f"{account.name} has no login yet. {advice}")
+        answer = await self._ask_token(account, form, "access_token")
+        token.header = f"Bearer {answer['access_token']}"
+        token.until = now + (count_of(answer.get("expires_in")) or TOKEN_S)
+        token.refresh_token = str(answer.get("refresh_token") or token.refresh_token)
 
     async def redeem(self, account: Account, code: str, redirect: str, verifier: str) -> str:
         """The refresh token that a login was granted. Raises UpstreamError."""
@@ -6527,445 +6551,426 @@ class Credentials:
             "code": code,
             "redirect_uri": redirect,
             "code_verifier": verifier,
+            "client_id": account.client_id,
+            "client_secret": account.client_secret,
         }
-        form |= {"client_id": account.client_id, "client_secret": account.client_secret}
-        return str((await self._ask(account, form, "refresh_token"))["refresh_token"])
+        return str((await self._ask_token(account, form, "refresh_token"))["refresh_token"])
 
-    async def _ask(
+    async def _ask_token(
         self, account: Account, form: Mapping[str, str], wanted: str
     ) -> Mapping[str, Any]:
         try:
-            async with asyncio.timeout(TOKEN_S_MAX):
-                status, answer = await self._post(account, form)
+            status, answer = await self._call(account, "POST", account.token_url, data=form)
         except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-            text = (
-                "The token endpoint could not be reached in time. Check the network and token_url."
-            )
-            raise TokenTrouble(text, retry_after_s=TOKEN_RETRY_S) from None
-        told = answer if isinstance(answer, dict) else {}
-        if status != 200 or not isinstance(told.get(wanted), str):
-            raise token_error(account, status, told)
-        return told
+            text = "The token endpoint could not be reached in time."
+            advice = "Check the network and token_url."
+            raise TokenTrouble(f"{text} {advice}", retry_after_s=TOKEN_RETRY_S) from None
+        if not isinstance(answer, dict):
+            answer = {}
+        if status != 200 or not isinstance(answer.get(wanted), str):
+            raise token_error(account, status, answer)
+        return answer
 
-    async def _post_form(self, account: Account, form: Mapping[str, str]) -> tuple[int, Any]:
-        proxy = proxy_for(account.token_url, account.proxy or self._config.upstream_proxy)
-        sent = self._session.post(account.token_url, data=form, proxy=proxy, allow_redirects=False)
-        async with sent as response:
-            return response.status, parse_json(await response.read())
+    # ---- projects
 
     async def project(self, account: Account, header: Mapping[str, str]) -> str:
-        """The project of a cloudcode account: the config's, else the one that the service has for it, never another."""
-        if account.kind != "cloudcode":
-            return account.project
-        if known := account.project or self._projects.get(account.name):
-            return known
-        try:
-            found = await self._shared.do(
-                ("project", account.name), lambda: self._find_project(account, header)
-            )
-        except (AttributeError, TypeError):
-            raise UpstreamBroken(
-                "What answers at base_url is not Code Assist. Check base_url."
-            ) from None
+        """The project that calls for an account name.
+
+        A cloudcode account without one in the config has the one that the service names for it,
+        never another. Raises UpstreamError.
+        """
+        known = account.project or self._projects.get(account.name)
+        if known or account.kind != "cloudcode":
+            return known or ""
+        find = functools.partial(self._find_project, account, header)
+        found = await self._shared.do(("project", account.name), find)
         self._projects[account.name] = found
         return found
 
+    def forget_project(self, account: Account) -> None:
+        """After a refusal: it may be another one by now."""
+        self._projects.pop(account.name, None)
+
     async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
         """Raises CredentialRefused with what keeps the account out."""
-        about = {"metadata": {"ideType": "IDE_UNSPECIFIED", "platform": "PLATFORM_UNSPECIFIED"}}
-        told = await self._ask_service(account, header, ":loadCodeAssist", about)
-        project = told.get("cloudaicompanionProject")
-        tiers = [tier for tier in told.get("allowedTiers") or () if tier.get("isDefault")]
-        if not project and tiers and not told.get("currentTier"):
-            told = await self._ask_service(
-                account, header, ":onboardUser", {"tierId": tiers[0].get("id"), **about}
-            )
-            for _ in range(12):
-                if told.get("done"):
-                    break
-                await asyncio.sleep(5.0)
-                told = await self._ask_service(account, header, f"/{told.get('name')}", None)
-            project = ((told.get("response") or {}).get("cloudaicompanionProject") or {}).get("id")
-        if not isinstance(project, str) or not project:
-            said = ("reasonCode", "reasonMessage", "validationUrl", "message")
-            refused = (*(told.get("ineligibleTiers") or ()), told.get("error") or {})
-            reasons = [" ".join(str(one[key]) for key in said if one.get(key)) for one in refused]
-            why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
-            raise CredentialRefused(
-                f"The service has no project for {account.name}{why}. Set its `project`."
-            )
+        ask = functools.partial(self._ask_service, account, header)
+        try:
+            answer = await ask(":loadCodeAssist", CODE_ASSIST_CLIENT)
+            project = answer.get("cloudaicompanionProject")
+            tiers = [tier for tier in answer.get("allowedTiers") or () if tier.get("isDefault")]
+            if not project and tiers and not answer.get("currentTier"):
+                answer = await self._onboard(ask, tiers[0].get("id"))
+                response = answer.get("response") or {}
+                project = (response.get("cloudaicompanionProject") or {}).get("id")
+            if not isinstance(project, str) or not project:
+                raise no_project(account, answer)
+        except (AttributeError, TypeError):
+            text = "What answers at base_url is not Code Assist. Check base_url."
+            raise UpstreamBroken(text) from None
         return project
+
+    async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
+        """What a user's first login does elsewhere; the service makes a project."""
+        answer = await ask(":onboardUser", {"tierId": tier, **CODE_ASSIST_CLIENT})
+        for _ in range(ONBOARD_POLLS_MAX):
+            if answer.get("done"):
+                break
+            await asyncio.sleep(ONBOARD_POLL_S)
+            answer = await ask(f"/{answer.get('name')}", None)
+        return answer
 
     async def _ask_service(
         self, account: Account, header: Mapping[str, str], path: str, body: Any
     ) -> dict[str, Any]:
+        """A call without a body is a GET. Raises UpstreamError."""
         method = "GET" if body is None else "POST"
-        url, proxy = (
-            f"{account.base_url}/v1internal{path}",
-            proxy_for(account.base_url, account.proxy or self._config.upstream_proxy),
-        )
-        for _ in range(2):
-            sent = self._session.request(
-                method, url, json=body, headers=header, proxy=proxy, allow_redirects=False
-            )
-            async with asyncio.timeout(TOKEN_S_MAX), sent as response:
-                answer = parse_json(await response.read())
-            if response.status != 401:
-                break
-            header = await self.header(account, header["Authorization"])
-        if response.status != 200 or not isinstance(answer, dict):
-            raise classify_error(response.status, answer)
+        url = f"{account.base_url}/v1internal{path}"
+        try:
+            status, answer = await self._call(account, method, url, json=body, headers=header)
+            if status == 401:
+                header = await self.header(account, header["Authorization"])
+                status, answer = await self._call(account, method, url, json=body, headers=header)
+        except TimeoutError:
+            text = "Code Assist did not name a project in time. Try again."
+            raise UpstreamTimeout(text) from None
+        except (aiohttp.ClientError, OSError):
+            text = "Code Assist could not be reached."
+            advice = "Check the network, base_url and whether a proxy is needed."
+            raise UpstreamBroken(f"{text} {advice}") from None
+        if status != 200 or not isinstance(answer, dict):
+            raise classify_error(status, answer)
         return answer
 
-    async def close(self) -> None:
-        self._renewals.close()
-        self._shared.close()
-        if "_session" in self.__dict__:
-            await self._session.close()
+
+def no_project(account: Account, answer: Mapping[str, Any]) -> CredentialRefused:
+    """The error for an account without a project, with the reasons that the service tells."""
+    fields = ("reasonCode", "reasonMessage", "validationUrl", "message")
+    refusals = (*(answer.get("ineligibleTiers") or ()), answer.get("error") or {})
+    reasons = [" ".join(str(one[key]) for key in fields if one.get(key)) for one in refusals]
+    why = "; ".join(filter(None, reasons))
+    why = why and f" ({why})"
+    return CredentialRefused(
+        f"The service has no project for {account.name}{why}. Set its `project`."
+    )
+
+
+def open_session(wait: Timeouts) -> aiohttp.ClientSession:
+    """A session of aiohttp's client with a connection for each request."""
+    return aiohttp.ClientSession(
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
+
+
+def proxy_for(url: str, configured: str | None) -> str | None:
+    """The proxy to a URL: the configured one, else the environment's unless NO_PROXY excepts it.
+
+    There is none to loopback.
+    """
+    import urllib.request as environment
+
+    parts = urlsplit(url)
+    if is_loopback(parts.hostname or ""):
+        return None
+    if configured:
+        return configured
+    proxies = environment.getproxies_environment()
+    proxy = proxies.get(parts.scheme) or proxies.get("all")
+    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
+        return None
+    return proxy if "://" in proxy else f"http://{proxy}"
 
 
 def login_url(account: Account, redirect: str, state: str, verifier: str) -> str:
-    """Where a user lets the account in. Source: https://www.rfc-editor.org/rfc/rfc7636#section-4"""
-    challenge = (
-        base64.urlsafe_b64encode(hashlib.sha256(verifier.encode()).digest()).rstrip(b"=").decode()
-    )
-    asked = {
+    """The page where a user lets the account in.
+
+    Source: https://www.rfc-editor.org/rfc/rfc7636#section-4
+    """
+    digest = hashlib.sha256(verifier.encode()).digest()
+    query = {
         "client_id": account.client_id,
         "redirect_uri": redirect,
         "response_type": "code",
         "scope": SCOPE,
+        "state": state,
+        "code_challenge": base64.urlsafe_b64encode(digest).rstrip(b"=").decode(),
+        "code_challenge_method": "S256",
+        "access_type": "offline",
+        "prompt": "consent",
     }
-    asked |= {"state": state, "code_challenge": challenge, "code_challenge_method": "S256"}
-    return f"{LOGIN_URL}?{urlencode(asked | {'access_type': 'offline', 'prompt': 'consent'})}"
+    return f"{LOGIN_URL}?{urlencode(query)}"
 
 
 def login_code(address: str, state: str) -> str:
     """The code in the address that a login ends at. Raises CredentialRefused."""
-    given = parse_qs(address.strip().partition("#")[0].partition("?")[2])
-    if given.get("state") != [state] or "code" not in given:
-        why = "; ".join(given.get("error", ["it is not the address of this login"]))
+    query = parse_qs(address.strip().partition("#")[0].partition("?")[2])
+    if query.get("state") != [state] or "code" not in query:
+        why = "; ".join(query.get("error", ["it is not the address of this login"]))
         raise CredentialRefused(f"That address grants nothing ({why}). Begin again.")
-    return given["code"][0]
+    return query["code"][0]
 
 
 def signed_assertion(account: Account, now: float) -> str:
-    """Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests"""
+    """A service account's word that it is itself. Raises CredentialRefused.
+
+    Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests
+    """
     try:
         crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
     except ImportError:
-        raise CredentialRefused(
-            "A service account needs google-auth. Run `pip install google-auth`."
-        ) from None
-    about = json.loads(account.service_account)
-    claims = {"iss": about["client_email"], "scope": SCOPE, "aud": account.token_url}
+        text = "A service account needs google-auth. Run `pip install google-auth`."
+        raise CredentialRefused(text) from None
+    key = json.loads(account.service_account)
+    claims = {
+        "iss": key["client_email"],
+        "scope": SCOPE,
+        "aud": account.token_url,
+        "iat": int(now),
+        "exp": int(now) + TOKEN_S,
+    }
     try:
-        signer = crypt.RSASigner.from_service_account_info(about)
-        return bytes(
-            jwt.encode(signer, claims | {"iat": int(now), "exp": int(now) + 3600})
-        ).decode()
+        signer = crypt.RSASigner.from_service_account_info(key)
+        return bytes(jwt.encode(signer, claims)).decode()
     except ValueError:
-        raise CredentialRefused(
-            f"The private key in {account.credentials} is none. Make a new one."
-        ) from None
+        text = f"The private key in {account.credentials} is none. Make a new one."
+        raise CredentialRefused(text) from None
 
 
-def token_error(account: Account, status: int, told: Mapping[str, Any]) -> UpstreamError:
-    """What a token endpoint's refusal means. Only invalid_grant is for good; a fault of the network never is.
+def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> UpstreamError:
+    """The error for a token endpoint's refusal. Only invalid_grant is for good.
 
     Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
     """
-    code = str(told.get("error") or f"HTTP {status}")
-    why = f"{code}: {told['error_description']}" if told.get("error_description") else code
+    code = why = str(answer.get("error") or f"HTTP {status}")
+    if description := answer.get("error_description"):
+        why = f"{code}: {description}"
     if code == "invalid_grant":
         text = f"The login of {account.name} is no longer good ({why})."
-        return AccountBarred(
-            f"{text} Run `agproxy login {account.name}`, or renew its credentials."
-        )
-    if code in (
-        "invalid_client",
-        "unauthorized_client",
-        "invalid_request",
-        "unsupported_grant_type",
-        "invalid_scope",
-    ):
-        text = f"The token endpoint refuses the OAuth client ({why}). Check client_id and client_secret."
-        return CredentialRefused(text)
-    return TokenTrouble(
-        f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S
-    )
+        advice = f"Run `agproxy login {account.name}`, or renew its credentials."
+        return AccountBarred(f"{text} {advice}")
+    if code in OAUTH_CLIENT_ERRORS:
+        text = f"The token endpoint refuses the OAuth client ({why})."
+        return CredentialRefused(f"{text} Check client_id and client_secret.")
+    text = f"The token endpoint fails ({why}). Try again."
+    return TokenTrouble(text, retry_after_s=TOKEN_RETRY_S)
 
 
 # ==============================================================================
 # 17. Transport
 # ==============================================================================
 
-HEAD_BYTES_MAX = 64 << 10
-CHUNK_LINE_MAX = 4096
-JOINED_BYTES_MAX = 64 << 10
-DIRECT = True
+HEAD_BYTES_MAX = 64 << 10  # a server sends a few KiB; more is not the head of an answer
+CHUNK_LINE_MAX = 4096  # a chunk's size has a few digits, and nobody sends long extensions
+JOINED_BYTES_MAX = 64 << 10  # up to here a copy is cheaper than a second packet
+UNREAD_BYTES_MAX = 256 << 10  # what the answer to a slow client may hold in memory
+HAPPY_EYEBALLS_S = 0.25  # Source: https://www.rfc-editor.org/rfc/rfc8305#section-8
 
 
-class Deadline:
-    """Rings when a moment has come that is put off again and again; a timer lasts for many of them."""
+class Incoming(ABC):
+    """An answer whose head is there, and whose body is pulled.
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self.loop = loop
-        self._at = math.inf
-        self._ring: Callable[[], None] | None = None
-        self._timer: asyncio.TimerHandle | None = None
-
-    def set(self, seconds: float, ring: Callable[[], None]) -> None:
-        self._at, self._ring = self.loop.time() + seconds, ring
-        if self._timer is None or self._timer.when() > self._at:
-            self.stop()
-            self._timer = self.loop.call_at(self._at, self._look)
-
-    def clear(self) -> None:
-        """Nothing is waited for; the timer goes on for what may come next, and holds nothing of what was."""
-        self._at, self._ring = math.inf, None
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        self._timer = None
-        if self._ring and self.loop.time() >= self._at:
-            self._ring()
-        elif self._at < math.inf:
-            self._timer = self.loop.call_at(self._at, self._look)
-
-
-class Incoming:
-    """An HTTP answer that is waited for. Its body comes in pieces: to whoever reads, or straight to a sink.
-
-    It must be there, or flow, within `first_s`; once it flows, no silence lasts longer than `idle_s`.
+    `more` and `read` raise UpstreamTimeout and UpstreamBroken, and nothing foreign.
     """
 
-    def __init__(
-        self, channel: asyncio.Transport | Pour, deadline: Deadline, first_s: float, idle_s: float
-    ) -> None:
-        self.status = 0  # until the head has come
-        self.headers: Mapping[str, str] = {}
-        self._channel = channel
-        self._deadline, self._loop = deadline, deadline.loop
-        self._pieces: list[bytes] = []
-        self._sink: Callable[[bytes], None] | None = None
-        self._waiter: asyncio.Future[None] | None = None
-        self._ended = False
-        self._paused = False
-        self._error: BaseException | None = None
-        self._idle_s = idle_s
-        self._last = 0.0
-        deadline.set(first_s, self._give_up)
+    status: int
+    headers: Mapping[str, str]  # by names in lower case
 
-    # ---- from the wire
+    @abstractmethod
+    async def more(self, *, first: bool = False) -> bytes:
+        """All that has come since, or b"" at the end. Silence counts only while somebody waits.
 
-    def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.status, self.headers = status, headers
-        self._wake()
+        Until something of the body is understood (`first`), it must come within first_event_s of
+        the request. Afterwards no silence may last longer than idle_s.
+        """
 
-    def push(self, data: bytes) -> None:
-        self._last = self._loop.time()
-        if self._sink is not None:
-            self._sink(data)
-        else:
-            self._pieces.append(data)
-            self._wake()
-
-    def end(self, error: BaseException | None = None) -> None:
-        """The body is over; with an error it was cut off."""
-        if not self._ended:
-            self._ended = True
-            self._error = error
-            self._deadline.clear()
-            self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def _check_silence(self) -> None:
-        """The deadline is put off from the last piece once it is over, so that a piece costs no timer."""
-        silent_s = 0.0 if self._paused else self._loop.time() - self._last
-        if silent_s < self._idle_s:
-            self._deadline.set(self._idle_s - silent_s, self._check_silence)
-        else:
-            self._give_up()
-
-    def _give_up(self) -> None:
-        self.abort(TimeoutError())
-
-    # ---- to whoever wants it
-
-    def _wait(self) -> asyncio.Future[None]:
-        self._waiter = self._loop.create_future()
-        return self._waiter
-
-    async def head(self) -> None:
-        """Returns once status and headers are there. Raises what kept them from coming: OSError, TimeoutError."""
-        while not self.status and not self._ended:
-            await self._wait()
-        if not self.status:
-            raise self._error or ConnectionError("the connection was closed")
-
-    async def more(self) -> bytes:
-        """What has come since, or b"" at the end. Raises what cut the body off: OSError, TimeoutError."""
-        while not self._pieces and not self._ended:
-            await self._wait()
-        data = b"".join(self._pieces)
-        self._pieces.clear()
-        if not data and self._error:
-            raise self._error
-        return data
+    @abstractmethod
+    def abort(self, error: UpstreamError | None = None) -> None:
+        """Ends an answer that is not over yet. The error is raised to whoever waits for more."""
 
     async def read(self) -> bytes:
-        """The whole body; who stops waiting for it, ends it. Raises as `more`."""
+        """The whole body, within first_event_s. Where the reader is cancelled, the answer ends."""
         pieces = []
         try:
-            while data := await self.more():
+            while data := await self.more(first=True):
                 pieces.append(data)
         finally:
             self.abort()
         return b"".join(pieces)
 
-    async def flow(self, sink: Callable[[bytes], None]) -> None:
-        """Hands each piece to the sink in the call that received it, until the end. Raises as `more`."""
-        if data := b"".join(self._pieces):
-            self._pieces.clear()
-            sink(data)
-        self._sink = sink
-        self.headers = {}  # a stream may last long
-        if not self._ended:
-            self._last = self._loop.time()
-            self._deadline.set(self._idle_s, self._check_silence)
-        while not self._ended:
-            await self._wait()
-        if self._error:
-            raise self._error
 
-    def pause(self) -> None:
-        if not self._ended and not self._paused:
-            self._paused = True
-            self._channel.pause_reading()
+def too_slow(first: bool) -> UpstreamTimeout:
+    """The error of an answer that does not begin, or does not go on."""
+    if first:
+        return UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.")
+    text = "Gemini fell silent in the middle of its answer."
+    return UpstreamTimeout(f"{text} Try again, or raise proxy.timeouts.idle_s.")
 
-    def resume(self) -> None:
-        if not self._ended and self._paused:
-            self._paused, self._last = False, self._loop.time()
-            self._channel.resume_reading()
 
-    def abort(self, error: Exception | None = None) -> None:
-        """Ends an answer that nobody wants any more, or that came too late; nothing where it is over."""
-        if not self._ended:
-            self.end(error)
-            self._channel.abort()
+def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
+    """The error of a connection that was not made, or broke. It names no URL."""
+    import socket  # both are loaded: asyncio needs them
+    import ssl
+
+    if isinstance(cause, ssl.SSLError):
+        text = "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
+    elif isinstance(cause, socket.gaierror):
+        text = "Gemini's host name could not be resolved. Check DNS and base_url."
+    elif isinstance(cause, ConnectionError) and not isinstance(cause, ConnectionRefusedError):
+        text = f"{where} broke the connection before an answer began. Try again."
+    else:
+        advice = "Check the network, base_url and whether a proxy is needed."
+        text = f"Gemini could not be reached. {advice}"
+    return UpstreamBroken(text)
 
 
 class Unframer:
-    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing. Raises ValueError, also for broken gzip.
+    """Bytes of an HTTP/1.1 body, cut anywhere, without their framing.
 
+    Raises ValueError, also for broken gzip.
     Source: https://www.rfc-editor.org/rfc/rfc9112#section-7.1
     """
 
-    def __init__(self, headers: Mapping[str, str], *, strict: bool = False) -> None:
-        self._strict = strict
+    def __init__(self, headers: Mapping[str, str]) -> None:
         self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
         self._until_close = not self._chunked and "content-length" not in headers
-        self._left = 0 if self._chunked else int(headers.get("content-length", 0))
-        """Of the body, or of the current chunk and the line end behind it."""
-        self._line = b""
-        self._trailers = False
-        packed = headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate")
-        self._unpack = zlib.decompressobj(wbits=47).decompress if packed else None
+        self._left = 0  # of the body, or of the current chunk and the line end behind it
+        if not self._chunked:
+            self._left = int(headers.get("content-length", 0))
+        self._line = b""  # the beginning of a line that was cut
+        self._trailers = False  # the last chunk was there; lines up to an empty one follow
+        self._unpack: Callable[[bytes], bytes] | None = None
+        if headers.get("content-encoding", "") in ("gzip", "x-gzip", "deflate"):
+            self._unpack = zlib.decompressobj(wbits=47).decompress
         self.done = not self._chunked and not self._until_close and self._left == 0
-        self._between = self._chunked and not strict  # what comes begins with a chunk's size
-        self.behind = b""  # what came behind the last chunk
+        self.behind = b""  # what came behind a chunked body
 
     def feed(self, data: bytes) -> bytes:
-        if self._between:
-            pieces, at = whole_chunks(data)
-            if at < len(data):
-                pieces.append(self._unchunk(data[at:]))
-            data = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        elif self._chunked:
+        if self._chunked:
             data = self._unchunk(data)
         elif not self._until_close:
-            if len(data) > self._left:
-                raise ValueError("more than Content-Length")
             self._left -= len(data)
             self.done = self._left == 0
+            if self._left < 0:
+                raise ValueError("more than Content-Length")
+        if self._unpack is None:
+            return data
         try:
-            return self._unpack(data) if self._unpack else data
+            return self._unpack(data)
         except zlib.error as error:
             raise ValueError("broken compression") from error
 
     def close(self) -> bool:
-        """The connection ended: whether the body is whole."""
+        """The connection ended. False where the body was cut off."""
         return self.done or self._until_close
 
     def _unchunk(self, data: bytes) -> bytes:
-        if self._line:
-            data, self._line = self._line + data, b""
-        pieces, at, size = [], 0, len(data)
-        while at < size and not self.done:
-            if not self._left:
-                end = data.find(b"\r\n", at)
-                if end < 0:
-                    self._line = data[at:]
-                    break
-                self._left = self._after_size(data[at:end])
-                at = end + 2
-            stop = at + self._left
-            if self._strict and not b"\r\n".endswith(
-                data[max(at, stop - 2) : stop], 0, 2 - max(0, stop - size)
-            ):
-                raise ValueError("no line end behind a chunk")
-            if self._left > 2:
-                pieces.append(data[at : stop - 2])  # as far as it came
-            self._left, at = (0, stop) if stop <= size else (stop - size, size)
-        if len(self._line) > CHUNK_LINE_MAX:
-            raise ValueError("endless chunk size")
-        self.behind = data[at:] if self.done else b""
-        self._between = not (self._strict or self._line or self._left or self._trailers)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
-
-    def _after_size(self, line: bytes) -> int:
-        """How many bytes follow a chunk's size line: the chunk, and the line end behind it."""
-        if self._trailers:
-            self.done = not line
-            return 0
-        digits = line if b";" not in line else line.partition(b";")[0]
-        if self._strict and not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
-            raise ValueError("an odd chunk size")
-        size = int(digits, 16)
-        if size > 0:
-            return size + 2
-        if size < 0:
-            raise ValueError("negative chunk size")
-        self._trailers = True
-        return 0
-
-
-def whole_chunks(data: bytes) -> tuple[list[bytes], int]:
-    """The chunks that begin the data and are whole, and where the rest begins: the common case, at half the cost."""
-    pieces: list[bytes] = []
-    at, size = 0, len(data)
-    try:
-        while at < size:
-            end = data.index(b"\r\n", at)
-            stop = end + 4 + int(data[at:end], 16)
-            if not end + 4 < stop <= size:
+        data, at = self._line + data, self._left
+        self._line, size = b"", len(data)
+        pieces = [data[: at - 2]] if at > 2 else []
+        while at < size and not self._trailers:
+            end = data.find(b"\r\n", at)
+            if end < 0:
+                self._keep_line(data[at:])
                 break
-            pieces.append(data[end + 2 : stop - 2])
-            at = stop
-    except ValueError:
-        pass  # a size has an extension, or is cut
-    return pieces, at
+            length = int(data[at:end].partition(b";")[0], 16)
+            if length < 0:
+                raise ValueError("negative chunk size")
+            if length == 0:
+                self._trailers, at = True, end + 2
+            else:
+                pieces.append(data[end + 2 : end + 2 + length])
+                at = end + 4 + length
+        self._left = max(0, at - size)
+        if self._trailers:
+            self._skip_trailers(data[at:])
+        return b"".join(pieces)
+
+    def _skip_trailers(self, data: bytes) -> None:
+        while not self.done:
+            line, end, data = data.partition(b"\r\n")
+            if not end:
+                return self._keep_line(line)
+            self.done = not line
+        self.behind = data
+
+    def _keep_line(self, line: bytes) -> None:
+        if len(line) > CHUNK_LINE_MAX:
+            raise ValueError("endless line")
+        self._line = line
+
+
+class DirectIncoming(Incoming):
+    """An answer on a connection of our own. It reads on until UNREAD_BYTES_MAX are not pulled."""
+
+    def __init__(self, connection: Connection, timeouts: Timeouts) -> None:
+        self.status = 0  # until the head has come
+        self.headers = {}
+        self._connection = connection
+        self._begins_by = connection.loop.time() + timeouts.first_event_s
+        self._idle_s = timeouts.idle_s
+        self._pieces: list[bytes] = []
+        self._unread = 0
+        self._paused = False
+        self._over = False
+        self._error: UpstreamError | None = None
+
+    def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.status, self.headers = status, headers
+        self._connection.wake()
+
+    def push(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._unread += len(data)
+        if self._unread > UNREAD_BYTES_MAX and not self._paused:
+            self._paused = True
+            self._connection.transport.pause_reading()
+        self._connection.wake()
+
+    def end(self, error: UpstreamError | None = None) -> None:
+        """The body is over, or with an error it was cut off."""
+        if not self._over:
+            self._over, self._error = True, error
+            self._connection.wake()
+
+    def resume(self) -> None:
+        if self._paused and not self._over:
+            self._paused = False
+            self._connection.transport.resume_reading()
+
+    async def head(self) -> None:
+        """Returns once status and headers are there. Raises as `more`."""
+        while not self.status and not self._over:
+            await self._wait(first=True)
+        if not self.status:
+            raise self._error or broken_by(ConnectionError())
+
+    async def more(self, *, first: bool = False) -> bytes:
+        while not self._pieces and not self._over:
+            await self._wait(first)
+        data = b"".join(self._pieces)
+        self._pieces.clear()
+        self._unread = 0
+        self.resume()
+        if self._error and not data:
+            raise self._error
+        return data
+
+    async def _wait(self, first: bool) -> None:
+        moment = self._begins_by
+        if not first:
+            moment = self._connection.loop.time() + self._idle_s
+        if not await self._connection.heard(moment):
+            self.abort(too_slow(first))
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        if not self._over:
+            self.end(error)
+            self._connection.transport.abort()
 
 
 class Connection:
-    """One connection to an upstream, for one exchange after another; asyncio's transport calls it as its protocol.
+    """One connection to an upstream, for one exchange after another; it is asyncio's protocol.
 
     Source: https://www.rfc-editor.org/rfc/rfc9112
     """
@@ -6973,25 +6978,30 @@ class Connection:
     def __init__(
         self, loop: asyncio.AbstractEventLoop, idle: list[Connection], timeouts: Timeouts
     ) -> None:
-        self._deadline = Deadline(loop)
+        self.loop = loop
+        self.silent = True  # nothing came back in this exchange yet
         self._idle = idle
         self._timeouts = timeouts
         self._head = b""
-        self._incoming: Incoming | None = None
+        self._incoming: DirectIncoming | None = None
         self._keep = True
-        self._silent = True  # nothing came back in this exchange yet
+        self._waiter: asyncio.Future[bool] | None = None
+        self._moment = 0.0  # until which the waiter waits
+        self._timer: asyncio.TimerHandle | None = None
 
     async def exchange(self, head: bytes, body: bytes) -> Incoming:
-        """Sends a request; the answer, once its head is there. Raises OSError; StaleConnection where it was dead."""
+        """Sends a request and waits for the head of its answer.
+
+        Raises UpstreamTimeout and UpstreamBroken; where `silent` then holds, nothing was heard.
+        """
+        self.silent = True
         if self.transport.is_closing():
-            raise StaleConnection
-        self._silent = True
-        wait = self._timeouts
-        self._incoming = incoming = Incoming(
-            self.transport, self._deadline, wait.first_event_s, wait.idle_s
-        )
-        self.transport.write(head + body if len(body) < JOINED_BYTES_MAX else head)
-        if len(body) >= JOINED_BYTES_MAX:
+            raise broken_by(ConnectionError())
+        self._incoming = incoming = DirectIncoming(self, self._timeouts)
+        if len(body) < JOINED_BYTES_MAX:
+            self.transport.write(head + body)
+        else:
+            self.transport.write(head)
             self.transport.write(body)
         try:
             await incoming.head()
@@ -7000,11 +7010,42 @@ class Connection:
             raise
         return incoming
 
+    # ---- waiting
+
+    async def heard(self, moment: float) -> bool:
+        """Returns once something came, or false once that moment of the loop's clock has come."""
+        self._moment = moment
+        waiter: asyncio.Future[bool] = self.loop.create_future()
+        self._waiter = waiter
+        if self._timer is None or self._timer.when() > moment:
+            self._set_timer()
+        return await waiter
+
+    def wake(self, heard: bool = True) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(heard)
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_at(self._moment, self._ring)
+
+    def _ring(self) -> None:
+        """Each piece puts the moment off, so that one timer lasts for many of them."""
+        self._timer = None
+        if self._waiter is not None and self.loop.time() < self._moment:
+            self._set_timer()
+        else:
+            self.wake(False)
+
+    # ---- asyncio's protocol
+
     def connection_made(self, transport: asyncio.Transport) -> None:
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:
-        self._silent = False
+        self.silent = False
         incoming = self._incoming
         if incoming is None:
             return self.transport.abort()  # nothing was asked
@@ -7017,11 +7058,11 @@ class Connection:
                 if self._unframer.done:
                     self._end(incoming)
         except (ValueError, IndexError):
-            incoming.abort(ConnectionError("what came is not HTTP"))
+            incoming.abort(broken_by(ConnectionError("what came is not HTTP")))
 
-    def _read_head(self, incoming: Incoming, data: bytes) -> bytes:
-        """Reads status and headers; what is left of the data is body. Raises ValueError, IndexError."""
-        head, found, rest = (self._head + data).partition(b"\r\n\r\n")
+    def _read_head(self, incoming: DirectIncoming, data: bytes) -> bytes:
+        """Reads status and headers. What follows them is returned. Raises ValueError, IndexError."""
+        head, found, body = (self._head + data).partition(b"\r\n\r\n")
         if not found:
             self._head = head
             if len(head) > HEAD_BYTES_MAX:
@@ -7031,20 +7072,20 @@ class Connection:
         first, *lines = head.decode("latin-1").split("\r\n")
         version, status = first.split(" ", 2)[:2]
         if status.startswith("1"):
-            return rest  # 100 Continue, 103 Early Hints: the answer is still to come
-        headers = dict(map(known_field, lines)) | (
-            {"content-length": "0"} if status in ("204", "304") else {}
-        )
+            return body  # 100 Continue, 103 Early Hints: the answer is still to come
+        headers = dict(map(known_field, lines))
+        if status in ("204", "304"):
+            headers["content-length"] = "0"
         self._keep = version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
         self._unframer = Unframer(headers)
         incoming.begin(int(status), headers)
-        return rest
+        return body
 
-    def _end(self, incoming: Incoming) -> None:
+    def _end(self, incoming: DirectIncoming) -> None:
         """The answer is whole; the connection may serve another one. Raises ValueError."""
         if self._unframer.behind:
             raise ValueError("something behind the last chunk")
-        incoming.resume()  # a client was slow; the next one waits for an answer here
+        incoming.resume()  # the next answer comes here, whoever reads this one late
         self._incoming = None
         if self._keep and not self.transport.is_closing():
             self._idle.append(self)
@@ -7056,20 +7097,19 @@ class Connection:
         """Nothing to do: asyncio closes the transport and calls connection_lost."""
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._deadline.stop()
         if self in self._idle:
             self._idle.remove(self)
-        if self._incoming is not None:
-            whole = self._incoming.status and error is None and self._unframer.close()
-            cut = (
-                StaleConnection()
-                if self._silent
-                else error or ConnectionError("the connection was closed")
-            )
-            self._incoming.end(None if whole else cut)
+        if (incoming := self._incoming) is not None:
+            self._incoming = None
+            if incoming.status and error is None and self._unframer.close():
+                incoming.end()
+            else:
+                incoming.end(broken_by(error or ConnectionError()))
+        if self._timer is not None:
+            self._timer.cancel()
 
     def pause_writing(self) -> None:
-        """Nothing to do: a body is handed over whole, and asyncio keeps what the socket does not take yet."""
+        """Nothing to do: asyncio keeps what the socket does not take yet of a body."""
 
     def resume_writing(self) -> None: ...
 
@@ -7081,12 +7121,11 @@ def known_field(line: str) -> tuple[str, str]:
     return name.strip().lower(), value.strip()
 
 
-class StaleConnection(ConnectionError):
-    """The upstream closed the connection without a byte of an answer."""
-
-
 class DirectTransport:
-    """Requests to one upstream over connections of our own: no task and no queue between its socket and the client's."""
+    """Requests to one upstream over connections of our own, which are used again.
+
+    No task and no queue stands between its socket and the client's.
+    """
 
     proxy: None = None
 
@@ -7097,36 +7136,44 @@ class DirectTransport:
         self._idle: list[Connection] = []
 
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
-        """The answer to a POST, or without a body to a GET, once its head is there. Raises OSError and TimeoutError."""
-        method, length = (
-            ("GET", "") if body is None else ("POST", f"Content-Length: {len(body)}\r\n")
-        )
-        lines = length + "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
-        what = f"{method} {self._url.path}{path} HTTP/1.1\r\nHost: {self._netloc}"
-        head = f"{what}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n".encode()
+        """The answer to a POST, or without a body to a GET, once its head is there.
+
+        Raises UpstreamTimeout and UpstreamBroken.
+        """
+        head = self._render_head(path, headers, body)
         while self._idle:
-            with contextlib.suppress(
-                StaleConnection
-            ):  # closed by the other side in the meantime: nothing was heard
-                return await self._idle.pop().exchange(head, body or b"")
-        connection = Connection(asyncio.get_running_loop(), self._idle, self._timeouts)
-        await self._connect(connection)
+            connection = self._idle.pop()
+            try:
+                return await connection.exchange(head, body or b"")
+            except UpstreamBroken:
+                if not connection.silent:
+                    raise  # else it was closed in the meantime
+        connection = await self._connect()
         return await connection.exchange(head, body or b"")
 
-    async def _connect(self, protocol: Any) -> None:
-        """For a Connection: it need not be of asyncio's own class, so that --help does not import that."""
+    def _render_head(self, path: str, headers: Mapping[str, str], body: bytes | None) -> bytes:
+        first = f"GET {self._url.path}{path} HTTP/1.1\r\n"
+        if body is not None:
+            first = f"POST {self._url.path}{path} HTTP/1.1\r\nContent-Length: {len(body)}\r\n"
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        more = f"Host: {self._netloc}\r\nAccept-Encoding: gzip, deflate\r\n{lines}\r\n"
+        return (first + more).encode()
+
+    async def _connect(self) -> Connection:
+        """Raises UpstreamBroken."""
         loop = asyncio.get_running_loop()
+        protocol: Any = Connection(loop, self._idle, self._timeouts)  # asyncio's class comes late
         tls = tls_context() if self._url.scheme == "https" else None
         host, port = self._url.hostname or "", self._url.port or (443 if tls else 80)
-        several = isinstance(loop, asyncio.BaseEventLoop) and not is_address(host)  # uvloop cannot
-        both: Any = {"happy_eyeballs_delay": 0.25} if several else {}
+        several: Any = {}
+        if isinstance(loop, asyncio.BaseEventLoop) and not is_address(host):  # uvloop cannot
+            several["happy_eyeballs_delay"] = HAPPY_EYEBALLS_S
         try:
             async with asyncio.timeout(self._timeouts.connect_s):
-                await loop.create_connection(lambda: protocol, host, port, ssl=tls, **both)
-        except TimeoutError:
-            raise ConnectionError("the connection was not made in time") from None
-        except UnicodeError:  # of http://a..b
-            raise OSError("that is no host's name") from None
+                await loop.create_connection(lambda: protocol, host, port, ssl=tls, **several)
+        except (OSError, UnicodeError) as error:  # a timeout, too; and the name in http://a..b
+            raise broken_by(error) from None
+        return protocol  # type: ignore[no-any-return]
 
     async def close(self) -> None:
         for connection in list(self._idle):
@@ -7140,108 +7187,90 @@ def tls_context() -> ssl.SSLContext:
     return ssl.create_default_context()
 
 
+class ProxiedIncoming(Incoming):
+    """An answer of aiohttp's client, which pauses by itself."""
+
+    def __init__(
+        self,
+        response: aiohttp.ClientResponse,
+        begins_by: float,
+        idle_s: float,
+        proxy: str | None,
+    ) -> None:
+        self.status = response.status
+        self.headers = {name.lower(): value for name, value in response.headers.items()}
+        self._response = response
+        self._begins_by, self._idle_s, self._proxy = begins_by, idle_s, proxy
+        self._over = False
+        self._error: UpstreamError | None = None
+
+    async def more(self, *, first: bool = False) -> bytes:
+        moment = self._begins_by
+        if not first:
+            moment = asyncio.get_running_loop().time() + self._idle_s
+        data = b""
+        try:
+            async with asyncio.timeout_at(moment):
+                data = await self._response.content.readany()
+        except TimeoutError:
+            self.abort(too_slow(first))
+        except (aiohttp.ClientError, OSError) as error:
+            self.abort(broken_over(self._proxy, error))
+        if self._error and not data:
+            raise self._error
+        return data
+
+    def abort(self, error: UpstreamError | None = None) -> None:
+        if not self._over:
+            self._over, self._error = True, error
+            self._response.close()
+
+
 class ProxiedTransport:
-    """The same through a proxy, by aiohttp's client."""
+    """Requests through a proxy by aiohttp's client, over a connection for each."""
 
     def __init__(self, url: str, proxy: str | None, timeouts: Timeouts) -> None:
-        self._url = url
         self.proxy = proxy
+        self._url = url
         self._timeouts = timeouts
         self._session = open_session(timeouts)
 
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
-        """As a DirectTransport's. Raises aiohttp.ClientError, too."""
-        about: Any = {
-            "data": body,
-            "headers": headers,
-            "proxy": self.proxy,
-            "allow_redirects": False,
-        }
-        async with asyncio.timeout(self._timeouts.first_event_s) as deadline:
-            response = await self._session.request(
-                "GET" if body is None else "POST", self._url + path, **about
-            )
-        left_s = (deadline.when() or 0.0) - asyncio.get_running_loop().time()
-        return Pour(response, left_s, self._timeouts.idle_s).incoming
+        """As a DirectTransport's."""
+        method = "GET" if body is None else "POST"
+        begins_by = asyncio.get_running_loop().time() + self._timeouts.first_event_s
+        asked = self._session.request(
+            method,
+            self._url + path,
+            data=body,
+            headers=headers,
+            proxy=self.proxy,
+            allow_redirects=False,
+        )
+        try:
+            async with asyncio.timeout_at(begins_by):
+                response = await asked
+        except TimeoutError:
+            raise too_slow(first=True) from None
+        except (aiohttp.ClientError, OSError) as error:
+            raise broken_over(self.proxy, error) from None
+        return ProxiedIncoming(response, begins_by, self._timeouts.idle_s, self.proxy)
 
     async def close(self) -> None:
         await self._session.close()
 
 
-class Pour:
-    """Carries the body of aiohttp's response over to an Incoming."""
-
-    def __init__(self, response: aiohttp.ClientResponse, first_s: float, idle_s: float) -> None:
-        self._response = response
-        self._running = asyncio.Event()
-        self.pause_reading, self.resume_reading = self._running.clear, self._running.set
-        self.resume_reading()
-        deadline = Deadline(asyncio.get_running_loop())
-        self.incoming = Incoming(self, deadline, first_s, idle_s)
-        self.incoming.begin(
-            response.status, {key.lower(): value for key, value in response.headers.items()}
-        )
-        self._task = asyncio.create_task(self._pour())
-        self._task.add_done_callback(self._over)
-        self._task.add_done_callback(lambda _: deadline.stop())
-
-    async def _pour(self) -> None:
-        async for data in self._response.content.iter_any():
-            self.incoming.push(data)
-            await self._running.wait()
-
-    def _over(self, task: asyncio.Task[None]) -> None:
-        """Also what the sink raised ends the answer."""
-        if error := None if task.cancelled() else task.exception():
-            self._response.close()
-        self.incoming.end(error)
-
-    def abort(self) -> None:
-        self._task.cancel()
-        self._response.close()
-
-
-def open_session(wait: Timeouts) -> aiohttp.ClientSession:
-    timeout = aiohttp.ClientTimeout(total=None, sock_connect=wait.connect_s)
-    connector = aiohttp.TCPConnector(limit=0)
-    return aiohttp.ClientSession(
-        timeout=timeout, connector=connector, cookie_jar=aiohttp.DummyCookieJar()
-    )
-
-
-def connection_problem(error: Exception, proxy: str | None) -> str:
-    """What went wrong on the way to Gemini, and what to do, without its URL."""
-    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
+    """The error for one of aiohttp's."""
     at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
-    if at_proxy or isinstance(
-        error, aiohttp.ClientProxyConnectionError | aiohttp.ClientHttpProxyError
-    ):
-        return "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
-    if "SSL" in type(cause).__name__:
-        return "Gemini's TLS certificate was refused. Check this machine's clock and SSL_CERT_FILE."
-    if type(cause).__name__ == "gaierror":
-        return "Gemini's host name could not be resolved. Check DNS and base_url."
-    refused = isinstance(error, aiohttp.ClientConnectorError | ConnectionRefusedError)
-    if refused or not isinstance(cause, ConnectionError):
-        return "Gemini could not be reached. Check the network, base_url and whether a proxy is needed."
-    where = "The proxy or Gemini" if proxy else "Gemini"
-    return f"{where} broke the connection before an answer began. Try again."
-
-
-def proxy_for(url: str, given: str | None) -> str | None:
-    """The proxy to an upstream: the given one, else the environment's unless NO_PROXY excepts it; to loopback none."""
-    import urllib.request as environment
-
-    parts = urlsplit(url)
-    if is_loopback(parts.hostname or ""):
-        return None
-    if given:
-        return given
-    proxies = environment.getproxies_environment()
-    proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
-        return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    of_proxy = (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)
+    if at_proxy or isinstance(error, of_proxy):
+        text = "The proxy to Gemini could not be used."
+        return UpstreamBroken(f"{text} Check proxy.upstream_proxy or HTTPS_PROXY.")
+    cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
+    if not isinstance(cause, OSError):
+        cause = ConnectionError()  # an answer that was cut or is not HTTP
+    return broken_by(cause, "The proxy or Gemini" if proxy else "Gemini")
 
 
 # ==============================================================================
@@ -7438,9 +7467,7 @@ class Catalog:
             async with asyncio.timeout(self._config.timeouts.connect_s + MODELS_WAIT_S):
                 return await ask(account)
         except TimeoutError:
-            raise UpstreamTimeout(
-                "Gemini did not answer in time. Try again, or raise proxy.timeouts."
-            ) from None
+            raise too_slow(first=True) from None
         except MISSHAPEN:
             raise UpstreamBroken(
                 "What answers at base_url is not Gemini. Check base_url."
@@ -7528,12 +7555,8 @@ class Answer:
             return await self._incoming.more()
         except UpstreamTimeout as error:
             self._late = self._late or error
-        except (UpstreamBroken, OSError, aiohttp.ClientError) as error:
-            if isinstance(error, TimeoutError):
-                self._late = self._late or UpstreamTimeout(
-                    "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
-                )
-            # the reader knows whether the answer was whole
+        except UpstreamBroken:
+            pass  # the reader knows whether the answer was whole
         return b""
 
     def end_by(self, seconds: float) -> None:
@@ -7738,7 +7761,7 @@ async def first_events(
         body = await incoming.read()
         events = reader.feed(body) + reader.close() if sse else reader.whole(body)
         return Answer(events, incoming, None)
-    while data := await incoming.more():
+    while data := await incoming.more(first=True):
         if events := reader.feed(data):
             incoming.headers = {}  # a stream may last long
             return Answer(events, incoming, reader)

@@ -150,17 +150,18 @@ def never_long(*_: object) -> float:
 @contextlib.asynccontextmanager
 async def served(direct: bool) -> AsyncIterator[int]:
     """A gateway, impatient so that a case takes seconds at most, before the upstream above."""
-    patched = mock.patch.multiple(
-        agproxy, DIRECT=direct, BODY_S_MAX=PATIENCE_S, KEEP_ALIVE_S=PATIENCE_S, cooldown_of=never_long
-    )
+    patched = mock.patch.multiple(agproxy, BODY_S_MAX=PATIENCE_S, KEEP_ALIVE_S=PATIENCE_S, cooldown_of=never_long)
     timeouts = agproxy.Timeouts(
         connect_s=2, first_event_s=PATIENCE_S, idle_s=PATIENCE_S, total_s=2 * PATIENCE_S, stall_s=2
     )
-    with patched, mock.patch.object(agproxy.random, "uniform", return_value=0.01):
+    with (
+        patched,
+        mock.patch.object(agproxy.random, "uniform", return_value=0.01),
+    ):
         async with await asyncio.start_server(play, "127.0.0.1", 0) as upstream, contextlib.AsyncExitStack() as stack:
             url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
             accounts = tuple(agproxy.Account(f"a{number}", "k", url) for number in range(3))
-            app = agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts, max_wait_s=0.2))
+            app = agproxy.create_app(agproxy.Config(accounts, timeouts=timeouts, max_wait_s=0.2), direct=direct)
             yield await agproxy.listen(app, "127.0.0.1", 0, stack)
 
 
