@@ -123,5 +123,9 @@ async def test_an_account_may_have_a_proxy_of_its_own() -> None:
     own = agproxy.Account("a", "k", "https://g.example", proxy="http://p.example:1")
     accounts = (own, agproxy.Account("b", "k", "https://g.example"), agproxy.Account("c", "k", "http://127.0.0.1:1"))
     upstream = agproxy.Upstream(agproxy.Config(accounts, upstream_proxy="http://q.example:2"))
-    assert [upstream._to(account).proxy for account in accounts] == ["http://p.example:1", "http://q.example:2", None]
+    assert [upstream.wire.transport_to(account).proxy for account in accounts] == [
+        "http://p.example:1",
+        "http://q.example:2",
+        None,
+    ]
     await upstream.close()

@@ -63,7 +63,7 @@ async def test_one_renewal_for_all_who_wait(start: Start, gemini: FakeGemini) ->
 async def test_who_leaves_does_not_end_the_renewal_for_the_others(made: agproxy.Upstream, gemini: FakeGemini) -> None:
     gemini.tokens = [0.1]
     account = made.pool.accounts[0]
-    one, other = (asyncio.create_task(made.credentials.header(account)) for _ in range(2))
+    one, other = (asyncio.create_task(made.wire.credentials.header(account)) for _ in range(2))
     await asyncio.sleep(0.03)
     one.cancel()
     assert (await other)["Authorization"] == "Bearer key-a:1"
@@ -71,23 +71,23 @@ async def test_who_leaves_does_not_end_the_renewal_for_the_others(made: agproxy.
 
 async def test_a_token_is_renewed_ahead_of_its_end_and_nobody_waits(made: agproxy.Upstream, gemini: FakeGemini) -> None:
     account, clock = made.pool.accounts[0], made.clock
-    await made.credentials.header(account)
+    await made.wire.credentials.header(account)
     gemini.tokens = [0.1]
     made.clock = lambda: clock() + 3599 - 200
-    assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:1"
+    assert (await made.wire.credentials.header(account))["Authorization"] == "Bearer key-a:1"
     await asyncio.sleep(0.2)
-    assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:2"
+    assert (await made.wire.credentials.header(account))["Authorization"] == "Bearer key-a:2"
     made.clock = lambda: clock() + 3 * 3599
-    assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:3"
+    assert (await made.wire.credentials.header(account))["Authorization"] == "Bearer key-a:3"
 
 
 async def test_a_renewal_ahead_that_fails_is_no_request_s_trouble(made: agproxy.Upstream, gemini: FakeGemini) -> None:
     account, clock = made.pool.accounts[0], made.clock
-    await made.credentials.header(account)
+    await made.wire.credentials.header(account)
     gemini.tokens = [(500, {})]
     made.clock = lambda: clock() + 3599 - 200
     for _ in range(3):
-        assert (await made.credentials.header(account))["Authorization"] == "Bearer key-a:1"
+        assert (await made.wire.credentials.header(account))["Authorization"] == "Bearer key-a:1"
         await asyncio.sleep(0.05)
     assert len(gemini.forms) == 2  # and it is not tried with every request
 
@@ -175,7 +175,7 @@ async def test_a_token_that_is_refused_where_the_project_is_asked_for_is_renewed
 ) -> None:
     account, gemini.echo = account_of("cloudcode", "a", gemini.url), True
     app = agproxy.create_app(agproxy.Config((account,), max_wait_s=0))
-    await app[agproxy.gateway_key()].upstream.credentials.header(account)
+    await app[agproxy.gateway_key()].upstream.wire.credentials.header(account)
     gemini.revoked = {"key-a:1"}
     client = await aiohttp_client(GatewayServer(app))
     assert ((await client.post(CHAT, json=HELLO)).status, len(gemini.forms)) == (200, 2)
@@ -270,7 +270,7 @@ async def test_a_service_account_signs_for_itself(gemini: FakeGemini, tmp_path: 
     about = {"type": "service_account", "client_email": "s@p.iam.example", "private_key": pem, "private_key_id": "1"}
     account = replace(account_of("vertex", "s", gemini.url), service_account=json.dumps(about))
     upstream = agproxy.Upstream(agproxy.Config((account,)))
-    assert (await upstream.credentials.header(account))["Authorization"] == "Bearer key-service:1"
+    assert (await upstream.wire.credentials.header(account))["Authorization"] == "Bearer key-service:1"
     await upstream.close()
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     claims = jwt.decode(gemini.forms[0]["assertion"], public, audience=f"{gemini.url}/token")

@@ -47,7 +47,7 @@ async def test_an_account_that_rests_keeps_no_body(upstream: agproxy.Upstream, g
     messages: Any = Messages(agproxy.parse_chat(HELLO)[0].messages)
     kept = weakref.ref(messages)
     with pytest.raises(agproxy.PoolExhausted):
-        await upstream.ask(agproxy.Request(FLASH, messages), trace_of(upstream), sse=True)
+        await upstream.ask([agproxy.Request(FLASH, messages)], trace_of(upstream))
     del messages
     gc.collect()
     assert "is in cooldown for" in upstream.pool.status(time.time())[0]["models"][0]["state"]
@@ -58,12 +58,11 @@ async def test_an_answer_that_failed_ends_before_its_connection(gemini: FakeGemi
     upstream = agproxy.Upstream(config_of(gemini))
     gemini.script = [[*said("half", reason=None), {"error": {"code": 503, "message": "Full."}}]]
     gemini.pause_s = 0.1
-    answer = await upstream.ask(agproxy.parse_chat(HELLO)[0], trace_of(upstream), sse=True)
+    answer: Any = await upstream.ask(agproxy.parse_chat(HELLO | {"stream": True}), trace_of(upstream))
     gemini.pause_s = 20
-    seen: list[agproxy.Event] = []
     async with asyncio.timeout(5):
-        seen += await answer.flow(seen.extend)
-    assert [type(event) for event in seen] == [agproxy.PartEnd, agproxy.Failed]
+        seen = [event async for events in answer for event in events]
+    assert [type(event) for event in seen[-2:]] == [agproxy.PartEnd, agproxy.Failed]
     assert answer.last == seen[-1]
     answer.close()
     gemini.go_on.set()
@@ -76,15 +75,15 @@ async def test_who_leaves_twice_leaves_no_answer_behind(
 ) -> None:
     gemini.script = [said("x")]
     gemini.pause_s = 20
-    asked = upstream.ask
+    asked = upstream._begin
 
-    async def ask(request: agproxy.Request, trace: agproxy.Trace, *, sse: bool) -> agproxy.Answer:
+    async def begin(request: agproxy.Request, trace: agproxy.Trace) -> agproxy.Answer:
         await asyncio.sleep(0 if request.messages else 20)
-        return await asked(request, trace, sse=sse)
+        return await asked(request, trace)
 
-    upstream.ask = ask  # type: ignore[method-assign]
+    upstream._begin = begin  # type: ignore[method-assign]
     requests = [*agproxy.parse_chat(HELLO), agproxy.Request(FLASH, ())]
-    task = asyncio.create_task(upstream.ask_all(requests, trace_of(upstream)))
+    task = asyncio.create_task(upstream.ask(requests, trace_of(upstream)))
     await until(lambda: gemini.bodies)
     await asyncio.sleep(0.05)
     task.cancel()
@@ -102,16 +101,16 @@ async def test_names_that_clients_invent_are_not_kept(
 ) -> None:
     for _ in range(2):
         for number in range(3):
-            assert await upstream.resolve(f"{FLASH}-preview-{number:02d}") == FLASH
+            assert await upstream.catalog.resolve(f"{FLASH}-preview-{number:02d}") == FLASH
     assert len([line for line in caplog.messages if "is not listed" in line]) == 3
-    assert upstream._tell_once.cache_info().maxsize == 1024
+    assert upstream.catalog._warn_once.cache_info().maxsize == 1024
 
 
 @pytest.mark.parametrize("listed", [{"models": ["x"]}, {"models": [{"name": 5, **EMBEDS}]}, {"models": 5}, [], {}])
 async def test_a_list_that_is_none_is_told(listed: Any, upstream: agproxy.Upstream, gemini: FakeGemini) -> None:
     gemini.models = (200, listed)
     with pytest.raises(agproxy.UpstreamBroken, match="is not Gemini"):
-        await upstream.models_of(upstream.pool.accounts[0])
+        await upstream.catalog.models_of(upstream.pool.accounts[0])
 
 
 async def test_a_reload_keeps_what_serves_on_and_nothing_more(gemini: FakeGemini) -> None:
@@ -120,11 +119,11 @@ async def test_a_reload_keeps_what_serves_on_and_nothing_more(gemini: FakeGemini
     gemini.echo = True
     for number in range(5):
         upstream.adopt(replace(config, heartbeat_s=number + 1.0))
-        answer = await upstream.ask(agproxy.parse_chat(HELLO)[0], trace_of(upstream), sse=False)
+        answer = await upstream.ask(agproxy.parse_chat(HELLO), trace_of(upstream))
         answer.close()
-    assert len(upstream._opened) == 1
+    assert len(upstream.wire._opened) == 1
     upstream.adopt(replace(config, timeouts=agproxy.Timeouts(idle_s=5)))
-    assert upstream._to(config.accounts[0]) not in list(upstream._opened.values())[:1]
+    assert upstream.wire.transport_to(config.accounts[0]) not in list(upstream.wire._opened.values())[:1]
     await upstream.close()
 
 
@@ -140,11 +139,11 @@ async def test_a_list_that_was_asked_for_before_a_reload_is_not_the_new_one_s(
             return ("gemini-1-old",)
         return ("gemini-9-new",)
 
-    upstream.models_of = models_of  # type: ignore[method-assign]
-    waiting = asyncio.create_task(upstream.models())
+    upstream.catalog.models_of = models_of  # type: ignore[method-assign]
+    waiting = asyncio.create_task(upstream.catalog.listed())
     await asked.wait()
     upstream.adopt(config_of(gemini))
-    assert await upstream.models() == ("gemini-9-new",)
+    assert await upstream.catalog.listed() == ("gemini-9-new",)
     go_on.set()
     assert await waiting == ("gemini-9-new",)
 
@@ -165,14 +164,14 @@ async def test_an_account_that_fails_to_list_takes_no_model_away(
             raise fault
         return only_b if account.name == "b" else ("gemini-3-pro",)
 
-    upstream.models_of = models_of  # type: ignore[method-assign]
-    assert await upstream.resolve("gemini-4-pro") == "gemini-4-pro"
-    only_b, upstream._models_until = None, 0.0
-    await upstream.models()
-    assert upstream._listing
-    await upstream._listing
-    assert await upstream.resolve("gemini-4-pro") == ("gemini-4-pro" if kept else "gemini-3-pro")
-    assert for_s - 1 < upstream._models_until - time.monotonic() <= for_s
+    upstream.catalog.models_of = models_of  # type: ignore[method-assign]
+    assert await upstream.catalog.resolve("gemini-4-pro") == "gemini-4-pro"
+    only_b, upstream.catalog._fresh_until = None, 0.0
+    await upstream.catalog.listed()
+    assert upstream.catalog._listing
+    await upstream.catalog._listing
+    assert await upstream.catalog.resolve("gemini-4-pro") == ("gemini-4-pro" if kept else "gemini-3-pro")
+    assert for_s - 1 < upstream.catalog._fresh_until - time.monotonic() <= for_s
     await upstream.close()
 
 
@@ -181,14 +180,14 @@ async def test_vectors_of_one_answer_are_of_one_model(gemini: FakeGemini) -> Non
     upstream = agproxy.Upstream(config)
     asked: list[tuple[str, int]] = []
 
-    async def unary(lease: agproxy.Lease, _: str, body: bytes) -> dict[str, Any]:
+    async def call(_: agproxy.Account, model: str, __: str, body: bytes) -> dict[str, Any]:
         requests = json.loads(body)["requests"]
-        asked.append((lease.model, len(requests)))
+        asked.append((model, len(requests)))
         if asked[-1] == (EMBEDDERS[0], 100) and len(asked) == 2:
             raise agproxy.RateLimited("Slow down.", retry_after_s=60)
-        return {"embeddings": [{"values": [EMBEDDERS.index(lease.model), 1]} for _ in requests]}
+        return {"embeddings": [{"values": [EMBEDDERS.index(model), 1]} for _ in requests]}
 
-    upstream._unary = unary  # type: ignore[assignment,method-assign]
+    upstream.wire.call = call  # type: ignore[method-assign]
     request = agproxy.parse_embeddings({"model": EMBEDDERS[0], "input": ["x"] * 250})
     trace = trace_of(upstream, EMBEDDERS[0])
     vectors, _ = await upstream.embed(request, trace)
