@@ -23,8 +23,8 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     15 Store           SQLite on a thread of its own: what outlives the process
     16 Credentials     API keys and tokens: each fetched once for all who wait
     17 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
-    18 Upstream        what Gemini is asked, and the one retry loop
-    19 Media           linked files, from public addresses only
+    18 Media           linked files, from public addresses only
+    19 Upstream        what Gemini is asked, and the one retry loop
     20 Kept responses  recall, keep, replay: what outlives its request
     21 Exchanges       the one path of every answer: streamed, whole, in the background
     22 Web             aiohttp.web: routes, middlewares, handlers, the listener
@@ -4610,6 +4610,7 @@ class GeminiReader:
         self._new_id = new_id
         self._tools = tools or {}
         self._calls_max = CALLS_MAX if parallel_calls else 1
+        self.signed: list[ToolCall | Text] = []  # the parts that Gemini signed
         self._secret = secret
         self._stops = stops
         self._ids: frozenset[str] = frozenset()
@@ -4762,6 +4763,8 @@ class GeminiReader:
         start = ToolCall(id, tool.name, "", signature, tool.namespace, tool.custom)
         end = replace(start, arguments=arguments)
         self._end_part(candidate)
+        if signature:
+            self.signed.append(end)
         self._emit(
             PartStart(choice, start), ArgumentsDelta(choice, arguments), PartEnd(choice, end)
         )
@@ -4795,7 +4798,10 @@ class GeminiReader:
     def _end_part(self, candidate: Candidate, citations: tuple[Citation, ...] = ()) -> None:
         text = "".join(candidate.texts)
         if candidate.kind is Text:
-            self._emit(PartEnd(candidate.choice, Text(text, candidate.signature, citations)))
+            part = Text(text, candidate.signature, citations)
+            if candidate.signature:
+                self.signed.append(part)
+            self._emit(PartEnd(candidate.choice, part))
             candidate.earlier_text += text
         elif candidate.kind is Thinking:
             self._emit(PartEnd(candidate.choice, Thinking(text)))
@@ -5213,31 +5219,26 @@ class SignatureMemory:
 
     def __init__(self, size: int = SIGNATURES_MAX) -> None:
         self._size = size
-        self._known: dict[str, tuple[str, Any]] = {}  # the model that signed, and the signature
+        self.known: dict[str, tuple[str, Any]] = {}  # the model that signed, and the signature
 
-    def remember(self, events: Iterable[Event], model: str) -> None:
-        for event in events:
-            if not isinstance(event, PartEnd):
-                continue
-            if isinstance(event.part, ToolCall | Text) and event.part.signature:
-                self.learn([signature_entry(event.part, model)])
+    def remember(self, parts: Iterable[ToolCall | Text], model: str) -> None:
+        """Keeps the signatures of parts that this model signed."""
+        self.learn(signature_entry(part, model) for part in parts)
 
     def learn(self, entries: Iterable[list[Any]]) -> None:
         """Takes in entries made by `signature_entry`."""
         for key, model, signature, *span in entries:
-            self._known[key] = (model, Signature(signature, *span) if span else signature)
-            if len(self._known) > self._size:
-                del self._known[next(iter(self._known))]
+            self.known[key] = (model, Signature(signature, *span) if span else signature)
+            if len(self.known) > self._size:
+                del self.known[next(iter(self.known))]
 
     def recall(self, request: Request, model: str) -> Request:
         """The request with the signatures of this model put back, and without other models'."""
-        if not self._known:
-            return request
 
         def signed(part: Part) -> Part:
             if not isinstance(part, ToolCall | Text):
                 return part
-            signer, known = self._known.get(signature_key(part), (model, None))
+            signer, known = self.known.get(signature_key(part), (model, None))
             signature: Any = None
             if signer == model:
                 signature = part.signature or known
@@ -5391,6 +5392,7 @@ class Lease:
     account: Account
     model: str
     begun: float
+    limited: bool = False  # some limits are known
     probes: list[Cooldown] = field(default_factory=list)
     ended: bool = False
 
@@ -5690,7 +5692,7 @@ class AccountPool:
         return self._lease(entry, model, now)
 
     def _lease(self, entry: PoolEntry, model: str, now: float) -> Lease:
-        lease = Lease(entry, entry.account, model, now)
+        lease = Lease(entry, entry.account, model, now, self._ledger.has_limits)
         if self._cooldowns.by_key:
             self._cooldowns.probe(lease, now)
         entry.busy += 1
@@ -5897,22 +5899,6 @@ class AccountPool:
         return marks
 
 
-def affinity_of(client: str, session: str, request: Request) -> int:
-    """A number that the requests of one conversation share, so that they meet the same account,
-    whose prompt cache knows them. Where the client names no session, it comes from the instructions
-    and the first message."""
-    if session:
-        return zlib.crc32(encoded(f"{client}\n{session}"))
-    instructions = "\n".join([client, *request.system])[:AFFINITY_CHARS]
-    first = []
-    for part in (part for message in request.messages[:1] for part in message.parts):
-        if isinstance(part, Text):
-            first.append(part.text)
-        elif isinstance(part, Media):
-            first.append(part.data)
-    return zlib.crc32(encoded(instructions + "\n".join(first)[:AFFINITY_CHARS]))
-
-
 # ==============================================================================
 # 14. Journal
 # ==============================================================================
@@ -5953,21 +5939,6 @@ class Trace:
     strict: bool = False
     error: str = ""  # the code of the error that broke off a stream
 
-    def headers(self, now: float) -> dict[str, str]:
-        headers = {"X-Request-Id": self.id, "openai-processing-ms": str(self.ms_until(now))}
-        if self.mapped_model:
-            headers |= {"X-Mapped-Model": self.mapped_model, "X-Attempts": str(self.attempts)}
-        if self.account and self.config.show_account != "off":
-            shown = self.account.email or self.account.name
-            if self.config.show_account == "masked":
-                shown = masked(shown)
-            headers["X-Account-Email"] = shown
-        if self.changes:
-            headers["X-Agproxy-Changes"] = str(self.changes)
-        if self.config.demo:
-            headers["X-Agproxy-Demo"] = "1"
-        return headers
-
     def ms_until(self, moment: float) -> int:
         return round(1000 * (moment - self.started))
 
@@ -5986,39 +5957,23 @@ def decisions_of(trace: Trace) -> list[dict[str, Any]]:
     ]
 
 
-@dataclass(slots=True)
-class Tally:
-    """Sums over all requests since the gateway was started."""
-
-    requests: int = 0
-    failed: int = 0
-    usage: Usage = field(default_factory=Usage)
-    accounts: Counter[str] = field(default_factory=Counter)
-
-    def add(self, trace: Trace, status: int) -> None:
-        if trace.model:
-            self.requests += 1
-            self.failed += status >= 400 or bool(trace.error)
-        if trace.account and status < 400:
-            self.usage += trace.usage or Usage()
-            self.accounts[trace.account.name] += 1
-
-    def bill(self) -> str:
-        accounts = ", ".join(f"{name} {count}" for name, count in self.accounts.items()) or "none"
-        tokens = f"{self.usage.prompt} tokens in, {self.usage.completion} out"
-        requests = f"{self.requests} request{'s' * (self.requests != 1)}"
-        return f"{requests} ({self.failed} failed), {tokens}; accounts: {accounts}"
-
-
 class Journal:
-    """The last exchanges, for `agproxy why`, and the sums of all, for the bill."""
+    """The last exchanges, for `agproxy why`, and sums over all since the start, for the bill."""
 
     def __init__(self) -> None:
-        self.tally = Tally()
         self._entries: deque[tuple[Trace, int, float]] = deque(maxlen=JOURNAL_MAX)
+        self._requests = self._failed = self._prompt = self._completion = 0
+        self._accounts: Counter[str] = Counter()
 
     def add(self, trace: Trace, status: int, now: float) -> None:
-        self.tally.add(trace, status)
+        if trace.model:
+            self._requests += 1
+            self._failed += status >= 400 or bool(trace.error)
+        if trace.account and status < 400:
+            self._accounts[trace.account.name] += 1
+            if trace.usage:
+                self._prompt += trace.usage.prompt
+                self._completion += trace.usage.completion
         if trace.decisions:
             self._entries.append((trace, status, now))
 
@@ -6028,6 +5983,12 @@ class Journal:
             if trace.id == id:
                 return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
         return None
+
+    def bill(self) -> str:
+        accounts = ", ".join(f"{name} {count}" for name, count in self._accounts.items()) or "none"
+        tokens = f"{self._prompt} tokens in, {self._completion} out"
+        requests = f"{self._requests} request{'s' * (self._requests != 1)}"
+        return f"{requests} ({self._failed} failed), {tokens}; accounts: {accounts}"
 
 
 @functools.lru_cache(1024)
@@ -7274,7 +7235,144 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
 
 
 # ==============================================================================
-# 18. Upstream
+# 18. Media
+# ==============================================================================
+
+MEDIA_BYTES_MAX = 20 << 20
+MEDIA_LINKS_MAX = 16
+MEDIA_S_MAX = 20.0
+REDIRECTS_MAX = 5
+# What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
+PASSED_LINKS = re.compile(
+    r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
+)
+
+
+class MediaFetcher:
+    """Fetches what requests only link to; no address but a public one is ever asked."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @functools.cached_property
+    def _session(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
+        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+
+    async def close(self) -> None:
+        if "_session" in self.__dict__:
+            await self._session.close()
+
+    async def filled(self, request: Request) -> Request:
+        """The request with the content of its links. Raises BadRequest with the path of the part."""
+        links = {part.url: part for message in request.messages for part in links_in(message.parts)}
+        if not links:
+            return request
+        if len(links) > MEDIA_LINKS_MAX:
+            text = f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}."
+            raise BadRequest(text, code="invalid_value")
+        tasks = [asyncio.create_task(self._fetch_in_time(media)) for media in links.values()]
+        try:
+            content = dict(zip(links, await asyncio.gather(*tasks), strict=True))
+        finally:
+            for task in tasks:
+                task.cancel()  # after the first that fails nobody wants the others
+        messages = [
+            replace(message, parts=with_content(message.parts, content))
+            for message in request.messages
+        ]
+        return replace(request, messages=tuple(messages))
+
+    async def _fetch_in_time(self, media: Media) -> Media:
+        if not self.config.fetch_media:
+            raise self._refused(media, "is a link, and proxy.fetch_media is off")
+        try:
+            async with asyncio.timeout(MEDIA_S_MAX):
+                return await self._fetch(media)
+        except TimeoutError:
+            raise self._refused(media, f"did not come within {MEDIA_S_MAX:.0f} s") from None
+        except (aiohttp.ClientError, OSError, ValueError):
+            raise self._refused(media, "could not be fetched") from None
+
+    async def _fetch(self, media: Media) -> Media:
+        url = media.url
+        for _ in range(REDIRECTS_MAX + 1):
+            asked = aiohttp.client.URL(url)  # type: ignore[attr-defined]  # which reads digits of any script
+            host = asked.raw_host or ""
+            if is_address(host) and not self._may_ask(host, host):
+                raise self._refused(
+                    media,
+                    "leads to a private address; name its host in proxy.media_hosts to allow it",
+                )
+            async with self._session.get(asked, allow_redirects=False) as response:
+                if response.status in (301, 302, 303, 307, 308):
+                    url = urljoin(url, response.headers.get("Location", ""))
+                    continue
+                if response.status != 200:
+                    raise self._refused(media, f"answered HTTP {response.status}")
+                return await self._content(media, response)
+        raise self._refused(media, f"was redirected more than {REDIRECTS_MAX} times")
+
+    async def _content(self, media: Media, response: aiohttp.ClientResponse) -> Media:
+        mime = MEDIA_ALIASES.get(response.content_type, response.content_type)
+        if mime == "application/octet-stream":
+            mime = media_type_by(urlsplit(media.url).path)
+        if not MEDIA_TYPES.fullmatch(mime):
+            raise self._refused(media, f"is of type {mime}, which Gemini does not read")
+        data = bytearray()
+        async for piece in response.content.iter_any():
+            data += piece
+            if len(data) > MEDIA_BYTES_MAX:
+                raise self._refused(media, f"is larger than {MEDIA_BYTES_MAX >> 20} MB")
+        return replace(media, url="", mime=mime, data=base64.b64encode(data).decode())
+
+    def _refused(self, media: Media, what: str) -> BadRequest:
+        text = f"'{media.path}' {what}. Send the content itself as a data: URL."
+        return BadRequest(text, code="invalid_image_url", param=media.path)
+
+    def _may_ask(self, host: str, address: str) -> bool:
+        return host in self.config.media_hosts or is_public(address)
+
+
+class PublicResolver:
+    """Resolves names as aiohttp's own resolver does, and keeps the addresses that may be asked."""
+
+    def __init__(self, may_ask: Callable[[str, str], bool]) -> None:
+        self._may_ask = may_ask
+        self._resolver = aiohttp.ThreadedResolver()
+
+    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[Any]:
+        found = await self._resolver.resolve(host, port, family)  # type: ignore[arg-type]  # whatever it is asked
+        if not all(self._may_ask(host, one["host"]) for one in found):
+            raise OSError(f"{host} leads to a private address")
+        return list(found)
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+def links_in(parts: Iterable[Part]) -> Iterable[Media]:
+    """The media that are to be fetched, also inside tool results."""
+    for part in parts:
+        if isinstance(part, ToolResult):
+            yield from links_in(part.parts)
+        elif isinstance(part, Media) and part.url and not PASSED_LINKS.match(part.url):
+            yield part
+
+
+def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[Any, ...]:
+    """The parts with the content of their links."""
+    made: list[Any] = []
+    for part in parts:
+        if isinstance(part, ToolResult):
+            made.append(replace(part, parts=with_content(part.parts, content)))
+        else:
+            made.append(content.get(part.url, part) if isinstance(part, Media) else part)
+    return tuple(made)
+
+
+# ==============================================================================
+# 19. Upstream
 # ==============================================================================
 
 MODELS_FRESH_S = 3600.0  # new models are seen within an hour
@@ -7288,13 +7386,9 @@ PAUSE_S = (0.2, 1.0)  # before the same account is asked again, where nobody say
 Barred = Mapping[str, UpstreamError]
 
 START = secrets.token_hex(8)
-NUMBERS = itertools.count(1)
+# 24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a request.
+next_id = (f"{START}{number:08x}" for number in itertools.count(1)).__next__
 quoted_model = functools.lru_cache(256)(quote)
-
-
-def next_id() -> str:
-    """24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a request."""
-    return f"{START}{next(NUMBERS):08x}"
 
 
 # ---- the wire
@@ -7317,9 +7411,6 @@ class Wire:
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
 
     def transport_to(self, account: Account) -> DirectTransport | ProxiedTransport:
-        known = self._transports.get((account.base_url, account.proxy))
-        if known is not None:
-            return known
         url, timeouts = account.base_url, self._config.timeouts
         proxy = proxy_for(url, account.proxy or self._config.upstream_proxy)
         transport = self._opened.get((url, proxy, timeouts))
@@ -7332,10 +7423,13 @@ class Wire:
 
     async def post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
         """The head of an answer. Where a token is refused, that of a second try with a fresh one. Raises UpstreamError."""
-        transport, refused = self.transport_to(account), ""
+        known = self._transports.get((account.base_url, account.proxy))
+        transport, refused = known or self.transport_to(account), ""
         while True:
-            header = await self.credentials.header(account, refused)
-            project = await self.credentials.project(account, header)
+            header, project = {"x-goog-api-key": account.api_key}, ""
+            if account.kind != "gemini":
+                header = await self.credentials.header(account, refused)
+                project = await self.credentials.project(account, header)
             path, data = enveloped(account, project, model, method, body)
             headers = {**header, "Content-Type": "application/json", "User-Agent": USER_AGENT}
             incoming = await transport.send(path, headers, data)
@@ -7512,52 +7606,48 @@ def clock_skew(date: str | None, now: float) -> float:
 # ---- answers
 
 
+@dataclass(eq=False, slots=True)
 class Answer:
     """One answer that has begun, pulled by `async for`: a list of events for each read, until Ended or Failed.
 
-    Its first events are known, so nobody retries any more. Raises the error that they end with: nobody has seen them.
+    Its first events are known, so nobody retries any more.
     """
 
-    __slots__ = ("_alarm", "_first", "_incoming", "_late", "_reader", "last", "on_close")
-
-    def __init__(self, first: list[Event], incoming: Incoming, reader: GeminiReader | None) -> None:
-        if first and isinstance(first[-1], Failed):
-            raise first[-1].error
-        self.last = first[-1] if first else None
-        self.on_close: Callable[[Event | None], None] | None = None  # is given the last event
-        self._first = first
-        self._incoming = incoming
-        self._reader = reader  # None once the answer is read to its end
-        self._late: UpstreamError | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+    _first: list[Event]
+    _incoming: Incoming
+    _reader: GeminiReader | None  # None once the answer is read to its end
+    signed: Sequence[ToolCall | Text]  # the parts that Gemini signed, so far
+    last: Event | None = None
+    on_close: Callable[[Event | None], None] | None = None  # is given the last event
+    _late: UpstreamError | None = None
+    _alarm: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> Answer:
         return self
 
     async def __anext__(self) -> list[Event]:
-        if events := self._first:
-            self._first = []
-            return events
-        while reader := self._reader:
-            data = await self._read()
+        events, self._first = self._first, []
+        while not events and (reader := self._reader):
+            data = b""
+            try:
+                data = await self._incoming.more()
+            except UpstreamTimeout as error:
+                self._late = self._late or error
+            except UpstreamBroken:
+                pass  # the reader knows whether the answer was whole
             events = reader.feed(data) if data else reader.close(self._late)
             if not data or reader.error:
                 self._reader = None
-                self._incoming.abort()  # nobody waits for what is behind
-            if events:
-                self.last = events[-1]
-                return events
-        raise StopAsyncIteration
+        if not events:
+            raise StopAsyncIteration
+        self.last = events[-1]
+        if self._reader is None:
+            self.close()  # the account is free as soon as its answer is there
+        return events
 
-    async def _read(self) -> bytes:
-        """The bytes of the next read, none at the end."""
-        try:
-            return await self._incoming.more()
-        except UpstreamTimeout as error:
-            self._late = self._late or error
-        except UpstreamBroken:
-            pass  # the reader knows whether the answer was whole
-        return b""
+    @property
+    def closed(self) -> bool:
+        return self.on_close is None
 
     def end_by(self, seconds: float) -> None:
         """Breaks the answer off when it lasts longer."""
@@ -7576,12 +7666,15 @@ class Answer:
             events = [event async for some in self for event in some]
         finally:
             self.close()
-        return Answer(events, self._incoming, None)
+        if isinstance(self.last, Failed):
+            raise self.last.error
+        return Answer(events, self._incoming, None, self.signed)
 
     def close(self) -> None:
         if self._alarm:
             self._alarm.cancel()
-        self._incoming.abort()
+        if self._reader:
+            self._incoming.abort()  # nobody waits for what is still to come
         if self.on_close:
             over = isinstance(self.last, Ended | Failed)
             self.on_close(self.last if over else None)
@@ -7628,6 +7721,14 @@ class Merged:
             self._usage += events[-1].usage
             events = events[:-1]
         return [renumbered(event, choice) for event in events]
+
+    @property
+    def closed(self) -> bool:
+        return all(answer.closed for answer in self._answers)
+
+    @property
+    def signed(self) -> list[ToolCall | Text]:
+        return [part for answer in self._answers for part in answer.signed]
 
     def break_off(self, error: UpstreamError) -> None:
         for answer in self._answers:
@@ -7682,29 +7783,34 @@ class RequestBody:
     tools: Mapping[str, Tool]
 
 
+@dataclass(eq=False, slots=True)
 class Generation:
     """The question of a translated request: a body for each model, made at the first need of it."""
 
-    barred: Barred = {}  # noqa: RUF012  # nobody writes to it
-
-    def __init__(self, request: Request, wire: Wire, catalog: Catalog, trace: Trace) -> None:
-        self.request = request
-        self.recall: Callable[[Request, str], Request] = lambda request, _: request
-        self._wire, self._catalog, self._trace = wire, catalog, trace
-        self._bodies: dict[str, RequestBody] = {}
-        self._unsigned = False
-        self._reduced = False
+    request: Request
+    _wire: Wire
+    _catalog: Catalog
+    _signatures: SignatureMemory
+    _trace: Trace
+    _bodies: dict[str, RequestBody] = field(default_factory=dict)
+    _unsigned: bool = False
+    _reduced: bool = False
+    barred: Barred = field(default_factory=dict)
 
     def body_for(self, model: str) -> RequestBody:
         """Builds the body. Raises BadRequest where something is lost that may not be."""
         body = self._bodies.get(model)
         if body is None:
-            request = self.recall(self.request, model)
+            request = self.request
+            if self._signatures.known:
+                request = self._signatures.recall(request, model)
             if self._unsigned:
                 request = with_signatures(request, unsigned)
             traits = self._catalog.traits_of(model)
             built = build_generate_content(request, traits, reduce_schemas=self._reduced)
-            data = put_back(dump_bytes(built.body), request.payloads)
+            data = dump_bytes(built.body)
+            if request.payloads:
+                data = put_back(data, request.payloads)
             body = RequestBody(data, request.changes + built.changes, built.tools)
             self._bodies[model] = body
         self._trace.changes = len(body.changes)
@@ -7725,47 +7831,44 @@ class Generation:
         return mended
 
     async def ask(self, lease: Lease) -> Answer:
-        account, body = lease.account, self.body_for(lease.model)
-        streamed = self.request.stream
-        sse = streamed or account.kind == "cloudcode"  # which refuses what is not streamed sooner
-        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
-        incoming = await self._wire.post(account, lease.model, method, body.data)
-        try:
-            return await first_events(incoming, self._reader(body, account), sse, streamed)
-        except BaseException:
-            incoming.abort()
-            raise
-
-    def _reader(self, body: RequestBody, account: Account) -> GeminiReader:
+        account, request, body = lease.account, self.request, self.body_for(lease.model)
         kind = CloudCodeReader if account.kind == "cloudcode" else GeminiReader
-        request = self.request
-        return kind(
+        reader = kind(
             lambda: f"call_{next_id()}",
             body.tools,
             parallel_calls=request.parallel_calls,
             secret=account.api_key,
             stops=bool(request.stop),
         )
+        sse = request.stream or account.kind == "cloudcode"  # which refuses others sooner
+        method = "streamGenerateContent?alt=sse" if sse else "generateContent"
+        incoming = await self._wire.post(account, lease.model, method, body.data)
+        try:
+            if incoming.status != 200 or not request.stream:
+                return await whole_answer(incoming, reader, sse)
+            while data := await incoming.more(first=True):
+                if events := reader.feed(data):
+                    break
+            else:
+                events = reader.close()
+            if isinstance(events[-1], Failed):
+                raise events[-1].error
+        except BaseException:
+            incoming.abort()
+            raise
+        incoming.headers = {}  # a stream may last long
+        return Answer(events, incoming, reader if data else None, reader.signed)
 
 
-async def first_events(
-    incoming: Incoming, reader: GeminiReader, sse: bool, streamed: bool
-) -> Answer:
-    """The answer with its first events, or with all of them where it is not `streamed` on.
-
-    Raises what the status or the first event says, and the transport's errors.
-    """
+async def whole_answer(incoming: Incoming, reader: GeminiReader, sse: bool) -> Answer:
+    """An answer that is not streamed on. Raises what its status or its end says, and the transport's errors."""
     if incoming.status != 200:
         await json_of(incoming)  # which raises
-    if not streamed:
-        body = await incoming.read()
-        events = reader.feed(body) + reader.close() if sse else reader.whole(body)
-        return Answer(events, incoming, None)
-    while data := await incoming.more(first=True):
-        if events := reader.feed(data):
-            incoming.headers = {}  # a stream may last long
-            return Answer(events, incoming, reader)
-    return Answer(reader.close(), incoming, None)
+    body = await incoming.read()
+    events = reader.feed(body) + reader.close() if sse else reader.whole(body)
+    if isinstance(events[-1], Failed):
+        raise events[-1].error
+    return Answer(events, incoming, None, reader.signed)
 
 
 class TokenCount:
@@ -7806,21 +7909,23 @@ class Embedding:
         return False
 
 
+@dataclass(eq=False, slots=True)
 class Attempts:
-    """The accounts that one request asks for one model after another, and how long it waits for them in all."""
+    """The accounts that one request asks for one model, and how long it waits for them."""
 
-    def __init__(
-        self, pool: AccountPool, trace: Trace, barred: Barred, patience_s: float, clock: Clock
-    ) -> None:
-        self._pool, self._trace, self._barred = pool, trace, barred
-        self._patience_s, self._clock = patience_s, clock
-
-    def begin(self, model: str, *, last: bool) -> None:
-        self._model, self._last, self._tried = model, last, set(self._barred)
-        self._refusals: dict[str, UpstreamError] = dict(self._barred)
-        self._same: PoolEntry | None = None  # may be asked once more
-        self._mended = False
-        self._spare = True  # the one further attempt for a fault that is not the account's is left
+    _pool: AccountPool
+    _trace: Trace
+    _clock: Clock
+    _barred: Barred
+    _model: str
+    _last: bool  # no other model may answer instead
+    patience_s: float
+    _tried: set[str]
+    _refusals: dict[str, UpstreamError]
+    decision: Decision = field(default_factory=lambda: Decision(""))
+    _same: PoolEntry | None = None  # may be asked once more
+    _mended: bool = False  # its body was changed
+    _spare: bool = True  # the one further attempt for a fault that is not the account's is left
 
     async def lease(self) -> Lease:
         """The next account, once it may be asked. Raises PoolExhausted.
@@ -7828,21 +7933,20 @@ class Attempts:
         The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
         same one, once; else the soonest of those in cooldown, if that is soon: then also one that was refused before.
         """
-        self.step = step = Decision(self._model)
-        self._trace.decisions.append(step)
+        self.decision = decision = Decision(self._model)
+        self._trace.decisions.append(decision)
+        again = len(self._refusals) > len(self._barred)
         while True:
-            if not self._mended and (lease := self._untried()):
-                return lease
+            if not self._mended:
+                decision.seen.clear()
+                now, seen = self._clock(), decision.seen
+                tried, key = self._tried, self._trace.affinity
+                if lease := self._pool.acquire(self._model, tried, key, now, seen, again):
+                    return lease
             if self._same is None:
                 await self._wait_for_any()
             elif lease := await self._again(self._same):
                 return lease
-
-    def _untried(self) -> Lease | None:
-        self.step.seen.clear()
-        again = len(self._refusals) > len(self._barred)
-        key, now = self._trace.affinity, self._clock()
-        return self._pool.acquire(self._model, self._tried, key, now, self.step.seen, again)
 
     async def _again(self, same: PoolEntry) -> Lease | None:
         if not self._mended:
@@ -7856,19 +7960,19 @@ class Attempts:
         lasting = (name for name in self._tried if self._refusals[name].scope == "nobody")
         self._tried = {*lasting, *self._barred}
         wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
-        if wait_s > self._patience_s:
+        if wait_s > self.patience_s:
             raise self.exhausted()
         await self._wait(min(wait_s, RELOAD_CHECK_S))
 
     async def _wait(self, wait_s: float) -> None:
-        self._patience_s -= wait_s
-        self.step.wait_s += wait_s
+        self.patience_s -= wait_s
+        self.decision.wait_s += wait_s
         await asyncio.sleep(wait_s)
 
     def _pause_s(self, error: UpstreamError) -> float:
         """Seconds before the same account is asked again: as it says, where no other model could answer sooner."""
         wait_s = error.retry_after_s if self._last else None
-        if wait_s is None or wait_s > self._patience_s:
+        if wait_s is None or wait_s > self.patience_s:
             return random.uniform(*PAUSE_S)
         return wait_s
 
@@ -7953,8 +8057,7 @@ class Upstream:
 
     def _generation(self, request: Request, trace: Trace) -> Generation:
         """The question, with its changes counted even where nobody can be asked. Raises BadRequest by `strict`."""
-        generation = Generation(request, self.wire, self.catalog, trace)
-        generation.recall = self.signatures.recall
+        generation = Generation(request, self.wire, self.catalog, self.signatures, trace)
         generation.body_for(trace.mapped_model)
         return generation
 
@@ -7989,18 +8092,29 @@ class Upstream:
 
         Raises PoolExhausted, or the error that every account would give.
         """
-        model = trace.mapped_model
-        chain = self.catalog.chain(model, trace.model)
-        patience_s = self._config.max_wait_s
-        attempts = Attempts(self.pool, trace, question.barred, patience_s, self.clock)
+        model, barred = trace.mapped_model, question.barred
+        chain, patience_s = [model], self._config.max_wait_s
+        if self._config.fallback:
+            chain = self.catalog.chain(model, trace.model)
         for trace.mapped_model in chain:
             last = trace.mapped_model == chain[-1]
-            attempts.begin(trace.mapped_model, last=last)
+            attempts = Attempts(
+                self.pool,
+                trace,
+                self.clock,
+                barred,
+                trace.mapped_model,
+                last,
+                patience_s,
+                set(barred),
+                dict(barred),
+            )
             try:
                 answer = await self._ask_accounts(question, attempts, trace)
             except PoolExhausted as error:
                 if last or not error.falls_back:
                     raise
+                patience_s = attempts.patience_s
             else:
                 if trace.mapped_model != model:
                     trace.changes += 1  # another model answers than the one that was asked for
@@ -8013,7 +8127,7 @@ class Upstream:
         for number in range(1, ATTEMPTS_MAX + 1):
             lease = await attempts.lease()
             try:
-                return await self._attempt(question, lease, attempts.step, trace)
+                return await self._attempt(question, lease, attempts.decision, trace)
             except UpstreamError as error:
                 mended = number < ATTEMPTS_MAX and question.mends(error)
                 if error.remedy == "give_up" and not mended:
@@ -8023,11 +8137,11 @@ class Upstream:
         raise attempts.exhausted()
 
     async def _attempt(
-        self, question: Question[Answered_co], lease: Lease, step: Decision, trace: Trace
+        self, question: Question[Answered_co], lease: Lease, decision: Decision, trace: Trace
     ) -> Answered_co:
         """One attempt, and what the pool learns from it. The lease lasts as long as the answer."""
         trace.attempts += 1
-        trace.account, step.account = lease.account, lease.account.name
+        trace.account, decision.account = lease.account, lease.account.name
         try:
             answer = await question.ask(lease)
         except BaseException as error:
@@ -8036,11 +8150,12 @@ class Upstream:
                 secret_words = secrets_of(lease.account)
                 text = functools.reduce(without_secret, secret_words, error.message)
                 error.message = str(text)
-            step.answer = f"{type(error).__name__}: {text}"
+            decision.answer = f"{type(error).__name__}: {text}"
             self._release(lease, error)
             raise
-        step.answer = "answered"
-        self.pool.succeeded(lease, self.clock())
+        decision.answer = "answered"
+        if lease.probes or lease.limited:
+            self.pool.succeeded(lease, self.clock())
         if isinstance(answer, Answer):
             answer.on_close = functools.partial(self._release, lease)
         else:
@@ -8060,143 +8175,6 @@ class Upstream:
         self.pool.failed(lease, error, now, random.random())
         if isinstance(error, QuotaGone):
             self.long_cooldown.set()
-
-
-# ==============================================================================
-# 19. Media
-# ==============================================================================
-
-MEDIA_BYTES_MAX = 20 << 20
-MEDIA_LINKS_MAX = 16
-MEDIA_S_MAX = 20.0
-REDIRECTS_MAX = 5
-# What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
-PASSED_LINKS = re.compile(
-    r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
-)
-
-
-class MediaFetcher:
-    """Fetches what requests only link to; no address but a public one is ever asked."""
-
-    def __init__(self, config: Config) -> None:
-        self.config = config
-
-    @functools.cached_property
-    def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
-        return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
-
-    async def close(self) -> None:
-        if "_session" in self.__dict__:
-            await self._session.close()
-
-    async def filled(self, request: Request) -> Request:
-        """The request with the content of its links. Raises BadRequest with the path of the part."""
-        links = {part.url: part for message in request.messages for part in links_in(message.parts)}
-        if not links:
-            return request
-        if len(links) > MEDIA_LINKS_MAX:
-            text = f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}."
-            raise BadRequest(text, code="invalid_value")
-        tasks = [asyncio.create_task(self._fetch_in_time(media)) for media in links.values()]
-        try:
-            content = dict(zip(links, await asyncio.gather(*tasks), strict=True))
-        finally:
-            for task in tasks:
-                task.cancel()  # after the first that fails nobody wants the others
-        messages = [
-            replace(message, parts=with_content(message.parts, content))
-            for message in request.messages
-        ]
-        return replace(request, messages=tuple(messages))
-
-    async def _fetch_in_time(self, media: Media) -> Media:
-        if not self.config.fetch_media:
-            raise self._refused(media, "is a link, and proxy.fetch_media is off")
-        try:
-            async with asyncio.timeout(MEDIA_S_MAX):
-                return await self._fetch(media)
-        except TimeoutError:
-            raise self._refused(media, f"did not come within {MEDIA_S_MAX:.0f} s") from None
-        except (aiohttp.ClientError, OSError, ValueError):
-            raise self._refused(media, "could not be fetched") from None
-
-    async def _fetch(self, media: Media) -> Media:
-        url = media.url
-        for _ in range(REDIRECTS_MAX + 1):
-            asked = aiohttp.client.URL(url)  # type: ignore[attr-defined]  # which reads digits of any script
-            host = asked.raw_host or ""
-            if is_address(host) and not self._may_ask(host, host):
-                raise self._refused(
-                    media,
-                    "leads to a private address; name its host in proxy.media_hosts to allow it",
-                )
-            async with self._session.get(asked, allow_redirects=False) as response:
-                if response.status in (301, 302, 303, 307, 308):
-                    url = urljoin(url, response.headers.get("Location", ""))
-                    continue
-                if response.status != 200:
-                    raise self._refused(media, f"answered HTTP {response.status}")
-                return await self._content(media, response)
-        raise self._refused(media, f"was redirected more than {REDIRECTS_MAX} times")
-
-    async def _content(self, media: Media, response: aiohttp.ClientResponse) -> Media:
-        mime = MEDIA_ALIASES.get(response.content_type, response.content_type)
-        if mime == "application/octet-stream":
-            mime = media_type_by(urlsplit(media.url).path)
-        if not MEDIA_TYPES.fullmatch(mime):
-            raise self._refused(media, f"is of type {mime}, which Gemini does not read")
-        data = bytearray()
-        async for piece in response.content.iter_any():
-            data += piece
-            if len(data) > MEDIA_BYTES_MAX:
-                raise self._refused(media, f"is larger than {MEDIA_BYTES_MAX >> 20} MB")
-        return replace(media, url="", mime=mime, data=base64.b64encode(data).decode())
-
-    def _refused(self, media: Media, what: str) -> BadRequest:
-        text = f"'{media.path}' {what}. Send the content itself as a data: URL."
-        return BadRequest(text, code="invalid_image_url", param=media.path)
-
-    def _may_ask(self, host: str, address: str) -> bool:
-        return host in self.config.media_hosts or is_public(address)
-
-
-class PublicResolver:
-    """Resolves names as aiohttp's own resolver does, and keeps the addresses that may be asked."""
-
-    def __init__(self, may_ask: Callable[[str, str], bool]) -> None:
-        self._may_ask = may_ask
-        self._resolver = aiohttp.ThreadedResolver()
-
-    async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[Any]:
-        found = await self._resolver.resolve(host, port, family)  # type: ignore[arg-type]  # whatever it is asked
-        if not all(self._may_ask(host, one["host"]) for one in found):
-            raise OSError(f"{host} leads to a private address")
-        return list(found)
-
-    async def close(self) -> None:
-        await self._resolver.close()
-
-
-def links_in(parts: Iterable[Part]) -> Iterable[Media]:
-    """The media that are to be fetched, also inside tool results."""
-    for part in parts:
-        if isinstance(part, ToolResult):
-            yield from links_in(part.parts)
-        elif isinstance(part, Media) and part.url and not PASSED_LINKS.match(part.url):
-            yield part
-
-
-def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[Any, ...]:
-    """The parts with the content of their links."""
-    made: list[Any] = []
-    for part in parts:
-        if isinstance(part, ToolResult):
-            made.append(replace(part, parts=with_content(part.parts, content)))
-        else:
-            made.append(content.get(part.url, part) if isinstance(part, Media) else part)
-    return tuple(made)
 
 
 # ==============================================================================
@@ -8338,11 +8316,10 @@ class KeptResponses:
         return [*parse_json(response.input), *response.response["output"]]
 
     async def sealing(
-        self, body: Any, requests: Sequence[Request], trace: Trace
+        self, body: Any, request: Request, trace: Trace
     ) -> Callable[[ToolCall | Text], str] | None:
         """Learns the signatures that a client brings back; gives a seal for new ones, where it asks for them."""
-        messages = requests[0].messages
-        parts = (part for message in messages for part in message.parts)
+        parts = (part for message in request.messages for part in message.parts)
         carried = [
             part.signature for part in parts if isinstance(part, Thinking) and part.signature
         ]
@@ -8423,7 +8400,7 @@ SESSION_HEADERS = (
     *("session_id", "session-id", "x-session-id", "x-session-affinity", "conversation_id"),
 )
 
-Render = Callable[[list[Event]], bytes]
+Render = Callable[[list[Event]], str | bytes]
 Send = Callable[[bytes], Awaitable[None]]
 
 
@@ -8445,19 +8422,12 @@ class Gateway:
     media: MediaFetcher
     kept: KeptResponses
     doors: Sequence[Door]
+    auth: str  # the effective mode of the config
     source: Source | None = None
     journal: Journal = field(default_factory=Journal)
     running: set[Exchange] = field(default_factory=set)
     backgrounds: dict[str, Background] = field(default_factory=dict)  # by the response's id
     draining: bool = False
-
-    def log(self, trace: Trace, status: int) -> None:
-        """Keeps what happened for `agproxy why` and the bill, and writes the log line."""
-        now = time.monotonic()
-        self.journal.add(trace, status, now)
-        if log.isEnabledFor(logging.INFO):
-            fields = log_fields(trace, status, now)
-            log.info("%s", log_text(fields), extra={"fields": fields})
 
     async def drain(self, seconds: float) -> None:
         """Lets running answers finish; those that take longer end with an error, told in their client's form."""
@@ -8479,86 +8449,68 @@ class Gateway:
             await asyncio.sleep(0)  # so that those that are done leave
 
 
+@dataclass(eq=False, slots=True)
 class Exchange:
     """One request and its answer, on the same path whether it is streamed, whole or made in the background.
 
     They differ in two calls: `render` makes bytes of events, `send` takes them to where they belong.
     """
 
-    __slots__ = (
-        *("answer", "door", "error", "gateway", "kept", "payloads", "renderer"),
-        *("streamed", "task", "trace"),
-    )
-
-    def __init__(self, gateway: Gateway, trace: Trace, door: Door, task: asyncio.Task[Any]) -> None:
-        self.gateway, self.trace, self.door = gateway, trace, door
-        self.task = (
-            task  # that is cancelled where the exchange is broken off before its answer has begun
-        )
-        self.payloads: dict[str, bytes] = {}
-        self.streamed = False
-        self.renderer: Renderer | None = None
-        self.kept: KeptResponse | None = None
-        self.answer: Answer | Merged | None = None
-        self.error: GatewayError | None = None  # by which it was broken off
+    gateway: Gateway
+    trace: Trace
+    door: Door
+    task: asyncio.Task[Any]  # is cancelled where the exchange is broken off before its answer
+    streamed: bool = False
+    payloads: dict[str, bytes] = field(default_factory=dict)
+    renderer: Renderer | None = None
+    kept: KeptResponse | None = None
+    answer: Answer | Merged | None = None
+    error: GatewayError | None = None  # by which it was broken off
 
     # ---- from a body to an answer that has begun
 
-    async def read(self, data: bytes, headers: Mapping[str, str]) -> tuple[list[Request], Any]:
-        """The requests of a body, and the body, whose long base64 is cut out. Raises BadRequest."""
+    async def begin(self, data: bytes, headers: Mapping[str, str]) -> Background | None:
+        """Begins the answer to a body; a response in the background is made beside this exchange. Raises GatewayError."""
         gateway, door, trace = self.gateway, self.door, self.trace
         check = is_base64 if door.keeps else seems_base64  # what is kept must be whole
         data, self.payloads = cut_payloads(data, check)
         body = parse_body(data)
+        del data
         past = await gateway.kept.recall(body, trace.client) if door.keeps else None
         requests = door.parse(body, past)
         trace.strict = gateway.config.strict or headers.get("x-agproxy-strict") == "1"
-        trace.model = requests[0].model
-        self.streamed = requests[0].stream
-        trace.affinity = affinity_of(trace.client, session_of(headers, body), requests[0])
-        return requests, body
+        trace.model, self.streamed = requests[0].model, requests[0].stream
+        trace.affinity = affinity_of(trace.client, headers, body, requests[0])
+        if door.keeps and body.get("background"):
+            return await detach(self, requests, body)
+        await self.open(requests[0], body)
+        await self.ask(requests, body)
+        return None
 
-    async def open(self, requests: Sequence[Request], body: Any) -> None:
+    async def open(self, request: Request, body: Any) -> None:
         """Makes the renderer, and the place in the store where the response is to be kept."""
-        gateway, trace, request = self.gateway, self.trace, requests[0]
-        head = Head(
-            trace.id[4:],
-            int(time.time()),
-            trace.model,
-            request.include_usage,
-            gateway.config.images_in_text,
-            time.time,
-        )
+        config, trace = self.gateway.config, self.trace
+        images = config.images_in_text
+        created, usage = int(time.time()), request.include_usage
+        head = Head(trace.id[4:], created, trace.model, usage, images, time.time)
         if self.door.keeps:
-            head = replace(head, seal=await gateway.kept.sealing(body, requests, trace))
+            head = replace(head, seal=await self.gateway.kept.sealing(body, request, trace))
         renderer = self.renderer = self.door.renderer(head, body)
         if isinstance(renderer, ResponseRenderer):
-            self.kept = gateway.kept.place_for(renderer, body, self.payloads, trace)
+            self.kept = self.gateway.kept.place_for(renderer, body, self.payloads, trace)
 
     async def ask(self, requests: Sequence[Request], body: Any) -> None:
         """Fetches linked media, maps the model and asks Gemini. Raises GatewayError."""
-        gateway, trace = self.gateway, self.trace
-        with self.breakable():
-            requests = [await gateway.media.filled(request) for request in requests]
-            if self.payloads:
-                requests = [replace(request, payloads=self.payloads) for request in requests]
-            trace.mapped_model = await gateway.upstream.catalog.resolve(trace.model)
-            try:
-                self.answer = await gateway.upstream.ask(requests, trace)
-            except UpstreamRefused:
-                refuse_damaged(self.door, body, self.payloads)
-                raise
-
-    @contextlib.contextmanager
-    def breakable(self) -> Iterator[None]:
-        """Until an answer has begun: what breaks it off is raised as an error, so that the client is told."""
+        upstream, trace = self.gateway.upstream, self.trace
+        requests = [await self.gateway.media.filled(request) for request in requests]
+        if self.payloads:
+            requests = [replace(request, payloads=self.payloads) for request in requests]
+        trace.mapped_model = await upstream.catalog.resolve(trace.model)
         try:
-            yield
-        except asyncio.CancelledError:
-            if self.error is None:
-                raise
-            self.task.uncancel()
-            raise self.error from None
+            self.answer = await upstream.ask(requests, trace)
+        except UpstreamRefused:
+            refuse_damaged(self.door, body, self.payloads)
+            raise
 
     def break_off(self, error: UpstreamError) -> None:
         """Ends the exchange in whatever phase it is; its client is told why."""
@@ -8574,36 +8526,27 @@ class Exchange:
         """Takes all events of the answer to where they belong. Raises what `render` and `send` raise."""
         assert self.answer is not None
         async for events in self.answer:
-            self.gateway.upstream.signatures.remember(events, self.trace.mapped_model)
             await self.deliver(events, render, send)
-
-    def render(self, events: list[Event]) -> bytes:
-        """The frames of the events of one read."""
-        assert self.renderer is not None
-        return encoded(self.renderer.frames(events))
 
     async def deliver(self, events: list[Event], render: Render, send: Send) -> None:
         """Sends the events of one read; what is kept is written before the client reads that it is over."""
-        data = render(events)
+        data, last, trace = render(events), events[-1], self.trace
+        if isinstance(data, str):
+            data = data.encode("utf-8", "replace")
         if self.payloads:
             data = put_back(data, self.payloads)
-        over = self._note(events[-1])
-        if self.kept and (over or self.trace.first_byte is None):
+        if isinstance(last, Ended):
+            trace.usage = last.usage
+        elif isinstance(last, Failed):
+            trace.error = last.error.code or last.error.type
+        over = isinstance(last, Ended | Failed)
+        if over and self.answer and (signed := self.answer.signed):
+            self.gateway.upstream.signatures.remember(signed, trace.mapped_model)
+        if self.kept and (over or trace.first_byte is None):
             await self.kept.save()
-        if self.trace.first_byte is None:
-            self.trace.first_byte = time.monotonic()
+        if trace.first_byte is None:
+            trace.first_byte = time.monotonic()
         await send(data)
-
-    def _note(self, event: Event) -> bool:
-        """Notes the usage or the error of an event that ends the answer; false for any other."""
-        match event:
-            case Ended(usage):
-                self.trace.usage = usage
-            case Failed(error):
-                self.trace.error = error.code or error.type
-            case _:
-                return False
-        return True
 
     async def close(self) -> None:
         if self.answer is not None:
@@ -8612,18 +8555,29 @@ class Exchange:
             await self.kept.leave()
 
 
+def affinity_of(
+    client: str, headers: Mapping[str, str], body: Mapping[str, Any], request: Request
+) -> int:
+    """A number that the requests of one conversation share: they meet the same account, whose prompt cache knows them.
+
+    Without the client's name for the conversation, by its first words.
+    """
+    names = filter(None, map(headers.get, SESSION_HEADERS))
+    session = next(names, None) or body.get("prompt_cache_key")
+    if session and isinstance(session, str):
+        return zlib.crc32(f"{client}\n{session}".encode("utf-8", "replace"))
+    first = request.messages[0].parts if request.messages else ()
+    words = "\n".join([getattr(part, "text", "") or getattr(part, "data", "") for part in first])
+    # apart, for the instructions may be long and always the same
+    system = "\n".join([client, *request.system])[:AFFINITY_CHARS]
+    return zlib.crc32((system + words[:AFFINITY_CHARS]).encode("utf-8", "replace"))
+
+
 def refuse_damaged(door: Door, body: Any, payloads: Mapping[str, bytes]) -> None:
     """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
     for mark, payload in payloads.items():
         if not is_base64(payload):
             door.parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")), ())
-
-
-def session_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> str:
-    """The client's own name for a conversation, where it gives one."""
-    names = filter(None, map(headers.get, SESSION_HEADERS))
-    name = next(names, None) or body.get("prompt_cache_key")
-    return name if isinstance(name, str) else ""
 
 
 class Background:
@@ -8662,10 +8616,11 @@ class Background:
             try:
                 await exchange.ask(requests, body)
                 await exchange.run(self._render, self._show)
-            except GatewayError as error:
-                await exchange.deliver([Failed(error)], self._render, self._show)
+            except GatewayError as failure:
+                await exchange.deliver([Failed(failure)], self._render, self._show)
             except asyncio.CancelledError:
-                await exchange.deliver([Failed(STOPPED)], self._render, self._show)
+                error = exchange.error or STOPPED
+                await exchange.deliver([Failed(error)], self._render, self._show)
             self._over = True
             await self._show(b"")
             while (
@@ -8710,7 +8665,7 @@ async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> 
     request_trace.model = ""
     detached = Exchange(gateway, trace, exchange.door, exchange.task)
     detached.payloads, detached.streamed = exchange.payloads, exchange.streamed
-    await detached.open(requests, body)
+    await detached.open(requests[0], body)
     streamed = [replace(request, stream=True) for request in requests]
     background = Background(detached, streamed, body)
     gateway.running.add(detached)
@@ -8730,9 +8685,18 @@ def finish_background(background: Background, task: asyncio.Task[None]) -> None:
     error = None if task.cancelled() else task.exception()
     if error:
         log.error("%s failed", exchange.trace.id, exc_info=without_words(error))
-    gateway.log(exchange.trace, 500 if error else 200)
+    log_exchange(gateway, exchange.trace, 500 if error else 200)
     gateway.running.discard(exchange)
     gateway.backgrounds.pop(background.kept.id, None)
+
+
+def log_exchange(gateway: Gateway, trace: Trace, status: int) -> None:
+    """Keeps what happened for `agproxy why` and the bill, and writes the log line."""
+    now = time.monotonic()
+    gateway.journal.add(trace, status, now)
+    if log.isEnabledFor(logging.INFO):
+        fields = log_fields(trace, status, now)
+        log.info("%s", log_text(fields), extra={"fields": fields})
 
 
 def without_words(error: BaseException) -> Any:
@@ -8755,6 +8719,7 @@ EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 CLOSE: Mapping[str, str] = {"Connection": "close"}
 GIVEN_ONCE = ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Authorization")
 KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
+FOREIGN = re.compile(r"https?:|null$", re.IGNORECASE)  # origins of web pages, not of programs
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 POOL_ACTIONS = ("reset", "pause", "resume")
 LINE_BYTES_MAX = 8190  # of the request line, and of a header: room for any key or token
@@ -8825,7 +8790,7 @@ def create_app(
     database = Database(path)
     upstream = Upstream(config, direct=direct)
     kept = KeptResponses(ResponseStore(database), upstream.signatures, keeps=config.store != "off")
-    gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors)
+    gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors, config.auth)
 
     async def live(app: web.Application) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
@@ -8856,10 +8821,6 @@ def gateway_key() -> web.AppKey[Gateway]:
 @functools.cache
 def exchange_key() -> web.RequestKey[Exchange]:
     return web.RequestKey("exchange", Exchange)
-
-
-def exchange_of(request: web.Request) -> Exchange:
-    return request[exchange_key()]
 
 
 async def start(
@@ -8893,63 +8854,63 @@ async def name_request(
     client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
     if client_id and CLIENT_ID.fullmatch(client_id):
         trace.client_id = client_id
+    doors = [door for door in gateway.doors if path.startswith(door.path)] or gateway.doors
     task: Any = asyncio.current_task()
-    exchange = Exchange(gateway, trace, door_at(gateway.doors, path), task)
-    request[exchange_key()] = exchange
+    exchange = request[exchange_key()] = Exchange(gateway, trace, doors[0], task)
     gateway.running.add(exchange)
     status = 499  # where the client is gone
     try:
-        response = await answered(request, exchange, handler)
+        response = await handler(request)
         status = response.status
-        return response
-    finally:
-        gateway.running.discard(exchange)
-        gateway.log(trace, status)
-
-
-async def answered(
-    request: web.Request, exchange: Exchange, handler: Handler
-) -> web.StreamResponse:
-    """The answer of a handler, or what it raised in the form of the request's door."""
-    trace = exchange.trace
-    try:
-        return await handler(request)
-    except GatewayError as error:
-        return error_reply(request, error)
-    except RecursionError:
-        return error_reply(request, BadRequest("The body is nested too deep. Send flatter JSON."))
+    except (GatewayError, RecursionError, asyncio.CancelledError) as error:
+        response = error_reply(request, told_of(exchange, error))
+        status = response.status
     except ConnectionError:
         raise  # the client is gone
     except Exception as mistake:
         log.error("%s failed", trace.id, exc_info=without_words(mistake))
         text = "The gateway failed. Its log says why; please report it."
-        return error_reply(request, GatewayError(text))
+        response = error_reply(request, GatewayError(text))
+        status = response.status
+    finally:
+        gateway.running.discard(exchange)
+        log_exchange(gateway, trace, status)
+    return response
 
 
-def door_at(doors: Sequence[Door], path: str) -> Door:
-    """The door in whose form errors at a path are told."""
-    for door in doors:
-        if path.startswith(door.path):
-            return door
-    return doors[0]
+def told_of(exchange: Exchange, error: BaseException) -> GatewayError:
+    """The error that a client is told. A cancellation is one where the exchange was broken off; else it is raised."""
+    if isinstance(error, RecursionError):
+        return BadRequest("The body is nested too deep. Send flatter JSON.")
+    if isinstance(error, asyncio.CancelledError) and exchange.error:
+        exchange.task.uncancel()
+        return exchange.error
+    if isinstance(error, GatewayError):
+        return error
+    raise error
 
 
 async def let_in(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
     """Keeps out whom the config keeps out; finds the handler of a path in another writing."""
-    exchange = exchange_of(request)
+    config, headers = gateway.config, request.headers
     for name in GIVEN_ONCE:
-        if len(request.headers.getall(name, ())) > 1:
+        if len(headers.getall(name, ())) > 1:
             raise BadRequest(f"The header {name} is given twice. Send it once.", headers=CLOSE)
-    guard(gateway.config, request)
+    path, _ = place_of(request.path)
+    if gateway.auth == "off":
+        guard(config, request)
+    elif request.method != "OPTIONS" and (gateway.auth == "strict" or path != "/healthz"):
+        request[exchange_key()].trace.client = client_of(config, headers)
     if request.method == "OPTIONS":
         return web.Response(status=204, headers=headers_of(request))
-    path, _ = place_of(request.path)
-    if gateway.config.auth != "all_except_health" or path != "/healthz":
-        exchange.trace.client = client_of(gateway.config, request.headers)
-    check_load(gateway)
-    if path == request.path:
-        return await handler(request)
-    return await reroute(request, path)
+    if gateway.draining:
+        raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
+    if len(gateway.running) - len(gateway.backgrounds) > config.max_requests:
+        text = f"The gateway serves {config.max_requests} requests at once."
+        raise Overloaded(f"{text} Try again in a moment, or raise proxy.max_requests.")
+    if path != request.path:
+        return await reroute(request, path)
+    return await handler(request)
 
 
 async def reroute(request: web.Request, path: str) -> web.StreamResponse:
@@ -8963,17 +8924,14 @@ async def reroute(request: web.Request, path: str) -> web.StreamResponse:
 
 def guard(config: Config, request: web.Request) -> None:
     """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
-    if config.auth != "off":
-        return
     host = host_of(f"//{request.headers.get('host', 'localhost')}")
     literal = config.allow_lan_access and is_address(host)
     if not (is_loopback(host) or literal or host in config.allowed_hosts):
         text = f"The Host '{host}' may not be used without a key."
         text += f" Add it to proxy.allowed_hosts, or {ASK_FOR_A_KEY}."
         raise Forbidden(text, code="host_not_allowed")
-    origin = request.headers.get("origin", "")
-    foreign = re.match(r"https?:|null$", origin, re.IGNORECASE) and not may_call(config, origin)
-    if foreign:
+    origin = request.headers.get("origin")
+    if origin and FOREIGN.match(origin) and not may_call(config, origin):
         text = f"The web page {origin} may not call. Add it to proxy.cors_origins,"
         raise Forbidden(f"{text} or {ASK_FOR_A_KEY}.", code="origin_not_allowed")
 
@@ -8983,9 +8941,7 @@ def may_call(config: Config, origin: str) -> bool:
 
 
 def client_of(config: Config, headers: Mapping[str, str]) -> str:
-    """The name of the key that a request shows; "" where none is needed. Raises Unauthorized."""
-    if config.auth == "off":
-        return ""
+    """The name of the key that a request shows. Raises Unauthorized."""
     keys = [re.sub(r"(?i)^bearer +", "", headers.get("authorization", "").strip())]
     keys += [headers.get(name, "") for name in KEY_HEADERS]
     sent = [key.encode("utf-8", "surrogateescape") for key in keys]
@@ -8996,23 +8952,14 @@ def client_of(config: Config, headers: Mapping[str, str]) -> str:
     raise Unauthorized(f"{what} Send a key of proxy.api_key as 'Authorization: Bearer KEY'.")
 
 
-def check_load(gateway: Gateway) -> None:
-    """Raises Overloaded while the gateway stops, or serves as many requests as it may."""
-    if gateway.draining:
-        raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
-    if len(gateway.running) - len(gateway.backgrounds) > gateway.config.max_requests:
-        text = f"The gateway serves {gateway.config.max_requests} requests at once."
-        raise Overloaded(f"{text} Try again in a moment, or raise proxy.max_requests.")
-
-
 async def expect_later(request: web.Request) -> None:
     """Sends no 100 Continue yet: a client is asked for its body once its key was checked."""
 
 
-def cors_headers(config: Config, request: web.Request) -> dict[str, str]:
+def cors_headers(gateway: Gateway, request: web.Request, origin: str) -> dict[str, str]:
     """Lets a browser's page read the answer: any page where a key is needed, else those allowed."""
-    origin, open_to_all = request.headers.get("origin"), config.auth != "off"
-    if origin is None or not (open_to_all or may_call(config, origin)):
+    open_to_all = gateway.auth != "off"
+    if not (open_to_all or may_call(gateway.config, origin)):
         return {}
     headers = {"Access-Control-Allow-Origin": "*" if open_to_all else origin, "Vary": "Origin"}
     if request.method != "OPTIONS":
@@ -9027,12 +8974,25 @@ def cors_headers(config: Config, request: web.Request) -> dict[str, str]:
 
 def headers_of(request: web.Request) -> dict[str, str]:
     """The headers of every answer, without what would end one."""
-    exchange = exchange_of(request)
-    headers = exchange.trace.headers(time.monotonic())
-    headers |= cors_headers(exchange.gateway.config, request)
-    headers["Server"] = "agproxy"
-    for name, value in headers.items():
-        if not value.isprintable():
+    exchange = request[exchange_key()]
+    trace, config, gateway = exchange.trace, exchange.trace.config, exchange.gateway
+    ms = round(1000 * (time.monotonic() - trace.started))
+    headers = {"X-Request-Id": trace.id, "openai-processing-ms": str(ms), "Server": "agproxy"}
+    if trace.mapped_model:
+        headers |= {"X-Mapped-Model": trace.mapped_model, "X-Attempts": str(trace.attempts)}
+    if trace.account and config.show_account != "off":
+        name = trace.account.email or trace.account.name
+        if config.show_account == "masked":
+            name = masked(name)
+        headers["X-Account-Email"] = name
+    if trace.changes:
+        headers["X-Agproxy-Changes"] = str(trace.changes)
+    if config.demo:
+        headers["X-Agproxy-Demo"] = "1"
+    if origin := request.headers.get("origin"):
+        headers |= cors_headers(gateway, request, origin)
+    if not "".join(headers.values()).isprintable():
+        for name, value in headers.items():
             headers[name] = "".join(c if c.isprintable() else "?" for c in value)
     return headers
 
@@ -9054,7 +9014,7 @@ def json_reply(request: web.Request, value: Any) -> web.Response:
 
 def error_reply(request: web.Request, error: GatewayError) -> web.Response:
     """An error in the form of the request's door."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     trace, door = exchange.trace, exchange.door
     if error.code == "context_length_exceeded":
         error.param = door.long_field
@@ -9079,13 +9039,13 @@ async def tell_health(request: web.Request) -> web.StreamResponse:
 
 
 async def list_models(request: web.Request) -> web.StreamResponse:
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     return json_reply(request, exchange.door.models(await models_of(exchange.gateway), False))
 
 
 async def show_model(request: web.Request) -> web.StreamResponse:
     """One model: a listed one, or any name that the mapping knows. Raises ModelNotFound."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     name = request.match_info["name"]
     listed = {model.id: model for model in await models_of(exchange.gateway)}
     model = listed.get(name)
@@ -9104,32 +9064,30 @@ async def models_of(gateway: Gateway) -> list[Listed]:
 
 
 async def embed(request: web.Request) -> web.StreamResponse:
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     trace, upstream = exchange.trace, exchange.gateway.upstream
     trace.affinity = zlib.crc32(trace.id.encode())  # no prompt cache knows it: any account
     wanted = parse_embeddings(parse_body(await read_body(request)))
-    with exchange.breakable():
-        trace.model = wanted.model
-        trace.mapped_model = await upstream.catalog.resolve(wanted.model)
-        vectors, tokens = await upstream.embed(wanted, trace)
+    trace.model = wanted.model
+    trace.mapped_model = await upstream.catalog.resolve(wanted.model)
+    vectors, tokens = await upstream.embed(wanted, trace)
     trace.usage = Usage(prompt=tokens)
     return json_reply(request, render_embeddings(wanted, vectors, tokens))
 
 
 async def count_tokens(request: web.Request) -> web.StreamResponse:
     """The number of tokens that the input of a response would be; all of its fields may be missing."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
     body = parse_body(await read_body(request))
-    with exchange.breakable():
-        if isinstance(body, dict):
-            fields = {key: value for key, value in body.items() if value is not None}
-            body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
-        past = await gateway.kept.recall(body, trace.client)
-        wanted = door.parse(body, past or ())[0]
-        trace.model, trace.affinity = wanted.model, zlib.crc32(trace.id.encode())
-        trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
-        tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
+    if isinstance(body, dict):
+        fields = {key: value for key, value in body.items() if value is not None}
+        body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
+    past = await gateway.kept.recall(body, trace.client)
+    wanted = door.parse(body, past or ())[0]
+    trace.model, trace.affinity = wanted.model, zlib.crc32(trace.id.encode())
+    trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
+    tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
     assert door.counts is not None
     return json_reply(request, door.counts(tokens))
 
@@ -9231,31 +9189,21 @@ def keep_buffers() -> None:
 # ---- answers of the doors
 
 
+@dataclass(eq=False, slots=True)
 class EventStream:
     """A client's side of a stream.
 
     Its head waits for the first event or heartbeat, so that what fails before has a status of its own.
     """
 
-    __slots__ = (
-        "_alarm",
-        "_beat_s",
-        "_beating",
-        "_quiet",
-        "_request",
-        "_sends",
-        "ended",
-        "response",
-    )
-
-    def __init__(self, request: web.Request, beat_s: float) -> None:
-        self.response: web.StreamResponse | None = None  # once its head went out
-        self.ended = False
-        self._request, self._beat_s = request, beat_s
-        self._quiet = True  # nothing was sent since the heartbeat looked
-        self._sends = False  # what was sent last is not taken yet
-        self._beating: asyncio.Task[None] | None = None
-        self._alarm: asyncio.TimerHandle | None = None
+    _request: web.Request
+    _exchange: Exchange
+    response: web.StreamResponse | None = None  # once its head went out
+    ended: bool = False
+    _quiet: bool = True  # nothing was sent since the heartbeat looked
+    _sends: bool = False  # what was sent last is not taken yet
+    _beating: asyncio.Task[None] | None = None
+    _alarm: asyncio.TimerHandle | None = None
 
     async def send(self, data: bytes) -> None:
         """Returns once the client has taken most of what was sent. Raises ConnectionError where it is gone."""
@@ -9273,25 +9221,25 @@ class EventStream:
         self._sends = False
 
     def start_heartbeat(self) -> None:
-        """From now on a heartbeat may begin the stream, and then an error is told in it."""
-        if self._beat_s:
+        """A heartbeat may begin a stream, and then an error is told in it."""
+        seconds = self._exchange.gateway.config.heartbeat_s
+        if seconds:
             loop = asyncio.get_running_loop()
-            self._alarm = loop.call_later(self._beat_s, self._beat)
+            self._alarm = loop.call_later(seconds, self._beat, loop, seconds / 2)
 
-    def _beat(self) -> None:
+    def _beat(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer."""
-        loop = asyncio.get_running_loop()
-        if self._quiet and not self._sends:  # who does not take what there is needs no heartbeat
+        begun = self.response or (self._exchange.streamed and self._exchange.renderer)
+        if self._quiet and begun and not self._sends:  # whoever takes nothing needs no heartbeat
             self._beating = loop.create_task(self._send_heartbeat())
         self._quiet = True
-        self._alarm = loop.call_later(self._beat_s / 2, self._beat)
+        self._alarm = loop.call_later(seconds, self._beat, loop, seconds)
 
     async def _send_heartbeat(self) -> None:
         with contextlib.suppress(ConnectionError):
             await self.send(HEARTBEAT)
 
     async def end(self) -> web.StreamResponse:
-        self.close()
         if self.response is None:
             await self.send(b"")
         assert self.response is not None
@@ -9300,73 +9248,66 @@ class EventStream:
         return self.response
 
     def close(self) -> None:
+        """Cuts off a stream that has not come to its end, so that nobody takes a part for the whole."""
         if self._alarm:
             self._alarm.cancel()
         if self._beating:
             self._beating.cancel()
-
-    def cut_off(self) -> None:
-        """Cuts the connection of a stream that has not come to its end, so that nobody takes a part for the whole."""
         if self.response is not None and not self.ended and self._request.transport is not None:
             self._request.transport.abort()
 
 
 async def answer(request: web.Request) -> web.StreamResponse:
     """The answer of every door: streamed, whole, or made in the background."""
-    exchange = exchange_of(request)
-    stream = EventStream(request, exchange.gateway.config.heartbeat_s)
+    exchange = request[exchange_key()]
+    stream = EventStream(request, exchange)
+    stream.start_heartbeat()
     try:
-        background = await begin(stream, exchange, request)
+        background = await exchange.begin(await read_body(request), request.headers)
         if background:
             return await answer_detached(stream, background, request)
-        if exchange.streamed:
-            await exchange.run(exchange.render, stream.send)
-            return await stream.end()
-        return await answer_whole(exchange, request)
-    except GatewayError as error:
-        if stream.response is None:
+        renderer = exchange.renderer
+        assert renderer is not None
+        if not exchange.streamed:
+            return await answer_whole(exchange, renderer, request)
+        await exchange.run(renderer.frames, stream.send)
+        return await stream.end()
+    except (GatewayError, asyncio.CancelledError) as error:
+        if stream.response is None or exchange.renderer is None:
             raise
         # only heartbeats have begun the stream: the error is told in it
-        await exchange.deliver([Started(), Failed(error)], exchange.render, stream.send)
+        events: list[Event] = [Started(), Failed(told_of(exchange, error))]
+        await exchange.deliver(events, exchange.renderer.frames, stream.send)
         return await stream.end()
     finally:
         stream.close()
-        stream.cut_off()
-        await exchange.close()
-
-
-async def begin(stream: EventStream, exchange: Exchange, request: web.Request) -> Background | None:
-    """Begins the answer; the request's own data are let go before a long stream."""
-    requests, body = await exchange.read(await read_body(request), request.headers)
-    if exchange.door.keeps and body.get("background"):
-        return await detach(exchange, requests, body)
-    await exchange.open(requests, body)
-    if exchange.streamed:
-        stream.start_heartbeat()
-    await exchange.ask(requests, body)
-    return None
+        if exchange.kept or exchange.answer is None or not exchange.answer.closed:
+            await exchange.close()
 
 
 async def answer_detached(
     stream: EventStream, background: Background, request: web.Request
 ) -> web.StreamResponse:
     """What is told of a response that is made in the background: the object so far, or its stream."""
-    if not background.exchange.streamed:
-        return reply(request, background.kept.object())
-    stream.start_heartbeat()
-    return await follow(stream, background, 0)
+    if background.exchange.streamed:
+        return await follow(stream, background, 0, request)
+    return reply(request, background.kept.object())
 
 
-async def follow(stream: EventStream, background: Background, at: int) -> web.StreamResponse:
+async def follow(
+    stream: EventStream, background: Background, at: int, request: web.Request
+) -> web.StreamResponse:
+    request[exchange_key()].error = STOPPED  # it ends with the response that it follows, not before
     await stream.send(b"")
     async for frames in background.follow(at):
         await stream.send(frames)
     return await stream.end()
 
 
-async def answer_whole(exchange: Exchange, request: web.Request) -> web.StreamResponse:
-    assert exchange.renderer is not None
-    whole = WholeAnswer(exchange.renderer)
+async def answer_whole(
+    exchange: Exchange, renderer: Renderer, request: web.Request
+) -> web.StreamResponse:
+    whole = WholeAnswer(renderer)
     await exchange.run(whole.render, whole.keep)
     return reply(request, whole.body)
 
@@ -9395,7 +9336,7 @@ class WholeAnswer:
 
 async def stored_for(request: web.Request) -> StoredResponse:
     """The response that a path names. Raises ResponseNotFound, also where another key made it."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     id = request.match_info["id"]
     stored = await exchange.gateway.kept.store.get(id, exchange.trace.client)
     if stored is None:
@@ -9408,7 +9349,7 @@ async def stored_for(request: web.Request) -> StoredResponse:
 
 async def show_response(request: web.Request) -> web.StreamResponse:
     """A response as it is by now, or by `stream=true` its stream from where the client wants it."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     stored = await stored_for(request)
     background = exchange.gateway.backgrounds.get(stored.id)
     if request.query.get("stream") == "true":
@@ -9421,7 +9362,6 @@ async def show_response(request: web.Request) -> web.StreamResponse:
 async def replay(
     request: web.Request, stored: StoredResponse, background: Background | None
 ) -> web.StreamResponse:
-    exchange = exchange_of(request)
     after = Fields(numbers_in(request.query)).count("starting_after", low=0)
     at = 0 if after is None else after + 1
     if background is None:
@@ -9429,13 +9369,12 @@ async def replay(
         return reply(request, frames, media_type="text/event-stream")
     if request.method == "HEAD":
         return reply(request, b"")
-    stream = EventStream(request, exchange.gateway.config.heartbeat_s)
+    stream = EventStream(request, background.exchange)
+    stream.start_heartbeat()
     try:
-        stream.start_heartbeat()
-        return await follow(stream, background, at)
+        return await follow(stream, background, at, request)
     finally:
         stream.close()
-        stream.cut_off()
 
 
 async def list_input_items(request: web.Request) -> web.StreamResponse:
@@ -9444,7 +9383,7 @@ async def list_input_items(request: web.Request) -> web.StreamResponse:
 
 
 async def cancel_response(request: web.Request) -> web.StreamResponse:
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     stored = await stored_for(request)
     if not stored.response["background"]:
         raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
@@ -9455,7 +9394,7 @@ async def cancel_response(request: web.Request) -> web.StreamResponse:
 
 
 async def delete_response(request: web.Request) -> web.StreamResponse:
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     stored = await stored_for(request)
     await break_off(exchange.gateway, stored.id)
     await exchange.gateway.kept.store.delete(stored.id)
@@ -9477,7 +9416,7 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
 
 def check_operator(request: web.Request) -> Gateway:
     """The gateway, for a client with a key, or where none is needed for a program of this machine. Raises Forbidden."""
-    exchange = exchange_of(request)
+    exchange = request[exchange_key()]
     config = exchange.gateway.config
     here = is_loopback(request.remote or "") or request.remote == config.bind
     if config.auth == "off" and (not here or "origin" in request.headers):
@@ -9545,6 +9484,7 @@ async def reload(gateway: Gateway) -> int:
         log.warning("the config stays as it was: %s", error)
         raise
     gateway.config = gateway.media.config = replace(config, host=old.host)
+    gateway.auth = config.auth
     gateway.upstream.adopt(gateway.config)
     log.info("the config was read again: %d accounts", len(config.accounts))
     return len(config.accounts)
@@ -10376,7 +10316,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], pass_on)
         on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else pass_on)
         code = await child.wait()
-        click.echo(f"agproxy: {app[gateway_key()].journal.tally.bill()}", err=True)
+        click.echo(f"agproxy: {app[gateway_key()].journal.bill()}", err=True)
     return 128 - code if code < 0 else code
 
 

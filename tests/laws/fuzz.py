@@ -134,7 +134,7 @@ def findings(body: Any, model: str) -> list[Any]:
 def memory() -> agproxy.SignatureMemory:
     made = agproxy.SignatureMemory()
     call, words = agproxy.ToolCall("c1", "f", "{}", "c2ln"), agproxy.Text("hi", agproxy.Signature("c2ln", 0, 1))
-    made.remember([agproxy.PartEnd(0, call), agproxy.PartEnd(0, words)], g.MODELS[4])
+    made.remember([call, words], g.MODELS[4])
     return made
 
 

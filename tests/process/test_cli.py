@@ -225,7 +225,7 @@ async def test_a_signal_after_the_command_has_ended_is_no_mistake(
         os.kill(os.getpid(), signal.SIGTERM)
         return "nothing"
 
-    monkeypatch.setattr(agproxy.Tally, "bill", bill)
+    monkeypatch.setattr(agproxy.Journal, "bill", bill)
     assert await agproxy.run_command(agproxy.Config((), demo=True), ["true"]) == 0
     await asyncio.sleep(0.05)
     assert "ProcessLookupError" not in caplog.text

@@ -82,21 +82,6 @@ def test_by_affinity_a_conversation_keeps_its_account_and_only_its_own_cooldown_
     assert {key: pool.name(key=key, now=NOON + 31) for key in keys} == before
 
 
-def test_requests_of_one_conversation_share_a_number() -> None:
-    def number(*texts: str, client: str = "", session: str = "", system: str = "s") -> int:
-        said = tuple(agproxy.Message("user", (agproxy.Text(text),)) for text in texts)
-        return agproxy.affinity_of(client, session, agproxy.Request("m", said, (system,)))
-
-    assert number("hello") == number("hello", "and then?")
-    assert number("hello", session="x") == number("other", session="x", system="t")
-    assert len({number("hello"), number("hi"), number("hello", client="ci"), number("hello", system="t")}) == 4
-    tool = "You are a tool with long instructions. " * 1000
-    assert number("hello", system=tool) == number("hello", "and then?", system=tool) != number("hi", system=tool)
-    assert agproxy.affinity_of("", "", agproxy.Request("m", ())) == agproxy.affinity_of(
-        "", "", agproxy.Request("n", ())
-    )
-
-
 def test_an_account_is_asked_no_more_at_once_than_it_takes() -> None:
     pool = Pool([replace(A, max_concurrency=2)])
     first, second = pool.ask(), pool.ask()

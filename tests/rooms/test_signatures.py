@@ -21,7 +21,7 @@ M = "gemini-2.5-flash"
 def test_signatures_are_put_back_for_the_model_that_made_them_and_the_oldest_give_way() -> None:
     memory = agproxy.SignatureMemory(size=2)
     for id in ("one", "two", "three"):
-        memory.remember([agproxy.PartEnd(0, agproxy.ToolCall(id, "f", "{}", f"sig-{id}"))], M)
+        memory.remember([agproxy.ToolCall(id, "f", "{}", f"sig-{id}")], M)
     calls = tuple(agproxy.ToolCall(id, "f", "{}") for id in ("one", "two", "three"))
     request = agproxy.Request("m", (agproxy.Message("assistant", calls),))
 
