@@ -27,9 +27,11 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     19 Upstream        what Gemini is asked, and the one retry loop
     20 Kept responses  recall, keep, replay: what outlives its request
     21 Exchanges       the one path of every answer: streamed, whole, in the background
-    22 Web             aiohttp.web: routes, middlewares, handlers, the listener
-    23 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    24 Command line    what a person types
+    22 Web             aiohttp.web: middlewares, and the handlers of the doors
+    23 Operator        /agproxy/: status, why, pool, reload
+    24 Server          the table of routes, the application, the listener
+    25 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
+    26 Command line    what a person types
 """
 
 from __future__ import annotations
@@ -8709,11 +8711,7 @@ def without_words(error: BaseException) -> Any:
 # 22. Web
 # ==============================================================================
 
-DRAIN_S = 30.0
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
-LINGER_S = 10.0  # for the rest of a body that nobody reads
-KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
-UNSENT_BYTES_MAX = 256 << 10  # of a client that is slow; then its answer waits
 HEARTBEAT = b": keep-alive\n\n"  # a comment, which every reader of event streams skips
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 CLOSE: Mapping[str, str] = {"Connection": "close"}
@@ -8721,8 +8719,6 @@ GIVEN_ONCE = ("Host", "Content-Length", "Transfer-Encoding", "Content-Type", "Au
 KEY_HEADERS = ("x-api-key", "x-goog-api-key", "api-key")
 FOREIGN = re.compile(r"https?:|null$", re.IGNORECASE)  # origins of web pages, not of programs
 CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
-POOL_ACTIONS = ("reset", "pause", "resume")
-LINE_BYTES_MAX = 8190  # of the request line, and of a header: room for any key or token
 NOT_HTTP = "What came is not HTTP/1.1. Check the client, and that it uses no TLS here."
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 
@@ -8751,68 +8747,6 @@ def place_of(path: str) -> tuple[str, str]:
     return f"/v1/{endpoint}", endpoint
 
 
-def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
-    """The table of routes. A path in another writing is brought into this one by `place_of`."""
-    get = functools.partial(web.get, expect_handler=expect_later)
-    post = functools.partial(web.post, expect_handler=expect_later)
-    return [
-        get("/healthz", tell_health),
-        get("/v1/models", list_models),
-        get("/v1/models/{name:(?s:.+)}", show_model),
-        *(post(door.path, answer) for door in doors),
-        *(post(f"{door.path}/input_tokens", count_tokens) for door in doors if door.counts),
-        post("/v1/embeddings", embed),
-        get("/v1/responses/{id}", show_response),
-        get("/v1/responses/{id}/input_items", list_input_items),
-        post("/v1/responses/{id}/cancel", cancel_response),
-        web.delete("/v1/responses/{id}", delete_response, expect_handler=expect_later),
-        get("/agproxy/status", show_status),
-        get("/agproxy/why/{id}", explain_request),
-        post("/agproxy/pool", steer_accounts),
-        post("/agproxy/reload", reload_config),
-        web.route("*", "/{path:(?s:.*)}", refuse_path, expect_handler=expect_later),
-    ]
-
-
-def create_app(
-    config: Config,
-    *,
-    doors: Sequence[Door] = DOORS,
-    source: Source | None = None,
-    drain_s: float = 0.0,
-    direct: bool = True,
-) -> web.Application:
-    """The gateway as an aiohttp application; when that stops, running answers have `drain_s` to finish.
-
-    Without `direct` upstreams are asked by aiohttp's client, as through a proxy.
-    """
-    path = None if config.store in (None, "memory", "off") else Path(config.store)
-    database = Database(path)
-    upstream = Upstream(config, direct=direct)
-    kept = KeptResponses(ResponseStore(database), upstream.signatures, keeps=config.store != "off")
-    gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors, config.auth)
-
-    async def live(app: web.Application) -> AsyncIterator[None]:
-        async with contextlib.AsyncExitStack() as stack:
-            await start(gateway, database, source, stack)
-            yield
-            for exchange in gateway.running:
-                exchange.task.cancel()
-            tasks = [exchange.task for exchange in gateway.running]
-            await asyncio.gather(*tasks, return_exceptions=True)
-
-    async def drain(app: web.Application) -> None:
-        await gateway.drain(drain_s)
-
-    layers = [functools.partial(layer, gateway) for layer in (name_request, let_in)]
-    app = web.Application(middlewares=[web.middleware(layer) for layer in layers])
-    app.add_routes(routes(doors))
-    app.on_shutdown.append(drain)
-    app.cleanup_ctx.append(live)
-    app[gateway_key()] = gateway
-    return app
-
-
 @functools.cache
 def gateway_key() -> web.AppKey[Gateway]:
     return web.AppKey("gateway", Gateway)
@@ -8821,25 +8755,6 @@ def gateway_key() -> web.AppKey[Gateway]:
 @functools.cache
 def exchange_key() -> web.RequestKey[Exchange]:
     return web.RequestKey("exchange", Exchange)
-
-
-async def start(
-    gateway: Gateway, database: Database, source: Source | None, stack: contextlib.AsyncExitStack
-) -> None:
-    """Opens what an application needs while it lives; the stack closes it."""
-    upstream = gateway.upstream
-    stack.push_async_callback(database.close)
-    stack.push_async_callback(gateway.media.close)
-    stack.push_async_callback(upstream.close)
-    if source:
-        stack.callback(asyncio.create_task(watch(gateway, source)).cancel)
-        gateway.source = source
-    if database.path:
-        pool_store = PoolStore(database, upstream.pool)
-        if database.path.exists():  # what keeps nothing leaves nothing on disk
-            await pool_store.load(upstream.clock())
-        stack.push_async_callback(pool_store.save)
-        stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
 
 
 # ---- every request: named, let in or not, told the truth where it fails
@@ -9034,16 +8949,16 @@ def error_reply(request: web.Request, error: GatewayError) -> web.Response:
     return response
 
 
-async def tell_health(request: web.Request) -> web.StreamResponse:
+async def handle_health(request: web.Request) -> web.StreamResponse:
     return json_reply(request, {"status": "ok", "version": __version__})
 
 
-async def list_models(request: web.Request) -> web.StreamResponse:
+async def handle_models(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
     return json_reply(request, exchange.door.models(await models_of(exchange.gateway), False))
 
 
-async def show_model(request: web.Request) -> web.StreamResponse:
+async def handle_model(request: web.Request) -> web.StreamResponse:
     """One model: a listed one, or any name that the mapping knows. Raises ModelNotFound."""
     exchange = request[exchange_key()]
     name = request.match_info["name"]
@@ -9063,7 +8978,7 @@ async def models_of(gateway: Gateway) -> list[Listed]:
     return models + [Listed(name, "agproxy") for name in aliases]
 
 
-async def embed(request: web.Request) -> web.StreamResponse:
+async def handle_embeddings(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
     trace, upstream = exchange.trace, exchange.gateway.upstream
     trace.affinity = zlib.crc32(trace.id.encode())  # no prompt cache knows it: any account
@@ -9075,7 +8990,7 @@ async def embed(request: web.Request) -> web.StreamResponse:
     return json_reply(request, render_embeddings(wanted, vectors, tokens))
 
 
-async def count_tokens(request: web.Request) -> web.StreamResponse:
+async def handle_token_count(request: web.Request) -> web.StreamResponse:
     """The number of tokens that the input of a response would be; all of its fields may be missing."""
     exchange = request[exchange_key()]
     gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
@@ -9092,7 +9007,7 @@ async def count_tokens(request: web.Request) -> web.StreamResponse:
     return json_reply(request, door.counts(tokens))
 
 
-async def refuse_path(request: web.Request) -> web.StreamResponse:
+async def handle_unknown(request: web.Request) -> web.StreamResponse:
     """Refuses what has no route: by the methods that the path has, else by the base URL that is meant."""
     allowed: set[str] = set()
     for resource in request.app.router.resources():
@@ -9257,7 +9172,7 @@ class EventStream:
             self._request.transport.abort()
 
 
-async def answer(request: web.Request) -> web.StreamResponse:
+async def handle_door(request: web.Request) -> web.StreamResponse:
     """The answer of every door: streamed, whole, or made in the background."""
     exchange = request[exchange_key()]
     stream = EventStream(request, exchange)
@@ -9347,7 +9262,7 @@ async def stored_for(request: web.Request) -> StoredResponse:
     return stored
 
 
-async def show_response(request: web.Request) -> web.StreamResponse:
+async def handle_response(request: web.Request) -> web.StreamResponse:
     """A response as it is by now, or by `stream=true` its stream from where the client wants it."""
     exchange = request[exchange_key()]
     stored = await stored_for(request)
@@ -9377,12 +9292,12 @@ async def replay(
         stream.close()
 
 
-async def list_input_items(request: web.Request) -> web.StreamResponse:
+async def handle_input_items(request: web.Request) -> web.StreamResponse:
     stored = await stored_for(request)
     return json_reply(request, page_of(parse_json(stored.input), request.query))
 
 
-async def cancel_response(request: web.Request) -> web.StreamResponse:
+async def handle_cancel(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
     stored = await stored_for(request)
     if not stored.response["background"]:
@@ -9393,7 +9308,7 @@ async def cancel_response(request: web.Request) -> web.StreamResponse:
     return json_reply(request, stored.response)
 
 
-async def delete_response(request: web.Request) -> web.StreamResponse:
+async def handle_delete(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
     stored = await stored_for(request)
     await break_off(exchange.gateway, stored.id)
@@ -9411,7 +9326,11 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
     return background
 
 
-# ---- /agproxy/: what `agproxy status`, `why`, `pool` and `reload` ask
+# ==============================================================================
+# 23. Operator
+# ==============================================================================
+
+POOL_ACTIONS = ("reset", "pause", "resume")
 
 
 def check_operator(request: web.Request) -> Gateway:
@@ -9425,13 +9344,13 @@ def check_operator(request: web.Request) -> Gateway:
     return exchange.gateway
 
 
-async def show_status(request: web.Request) -> web.StreamResponse:
+async def handle_status(request: web.Request) -> web.StreamResponse:
     upstream = check_operator(request).upstream
     accounts = upstream.pool.status(upstream.clock())
     return json_reply(request, {"version": __version__, "accounts": accounts})
 
 
-async def explain_request(request: web.Request) -> web.StreamResponse:
+async def handle_why(request: web.Request) -> web.StreamResponse:
     id = request.match_info["id"]
     known = check_operator(request).journal.find(id)
     if known is None:
@@ -9440,7 +9359,7 @@ async def explain_request(request: web.Request) -> web.StreamResponse:
     return json_reply(request, known)
 
 
-async def steer_accounts(request: web.Request) -> web.StreamResponse:
+async def handle_pool(request: web.Request) -> web.StreamResponse:
     """Resets, pauses or resumes an account or one model of it."""
     upstream = check_operator(request).upstream
     fields = Fields(parse_body(await read_body(request)))
@@ -9457,17 +9376,17 @@ async def steer_accounts(request: web.Request) -> web.StreamResponse:
     return json_reply(request, {"accounts": upstream.pool.status(upstream.clock())})
 
 
-async def reload_config(request: web.Request) -> web.StreamResponse:
+async def handle_reload(request: web.Request) -> web.StreamResponse:
     gateway = check_operator(request)
     try:
-        count = await reload(gateway)
+        count = await reload_gateway_config(gateway)
     except ConfigError as error:
         text = f"{error}\nThe config stays as it was. Mend that."
         raise BadRequest(text, code="config_invalid") from None
     return json_reply(request, {"accounts": count})
 
 
-async def reload(gateway: Gateway) -> int:
+async def reload_gateway_config(gateway: Gateway) -> int:
     """Reads the config anew and counts its accounts. Raises ConfigError where it is no use, and changes nothing."""
     old = gateway.config
     try:
@@ -9490,7 +9409,7 @@ async def reload(gateway: Gateway) -> int:
     return len(config.accounts)
 
 
-async def watch(gateway: Gateway, source: Source) -> None:
+async def watch_files(gateway: Gateway, source: Source) -> None:
     """Reloads when a file of the config's changes, and when that is asked for."""
     seen = stamps_of(gateway, source)
     while True:
@@ -9501,7 +9420,7 @@ async def watch(gateway: Gateway, source: Source) -> None:
         if source.asked.is_set() or stamps != seen:
             source.asked.clear()
             with contextlib.suppress(ConfigError):  # told by the log
-                await reload(gateway)
+                await reload_gateway_config(gateway)
                 stamps = [stamps[0], *stamps_of(gateway, source)[1:]]
             seen = stamps
 
@@ -9517,6 +9436,98 @@ def stamp_of(path: str) -> tuple[int, int] | None:
         stat = os.stat(path)
         return stat.st_mtime_ns, stat.st_size
     return None
+
+
+# ==============================================================================
+# 24. Server
+# ==============================================================================
+
+KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
+LINGER_S = 10.0  # for the rest of a body that nobody reads
+UNSENT_BYTES_MAX = 256 << 10  # of a client that is slow; then its answer waits
+LINE_BYTES_MAX = 8190  # of the request line, and of a header: room for any key or token
+DRAIN_S = 30.0
+
+
+def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
+    """The table of routes. A path in another writing is brought into this one by `place_of`."""
+    get = functools.partial(web.get, expect_handler=expect_later)
+    post = functools.partial(web.post, expect_handler=expect_later)
+    return [
+        get("/healthz", handle_health),
+        get("/v1/models", handle_models),
+        get("/v1/models/{name:(?s:.+)}", handle_model),
+        *(post(door.path, handle_door) for door in doors),
+        *(post(f"{door.path}/input_tokens", handle_token_count) for door in doors if door.counts),
+        post("/v1/embeddings", handle_embeddings),
+        get("/v1/responses/{id}", handle_response),
+        get("/v1/responses/{id}/input_items", handle_input_items),
+        post("/v1/responses/{id}/cancel", handle_cancel),
+        web.delete("/v1/responses/{id}", handle_delete, expect_handler=expect_later),
+        get("/agproxy/status", handle_status),
+        get("/agproxy/why/{id}", handle_why),
+        post("/agproxy/pool", handle_pool),
+        post("/agproxy/reload", handle_reload),
+        web.route("*", "/{path:(?s:.*)}", handle_unknown, expect_handler=expect_later),
+    ]
+
+
+def create_app(
+    config: Config,
+    *,
+    doors: Sequence[Door] = DOORS,
+    source: Source | None = None,
+    drain_s: float = 0.0,
+    direct: bool = True,
+) -> web.Application:
+    """The gateway as an aiohttp application; when that stops, running answers have `drain_s` to finish.
+
+    Without `direct` upstreams are asked by aiohttp's client, as through a proxy.
+    """
+    path = None if config.store in (None, "memory", "off") else Path(config.store)
+    database = Database(path)
+    upstream = Upstream(config, direct=direct)
+    kept = KeptResponses(ResponseStore(database), upstream.signatures, keeps=config.store != "off")
+    gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors, config.auth)
+
+    async def live(app: web.Application) -> AsyncIterator[None]:
+        async with contextlib.AsyncExitStack() as stack:
+            await open_gateway(gateway, database, source, stack)
+            yield
+            for exchange in gateway.running:
+                exchange.task.cancel()
+            tasks = [exchange.task for exchange in gateway.running]
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def drain(app: web.Application) -> None:
+        await gateway.drain(drain_s)
+
+    layers = [functools.partial(layer, gateway) for layer in (name_request, let_in)]
+    app = web.Application(middlewares=[web.middleware(layer) for layer in layers])
+    app.add_routes(routes(doors))
+    app.on_shutdown.append(drain)
+    app.cleanup_ctx.append(live)
+    app[gateway_key()] = gateway
+    return app
+
+
+async def open_gateway(
+    gateway: Gateway, database: Database, source: Source | None, stack: contextlib.AsyncExitStack
+) -> None:
+    """Opens what an application needs while it lives; the stack closes it."""
+    upstream = gateway.upstream
+    stack.push_async_callback(database.close)
+    stack.push_async_callback(gateway.media.close)
+    stack.push_async_callback(upstream.close)
+    if source:
+        stack.callback(asyncio.create_task(watch_files(gateway, source)).cancel)
+        gateway.source = source
+    if database.path:
+        pool_store = PoolStore(database, upstream.pool)
+        if database.path.exists():  # what keeps nothing leaves nothing on disk
+            await pool_store.load(upstream.clock())
+        stack.push_async_callback(pool_store.save)
+        stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
 
 
 # ---- the listener
@@ -9535,17 +9546,11 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:
     """The class of a client's connection, made here so that nothing loads aiohttp before a server is wanted."""
 
     class ClientConnection(web.RequestHandler):
-        """aiohttp's connection, which tells nobody what a client sent that is not HTTP, and cuts off who takes nothing."""
+        """aiohttp's connection; it repeats nothing that is not HTTP, and cuts off a client that takes nothing."""
 
         __slots__ = ("_stall",)
 
-        def handle_error(
-            self,
-            request: web.BaseRequest,
-            status: int = 500,
-            exc: BaseException | None = None,
-            message: str | None = None,
-        ) -> web.StreamResponse:
+        def handle_error(self, request, status=500, exc=None, message=None):  # type: ignore[no-untyped-def]
             """aiohttp would repeat the malformed line to the client and log it, with a key that stands in it."""
             if isinstance(exc, ConnectionError):
                 raise exc  # the client is gone, which is no mistake
@@ -9573,22 +9578,23 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self._stall:
-                self._stall.cancel()
+            self._stop_watch()
 
         def connection_lost(self, exc: BaseException | None) -> None:
             super().connection_lost(exc)
-            if self._stall:
-                self._stall.cancel()
+            self._stop_watch()
 
         def _watch(self, unsent: int) -> None:
             """Cuts off a client that has taken nothing for `stall_s`."""
-            if self.transport is None:
-                return
-            left = self.transport.get_write_buffer_size()
-            if left == unsent:
-                return self.transport.abort()
-            self._stall = self._loop.call_later(stall_s, self._watch, left)
+            left = self.transport.get_write_buffer_size() if self.transport else unsent
+            if left != unsent:
+                self._stall = self._loop.call_later(stall_s, self._watch, left)
+            elif self.transport:
+                self.transport.abort()
+
+        def _stop_watch(self) -> None:
+            if self._stall:
+                self._stall.cancel()
 
     return ClientConnection
 
@@ -9629,7 +9635,7 @@ async def listen(
 
 
 # ==============================================================================
-# 23. Demo
+# 25. Demo
 # ==============================================================================
 
 DEMO_CHAT = ("generateContent", "countTokens")
@@ -9938,7 +9944,7 @@ def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
 
 
 # ==============================================================================
-# 24. Command line
+# 26. Command line
 # ==============================================================================
 
 CLOCK_SKEW_S_MAX = 300.0

@@ -14,5 +14,5 @@ def test_requests_of_one_conversation_share_a_number() -> None:
     tool = "You are a tool with long instructions. " * 1000
     assert number("hello", system=tool) == number("hello", "and then?", system=tool) != number("hi", system=tool)
     assert agproxy.affinity_of("", {}, {}, agproxy.Request("m", ())) == agproxy.affinity_of(
-        "", "", agproxy.Request("n", ())
+        "", {}, {}, agproxy.Request("n", ())
     )
