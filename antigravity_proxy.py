@@ -29,8 +29,9 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     21 Exchanges       the one path of every answer: streamed, whole, in the background
     22 Web             aiohttp.web: routes, middlewares, handlers, the listener
     23 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    24 Command line    what a person types: serve, run, models, check, explain, login, env
-    25 Operator        commands that ask the running gateway: status, pool, why, reload
+    24 Command line    what a person types: options, config, log; serve and run
+    25 Setup           commands beside a gateway: models, check, explain, login, env
+    26 Operator        commands that ask the running gateway: status, pool, why, reload
 """
 
 from __future__ import annotations
@@ -9394,7 +9395,7 @@ DEMO_FAULTS: Mapping[str | None, str] = {  # as Gemini says it
     "503": """{"error": {"code": 503, "status": "UNAVAILABLE",
   "message": "The model is overloaded. Please try again later."}}""",
 }
-DEMO_BYTES_MAX = 128 << 20  # more than the gateway itself takes, so that it is never the demo's no
+DEMO_BYTES_MAX = 128 << 20  # more than the gateway takes, so that the demo refuses nothing
 DEMO_CHUNKS_MAX = 50  # so that the echo of a long prompt is over in half a second too
 DEMO_VALUES_MAX = 3072  # as many as Gemini's own embeddings have
 DEMO_WORD = re.compile(r"\s*\S+(?:\s+$)?")  # with the space around it: joined they are the text
@@ -9409,7 +9410,7 @@ DEMO_FORMATS = {
 
 
 def demo_app(fault: str | None) -> web.Application:
-    """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
+    """A small Gemini: the real wire format, answers that follow from the request, no model."""
     app = web.Application(client_max_size=DEMO_BYTES_MAX)
     app.add_routes(
         [
@@ -9507,7 +9508,7 @@ def demo_json(config: DemoJson, prompt: str) -> str:
     """An answer as the schema wants it; "" where no JSON is wanted."""
     if config.get("responseMimeType") != "application/json":
         return ""
-    value: Any = {"demo": True, "echo": prompt}
+    value: Any = {"demo": True, "echo": prompt or "demo"}
     if schema := config.get("responseJsonSchema") or config.get("responseSchema"):
         value = demo_value(schema, prompt)
     return json.dumps(value, ensure_ascii=False)
@@ -9522,7 +9523,7 @@ def demo_pieces(part: DemoJson) -> list[DemoJson]:
 
 
 def demo_calls(body: DemoJson, heard: list[DemoJson], prompt: str) -> list[DemoJson]:
-    """A call of each declared function that the prompt names, or of the first if one is demanded."""
+    """A call of each function that the prompt names, or of the first if one is demanded."""
     declared = [f for tool in body.get("tools", ()) for f in tool.get("functionDeclarations", ())]
     functions = {f["name"]: f for f in declared}
     config = body.get("toolConfig", {}).get("functionCallingConfig", {})
@@ -9660,76 +9661,11 @@ def demo_embedding(request: DemoJson) -> DemoJson:
 # 24. Command line
 # ==============================================================================
 
-CLOCK_SKEW_S_MAX = 300.0  # Google takes a login's signed request for as long before and after
 THREE_WAYS = """\
 agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
-agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
-# Of each client: its name, the place to paste at, and the text. {base}, {root} (without /v1) and the
-# key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
-RECIPES = """
-== curl: a shell
-curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
-  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'
-== aider: a shell
-aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}
-== codex: ~/.codex/config.toml, then: export OPENAI_API_KEY={word}
-model = "gpt-5.5"
-model_provider = "agproxy"
-
-[model_providers.agproxy]
-name = "agproxy"
-base_url = "{base}"
-wire_api = "responses"
-env_key = "OPENAI_API_KEY"
-== llm: extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}
-- model_id: agproxy
-  model_name: gpt-4o
-  api_base: "{base}"
-  api_key_name: agproxy
-== langchain: Python
-from langchain_openai import ChatOpenAI
-
-model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})
-== opencode: opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello
-{{
-  "$schema": "https://opencode.ai/config.json",
-  "provider": {{
-    "agproxy": {{
-      "npm": "@ai-sdk/openai-compatible",
-      "options": {{"baseURL": "{base}", "apiKey": {json}}},
-      "models": {{"gpt-4o": {{}}}}
-    }}
-  }}
-}}
-== continue: ~/.continue/config.yaml
-name: agproxy
-version: 0.0.1
-schema: v1
-models:
-  - name: agproxy
-    provider: openai
-    model: gpt-4o
-    apiBase: {base}
-    apiKey: {json}
-    roles: [chat, edit, apply, autocomplete]
-== cline: Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible
-Base URL: {base}
-API Key: {key}
-Model ID: gpt-4o
-== cursor: Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet
-OpenAI API Key: {key}
-Override OpenAI Base URL: {base}
-"""
-CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
-DOORS_NOT_BUILT = {
-    "claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"
-}
-SHELLS: Mapping[str, Callable[[str, str], str]] = {
-    "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
-    "fish": lambda name, value: "set -gx {} '{}'".format(name, re.sub(r"(['\\])", r"\\\1", value)),
-    "powershell": lambda name, value: "$env:{} = '{}'".format(name, value.replace("'", "''")),
-}
+agproxy serve --accounts accounts.yaml     \
+several; write ./accounts.yaml after accounts.yaml.example"""
 
 
 def file_fingerprint() -> str:
@@ -9834,8 +9770,7 @@ def configured(
         if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
             text = f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it."
             raise ConfigError(text)
-        if port is None:
-            port = int(named)
+        port = int(named) if port is None else port
         config = replace(config, host=host or config.host, port=port, demo=demo)
         if problems := config_problems(config):
             raise ConfigError("\n".join(problems))
@@ -10159,9 +10094,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
         pass_signals_on(child)
         code = await child.wait()
         click.echo(f"agproxy: {app[gateway_key()].journal.tally.bill()}", err=True)
-    if code < 0:
-        return 128 - code
-    return code
+    return 128 - code if code < 0 else code
 
 
 def pass_signals_on(child: asyncio.subprocess.Process) -> None:
@@ -10181,7 +10114,9 @@ def pass_signals_on(child: asyncio.subprocess.Process) -> None:
 @demo_option
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
 def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
-    """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
+    """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set.
+    Then print the bill.
+    """
     config = private_config(accounts, demo)
     warn_of_readers(find_file(accounts))
     set_up_logging("error", "text", config)
@@ -10193,7 +10128,11 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
         raise Unusable(text, "command_not_started") from None
 
 
-# ---- models, check, explain
+# ==============================================================================
+# 25. Setup
+# ==============================================================================
+
+CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it may be refused
 
 
 async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
@@ -10240,14 +10179,13 @@ def check(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = servable(configured(accounts))
     warn_of_readers(find_file(accounts))
+    rows = [("account", "kind", "key", "upstream"), *map(describe, config.accounts)]
     if online:
         rows = asyncio.run(with_upstream(config, probe))
-    else:
-        rows = [("account", "kind", "key", "upstream"), *map(describe, config.accounts)]
     click.echo(render_table(rows))
     if any(account.kind == "cloudcode" for account in config.accounts):
         click.echo(CLOUDCODE_TERMS)
-    if online and any(row[2] == "no" for row in rows):
+    if "no" in (row[2] for row in rows):
         sys.exit(1)
 
 
@@ -10333,7 +10271,9 @@ def remedy_of(error: UpstreamError, kind: str) -> str:
 def explain(
     accounts: str | None, file: BinaryIO, model: str | None, kind: Dialect, strict: bool
 ) -> None:
-    """Say what becomes of the request body in FILE (- is standard input), without sending anything."""
+    """Say what becomes of the request body in FILE (- is standard input),
+    without sending anything.
+    """
     config = configured(accounts)
     try:
         body = parse_body(file.read())
@@ -10372,7 +10312,9 @@ def explain(
 )
 @click.argument("name")
 def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
-    """Log in to Google for the account NAME, by its own OAuth client; the token is kept beside the accounts file."""
+    """Log in to Google for the account NAME, by its own OAuth client;
+    the token is kept beside the accounts file.
+    """
     config = configured(accounts)
     account = next((account for account in config.accounts if account.name == name), None)
     if account is None or not account.client_id or not account.credentials.endswith(".token.json"):
@@ -10385,15 +10327,6 @@ def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
         token = asyncio.run(log_in(account, config, paste))
     except UpstreamError as error:
         raise Unusable(error.message, "login_failed") from None
-    keep_login(account, token)
-    click.echo(
-        f"The login of {name} is kept in {account.credentials}."
-        " A running gateway takes it by itself."
-    )
-
-
-def keep_login(account: Account, token: str) -> None:
-    """Writes the credentials that the account names. Raises Unusable."""
     user = {"type": "authorized_user", **{key: getattr(account, key) for key in USER_KEYS}}
     path = Path(account.credentials)
     try:
@@ -10401,6 +10334,7 @@ def keep_login(account: Account, token: str) -> None:
     except OSError as error:
         text = f"{path}: cannot be written ({error.strerror}). Mend that, and log in again."
         raise Unusable(text, "login_failed") from None
+    click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
 
 
 def write_private(path: Path, text: str) -> None:
@@ -10451,6 +10385,74 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
 
 # ---- env
 
+# A client's name, the place to paste at, and the text. {base}, {root} (without /v1) and the key
+# are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
+RECIPES = """
+== curl: a shell
+curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
+  -d '{{"model": "gpt-4o", "messages": [{{"role": "user", "content": "hello"}}]}}'
+== aider: a shell
+aider --model openai/gpt-4o --openai-api-base {base} --openai-api-key {word}
+== codex: ~/.codex/config.toml, then: export OPENAI_API_KEY={word}
+model = "gpt-5.5"
+model_provider = "agproxy"
+
+[model_providers.agproxy]
+name = "agproxy"
+base_url = "{base}"
+wire_api = "responses"
+env_key = "OPENAI_API_KEY"
+== llm: extra-openai-models.yaml beside the file of `llm logs path`, \
+then: llm keys set agproxy --value {word}
+- model_id: agproxy
+  model_name: gpt-4o
+  api_base: "{base}"
+  api_key_name: agproxy
+== langchain: Python
+from langchain_openai import ChatOpenAI
+
+model = ChatOpenAI(model="gpt-4o", base_url="{base}", api_key={json})
+== opencode: opencode.json in the project, then: opencode run -m agproxy/gpt-4o hello
+{{
+  "$schema": "https://opencode.ai/config.json",
+  "provider": {{
+    "agproxy": {{
+      "npm": "@ai-sdk/openai-compatible",
+      "options": {{"baseURL": "{base}", "apiKey": {json}}},
+      "models": {{"gpt-4o": {{}}}}
+    }}
+  }}
+}}
+== continue: ~/.continue/config.yaml
+name: agproxy
+version: 0.0.1
+schema: v1
+models:
+  - name: agproxy
+    provider: openai
+    model: gpt-4o
+    apiBase: {base}
+    apiKey: {json}
+    roles: [chat, edit, apply, autocomplete]
+== cline: Cline, Roo or Kilo: Settings > API Provider > OpenAI Compatible
+Base URL: {base}
+API Key: {key}
+Model ID: gpt-4o
+== cursor: Cursor: Settings > Models > API Keys; \
+its servers make the calls, so {root} must be reachable from the internet
+OpenAI API Key: {key}
+Override OpenAI Base URL: {base}
+"""
+CLIENTS = dict(recipe.split(": ", 1) for recipe in RECIPES.split("\n== ")[1:])
+DOORS_NOT_BUILT = {
+    "claude-code": "Claude Code speaks Anthropic's /v1/messages, which agproxy does not serve"
+}
+SHELLS: Mapping[str, Callable[[str, str], str]] = {
+    "sh": lambda name, value: f"export {name}={shlex.quote(value)}",
+    "fish": lambda name, value: "set -gx {} '{}'".format(name, re.sub(r"(['\\])", r"\\\1", value)),
+    "powershell": lambda name, value: "$env:{} = '{}'".format(name, value.replace("'", "''")),
+}
+
 
 @main.command("env")
 @gateway_options
@@ -10491,7 +10493,7 @@ def print_recipe(client: str, base_url: str, key: str) -> None:
 
 
 # ==============================================================================
-# 25. Operator
+# 26. Operator
 # ==============================================================================
 
 NO_GATEWAY = (
@@ -10523,25 +10525,25 @@ def ask_gateway(where: Mapping[str, Any], path: str, data: bytes | None = None) 
 
 
 def parse_answer(status: int, data: bytes) -> Any:
-    """A gateway's answer; None where something else listens. Raises Unusable for a gateway's error."""
+    """A gateway's answer; None from anything else. Raises Unusable for a gateway's error."""
     match parse_json(data):
         case {"error": {"message": message, "code": code}}:
             raise Unusable(str(message), str(code or "server_error"))
         case dict() as answer if status < 400:
             return answer
-    return None
+        case _:
+            return None
 
 
 @main.command("status")
 @gateway_options
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
 def print_status(as_json: bool, **where: Any) -> None:
-    """Show what each account of the running gateway does, which is in cooldown until when and why, and what was used."""
+    """Show what each account of the running gateway does, which is in cooldown until when and why,
+    and what was used.
+    """
     status = ask_gateway(where, "status")
-    if as_json:
-        click.echo(pretty(status))
-    else:
-        click.echo(status_table(status["accounts"]))
+    click.echo(pretty(status) if as_json else status_table(status["accounts"]))
 
 
 def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
@@ -10570,7 +10572,9 @@ def used_of(model: Mapping[str, Any], quota: str) -> str:
 @click.argument("action", type=click.Choice(POOL_ACTIONS))
 @click.argument("name", metavar="NAME[/MODEL]")
 def steer_pool(action: str, name: str, **where: Any) -> None:
-    """End the cooldowns of an account of the running gateway, or keep it from being asked, or let it be asked again."""
+    """End the cooldowns of an account of the running gateway, or keep it from being asked, or let
+    it be asked again.
+    """
     names = [one["account"] for one in ask_gateway(where, "status")["accounts"]]
     # a / may stand in an account's name too
     known = [one for one in names if f"{name}/".startswith(f"{one}/")]
@@ -10585,7 +10589,9 @@ def steer_pool(action: str, name: str, **where: Any) -> None:
 @gateway_options
 @click.argument("id")
 def print_why(id: str, **where: Any) -> None:
-    """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
+    """Say why a request was answered by the account that it was: who was considered, asked, and
+    said what.
+    """
     summary = ask_gateway(where, f"why/{quote(id, safe='')}")
     decisions = summary.pop("decisions")
     click.echo(" ".join(f"{key}={value}" for key, value in summary.items()))
