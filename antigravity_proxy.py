@@ -10172,10 +10172,10 @@ def explain_mapping(name: str, config: Config, listed: Sequence[str] | None) -> 
     return f"{name} -> {mapped.model} (by {rule})"
 
 
-@main.command()
+@main.command("check")
 @accounts_option
 @click.option("--online", is_flag=True, help="Ask each account's upstream, too.")
-def check(accounts: str | None, online: bool) -> None:
+def check_accounts(accounts: str | None, online: bool) -> None:
     """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
     config = servable(configured(accounts))
     warn_of_readers(find_file(accounts))
