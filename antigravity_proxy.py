@@ -28,10 +28,12 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     20 Kept responses  recall, keep, replay: what outlives its request
     21 Exchanges       the one path of every answer: streamed, whole, in the background
     22 Web             aiohttp.web: middlewares, and the handlers of the doors
-    23 Operator        /agproxy/: status, why, pool, reload
+    23 Admin           /agproxy/: status, why, pool, reload
     24 Server          the table of routes, the application, the listener
     25 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    26 Command line    what a person types
+    26 Command line    what a person types: options, config, log; serve and run
+    27 Setup           commands beside a gateway: models, check, explain, login, env
+    28 Operator        commands that ask the running gateway: status, pool, why, reload
 """
 
 from __future__ import annotations
@@ -9327,7 +9329,7 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
 
 
 # ==============================================================================
-# 23. Operator
+# 23. Admin
 # ==============================================================================
 
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -9542,7 +9544,7 @@ def refuse_broken_http() -> web.Response:
     return response
 
 
-def connection_class(stall_s: float) -> type[web.RequestHandler]:
+def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901  # counts all methods
     """The class of a client's connection, made here so that nothing loads aiohttp before a server is wanted."""
 
     class ClientConnection(web.RequestHandler):
@@ -9638,31 +9640,35 @@ async def listen(
 # 25. Demo
 # ==============================================================================
 
-DEMO_CHAT = ("generateContent", "countTokens")
+DemoJson = dict[str, Any]
+
 DEMO_MODELS: Mapping[str, Sequence[str]] = {
-    **dict.fromkeys(("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"), DEMO_CHAT),
-    **dict.fromkeys(("gemini-3-pro-preview", "gemini-3-flash-preview"), DEMO_CHAT),
     "gemini-embedding-001": ("embedContent", "batchEmbedContents"),
+    **dict.fromkeys(
+        (
+            *("gemini-2.5-pro", "gemini-2.5-flash", "gemini-2.5-flash-lite"),
+            *("gemini-3-pro-preview", "gemini-3-flash-preview"),
+        ),
+        ("generateContent", "streamGenerateContent", "countTokens"),
+    ),
 }
-DEMO_FAULTS = {
-    "429": (429, "RESOURCE_EXHAUSTED", "You exceeded your current quota. Please retry in 7s."),
-    "503": (503, "UNAVAILABLE", "The model is overloaded. Please try again later."),
+DEMO_FAULTS: Mapping[str | None, str] = {  # as Gemini says it
+    "429": """{"error": {"code": 429, "status": "RESOURCE_EXHAUSTED",
+  "message": "You exceeded your current quota. Please retry in 7s.",
+  "details": [
+    {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [
+      {"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "quotaValue": "2"}]},
+    {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"}]}}""",
+    "503": """{"error": {"code": 503, "status": "UNAVAILABLE",
+  "message": "The model is overloaded. Please try again later."}}""",
 }
-DEMO_QUOTA = {"quotaId": "GenerateRequestsPerMinutePerProjectPerModel-FreeTier", "quotaValue": "2"}
-DEMO_429_DETAILS = (
-    {"@type": "type.googleapis.com/google.rpc.QuotaFailure", "violations": [DEMO_QUOTA]},
-    {"@type": "type.googleapis.com/google.rpc.RetryInfo", "retryDelay": "7s"},
-)
+DEMO_BYTES_MAX = 128 << 20  # more than the gateway takes, so that the demo refuses nothing
 DEMO_CHUNKS_MAX = 50  # so that the echo of a long prompt is over in half a second too
-DEMO_WORD = re.compile(
-    r"\s*\S+(?:\s+$)?"
-)  # with the space around it: joined, words are the text again
+DEMO_VALUES_MAX = 3072  # as many as Gemini's own embeddings have
+DEMO_WORD = re.compile(r"\s*\S+(?:\s+$)?")  # with the space around it: joined they are the text
 DEMO_SIGNATURE = "YWdwcm94eS1kZW1v"  # base64 of "agproxy-demo"
 DEMO_THOUGHT = {"text": "The demo thinks of nothing: it repeats what it was told.", "thought": True}
-DEMO_SCHEMA = {
-    "properties": {"demo": {"const": True}, "echo": {"type": "string"}},
-    "required": ["demo", "echo"],
-}
+DEMO_SCALARS: Mapping[str, Any] = {"integer": 1, "number": 1.5, "boolean": True, "null": None}
 DEMO_FORMATS = {
     "date": "2026-01-31",
     "date-time": "2026-01-31T12:00:00Z",
@@ -9671,247 +9677,224 @@ DEMO_FORMATS = {
 
 
 def demo_app(fault: str | None) -> web.Application:
-    """A small Gemini: the real wire format, answers that follow from the request alone, no model."""
-    app = web.Application()
+    """A small Gemini: the real wire format, answers that follow from the request, no model."""
+    app = web.Application(client_max_size=DEMO_BYTES_MAX)
     app.add_routes(
         [
             web.get("/v1beta/models", demo_models),
             web.post("/v1beta/models/{model}:{method}", functools.partial(demo_call, fault)),
-            web.route("*", "/{path:(?s:.*)}", demo_nothing),
+            web.route("*", "/{path:.*}", demo_nothing),
         ]
     )
     return app
 
 
 async def demo_models(request: web.Request) -> web.StreamResponse:
-    return demo_json(
-        {
-            "models": [
-                {"name": f"models/{name}", "supportedGenerationMethods": methods}
-                for name, methods in DEMO_MODELS.items()
-            ]
-        }
-    )
+    models = [
+        {"name": f"models/{name}", "supportedGenerationMethods": methods}
+        for name, methods in DEMO_MODELS.items()
+    ]
+    return web.json_response({"models": models})
 
 
 async def demo_nothing(request: web.Request) -> web.StreamResponse:
     return demo_error(404, "NOT_FOUND", f"The demo has no {request.path}.")
 
 
+def demo_error(code: int, status: str, message: str) -> web.Response:
+    error = {"code": code, "status": status, "message": message}
+    return web.json_response({"error": error}, status=code)
+
+
 async def demo_call(fault: str | None, request: web.Request) -> web.StreamResponse:
     model, method = request.match_info["model"], request.match_info["method"]
-    streams = method == "streamGenerateContent"
-    if ("generateContent" if streams else method) not in DEMO_MODELS.get(model, ()):
+    if method not in DEMO_MODELS.get(model, ()):
         text = f"models/{model} is not found, or is not supported for {method}."
         return demo_error(404, "NOT_FOUND", text)
     if fault in DEMO_FAULTS:
-        return demo_error(*DEMO_FAULTS[fault])
+        return web.json_response(text=DEMO_FAULTS[fault], status=int(fault or 0))
     try:
-        answers = demo_answers(method, model, json.loads(await request.read()))
+        messages = demo_messages(method, model, json.loads(await request.read()))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         text = f"The demo cannot read this request: {error!r}"
         return demo_error(400, "INVALID_ARGUMENT", text)
-    if streams and request.query.get("alt") == "sse":
-        return await demo_stream(fault, request, answers)
-    if fault == "cut":
-        cut_connection(request)
-    return demo_json(answers if streams else answers[0])
-
-
-def cut_connection(request: web.Request) -> None:
-    if request.transport is not None:
-        request.transport.abort()
+    if fault == "cut" or request.query.get("alt") == "sse":
+        return await demo_stream(fault, request, messages)
+    return web.json_response(messages[0])
 
 
 async def demo_stream(
-    fault: str | None, request: web.Request, chunks: list[dict[str, Any]]
+    fault: str | None, request: web.Request, messages: list[DemoJson]
 ) -> web.StreamResponse:
+    """Sends the messages one by one; only half of them, and no end, where the fault is "cut"."""
+    if fault == "cut":
+        messages = messages[: len(messages) // 2]
     response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
     await response.prepare(request)
-    for chunk in chunks[: len(chunks) // 2] if fault == "cut" else chunks:
-        await response.write(f"data: {json.dumps(chunk)}\r\n\r\n".encode())
+    for message in messages:
+        await response.write(f"data: {json.dumps(message)}\r\n\r\n".encode())
         await asyncio.sleep(0.01)
-    if fault == "cut":
-        cut_connection(request)
+    if fault == "cut" and request.transport:
+        request.transport.abort()
     return response
 
 
-def demo_json(body: Any, status: int = 200) -> web.Response:
-    return web.json_response(body, status=status)
-
-
-def demo_error(code: int, status: str, message: str) -> web.Response:
-    details = {"details": DEMO_429_DETAILS} if code == 429 else {}
-    return demo_json(
-        {"error": {"code": code, "message": message, "status": status, **details}}, code
-    )
-
-
-def demo_answers(method: str, model: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a method answers: the chunks of a stream, else one message."""
+def demo_messages(method: str, model: str, body: DemoJson) -> list[DemoJson]:
+    """The chunks of a stream, or the one message that answers another method."""
     if method == "countTokens":
-        return [
-            {
-                "totalTokens": demo_usage(body.get("generateContentRequest", body), [])[
-                    "promptTokenCount"
-                ]
-            }
-        ]
-    if method == "embedContent":
-        return [{"embedding": demo_embedding(body)}]
+        usage = demo_usage(body.get("generateContentRequest", body), [])
+        return [{"totalTokens": usage["totalTokenCount"]}]
     if method == "batchEmbedContents":
-        return [{"embeddings": [demo_embedding(request) for request in body["requests"]]}]
-    parts, finish_reason = demo_parts(body)
-    about = {
-        "usageMetadata": demo_usage(body, parts),
-        "modelVersion": model,
-        "responseId": "agproxy-demo",
-    }
-    groups = (
-        [parts]
-        if method == "generateContent"
-        else [[piece] for part in parts for piece in demo_pieces(part)]
-    )
-    candidates: list[dict[str, Any]] = [
-        {"content": {"role": "model", "parts": group}, "index": 0} for group in groups
-    ]
+        return [{"embeddings": [*map(demo_embedding, body["requests"])]}]
+    parts, finish_reason = demo_answer(body)
+    usage = demo_usage(body, parts)
+    names = {"modelVersion": model, "responseId": "agproxy-demo"}
+    groups = [parts]
+    if method == "streamGenerateContent":
+        groups = [[piece] for part in parts for piece in demo_pieces(part)]
+    candidates = [{"content": {"role": "model", "parts": group}, "index": 0} for group in groups]
     candidates[-1]["finishReason"] = finish_reason
-    return [{"candidates": [candidate], **about} for candidate in candidates]
+    return [{"candidates": [one], "usageMetadata": usage, **names} for one in candidates]
 
 
-def demo_parts(body: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """The answer, whole, and its finish reason."""
+def demo_answer(body: DemoJson) -> tuple[list[DemoJson], str]:
+    """The parts of the answer, whole, and its finish reason."""
     heard = [content for content in body["contents"] if content.get("role") != "model"][-1]["parts"]
     prompt = "\n".join(part["text"] for part in heard if "text" in part)
     config = body.get("generationConfig", {})
-    thoughts = [DEMO_THOUGHT] if config.get("thinkingConfig", {}).get("includeThoughts") else []
+    thoughts = [DEMO_THOUGHT] * bool(config.get("thinkingConfig", {}).get("includeThoughts"))
     if calls := demo_calls(body, heard, prompt):
-        return [*thoughts, *calls], "STOP"
-    text = demo_text(body, heard, prompt)
-    if config.get("responseMimeType") == "application/json":
-        schema = config.get("responseJsonSchema") or config.get("responseSchema") or DEMO_SCHEMA
-        text = json.dumps(demo_value(schema, schema, prompt or "demo"), ensure_ascii=False)
-    words = DEMO_WORD.findall(text)
+        return thoughts + calls, "STOP"
+    words = DEMO_WORD.findall(demo_json(config, prompt) or demo_text(body, heard, prompt))
     limit = int(config.get("maxOutputTokens") or len(words))
-    return [*thoughts, {"text": "".join(words[:limit])}], "MAX_TOKENS" if len(
-        words
-    ) > limit else "STOP"
+    answer = {"text": "".join(words[:limit])}
+    return [*thoughts, answer], "MAX_TOKENS" if len(words) > limit else "STOP"
 
 
-def demo_pieces(part: dict[str, Any]) -> list[dict[str, Any]]:
+def demo_json(config: DemoJson, prompt: str) -> str:
+    """An answer as the schema wants it; "" where no JSON is wanted."""
+    if config.get("responseMimeType") != "application/json":
+        return ""
+    value: Any = {"demo": True, "echo": prompt or "demo"}
+    if schema := config.get("responseJsonSchema") or config.get("responseSchema"):
+        value = demo_value(schema, prompt)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def demo_pieces(part: DemoJson) -> list[DemoJson]:
     """A part as it is streamed: text by a few words, everything else at once."""
-    words = DEMO_WORD.findall(part.get("text", ""))
-    size = max(2, math.ceil(len(words) / DEMO_CHUNKS_MAX))
-    return [part | {"text": "".join(words[i : i + size])} for i in range(0, len(words), size)] or [
-        part
-    ]
+    text = part.get("text", "")
+    size = max(2, math.ceil(len(text.split()) / DEMO_CHUNKS_MAX))
+    pieces = re.findall(rf"(?:\s*\S+){{1,{size}}}(?:\s+$)?", text)
+    return [part | {"text": piece} for piece in pieces] or [part]
 
 
-def demo_calls(
-    body: dict[str, Any], heard: list[dict[str, Any]], prompt: str
-) -> list[dict[str, Any]]:
-    """A call of each declared function that the prompt names, or of the first where one is demanded."""
-    tools = [f for tool in body.get("tools", []) for f in tool.get("functionDeclarations", [])]
-    schemas = {
-        f["name"]: f.get("parametersJsonSchema") or f.get("parameters") or {"type": "object"}
-        for f in tools
-    }
+def demo_calls(body: DemoJson, heard: list[DemoJson], prompt: str) -> list[DemoJson]:
+    """A call of each function that the prompt names, or of the first if one is demanded."""
+    declared = [f for tool in body.get("tools", ()) for f in tool.get("functionDeclarations", ())]
+    functions = {f["name"]: f for f in declared}
     config = body.get("toolConfig", {}).get("functionCallingConfig", {})
-    allowed = config.get("allowedFunctionNames") or list(schemas)
-    answered = config.get("mode") == "NONE" or any("functionResponse" in part for part in heard)
-    named = [
-        name
-        for name in allowed
-        if not answered and re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt)
-    ]
-    if config.get("mode") == "ANY":
-        named = named or allowed[:1]
-    args = {name: demo_value(schemas[name], schemas[name], prompt or "demo") for name in named}
-    calls: list[dict[str, Any]] = [
-        {"functionCall": {"name": name, "args": args[name]}} for name in args
-    ]
-    return [call | {"thoughtSignature": DEMO_SIGNATURE} for call in calls[:1]] + calls[
-        1:
-    ]  # parallel: only the first
+    names = config.get("allowedFunctionNames") or list(functions)
+    named = [name for name in names if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", prompt)]
+    if config.get("mode") == "NONE" or any("functionResponse" in part for part in heard):
+        named = []
+    if config.get("mode") == "ANY" and not named:
+        named = names[:1]
+    calls = [demo_function_call(functions[name], prompt) for name in named]
+    for call in calls[:1]:  # of parallel calls Gemini signs the first alone
+        call["thoughtSignature"] = DEMO_SIGNATURE
+    return calls
 
 
-def demo_text(body: dict[str, Any], heard: list[dict[str, Any]], prompt: str) -> str:
-    """What was understood, so that a caller sees that nothing got lost on the way."""
-    results = [part["functionResponse"] for part in heard if "functionResponse" in part]
-    files = [part["inlineData"]["mimeType"] for part in heard if "inlineData" in part]
-    system = "\n".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", []))
+def demo_function_call(function: DemoJson, prompt: str) -> DemoJson:
+    schema = function.get("parametersJsonSchema") or function.get("parameters")
+    args = demo_value(schema or {"type": "object"}, prompt)
+    return {"functionCall": {"name": function["name"], "args": args}}
+
+
+def demo_text(body: DemoJson, heard: list[DemoJson], prompt: str) -> str:
+    """The request in words, so that a caller sees that nothing got lost on the way."""
     said = ["This is the demo of agproxy; no model was asked."]
-    said += [
-        f"The tool {r['name']} answered: {json.dumps(r['response'], ensure_ascii=False)}"
-        for r in results
-    ]
-    said += [f"You said: {prompt}"] if prompt else []
-    said += (
-        [f"(and {len(files)} file{'s' * (len(files) > 1)} of {', '.join(sorted(set(files)))})"]
-        if files
-        else []
-    )
-    return " ".join([*said, f"(The instructions were: {system})"] if system else said)
+    for result in (part["functionResponse"] for part in heard if "functionResponse" in part):
+        answer = json.dumps(result["response"], ensure_ascii=False)
+        said.append(f"The tool {result['name']} answered: {answer}")
+    if prompt:
+        said.append(f"You said: {prompt}")
+    if files := [part["inlineData"]["mimeType"] for part in heard if "inlineData" in part]:
+        kinds = ", ".join(sorted(set(files)))
+        said.append(f"(and {len(files)} file{'s' * (len(files) > 1)} of {kinds})")
+    system = "\n".join(part["text"] for part in body.get("systemInstruction", {}).get("parts", ()))
+    if system:
+        said.append(f"(The instructions were: {system})")
+    return " ".join(said)
 
 
-def demo_value(schema: Any, root: Any, prompt: str, seen: frozenset[str] = frozenset({"#"})) -> Any:
-    """A small value that fits a schema; LookupError where every one would contain itself."""
-    if not isinstance(schema, dict):
-        return prompt
-    if ref := schema.get("$ref"):
-        if ref in seen:
-            raise LookupError(f"{ref} has no end")
-        meant = functools.reduce(lambda at, key: at[key], ref.split("/")[1:], root)
-        return demo_value(meant, root, prompt, seen | {ref})
-    options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
-    for option in options:
-        with contextlib.suppress(LookupError):  # a linked list ends with its other option, null
-            return demo_value(schema | {"anyOf": (), "oneOf": ()} | option, root, prompt, seen)
-    if options:
-        raise LookupError("no option has an end")
-    return demo_plain_value(schema, root, prompt, seen)
+def demo_value(schema: Any, text: str) -> Any:
+    """A small value that fits the schema. Raises LookupError where each would contain itself."""
+    return DemoValues(schema, text or "demo").fit(schema, frozenset({"#"}))
 
 
-def demo_plain_value(schema: dict[str, Any], root: Any, prompt: str, seen: frozenset[str]) -> Any:
-    if "const" in schema or "enum" in schema:
-        return schema["const"] if "const" in schema else schema["enum"][0]
-    kinds = schema.get("type") or ("object" if "properties" in schema else "string")
-    kind = (
-        kinds
-        if isinstance(kinds, str)
-        else next((kind for kind in kinds if kind != "null"), "null")
-    )
-    match kind.lower():
-        case "object":
-            properties = schema.get("properties", {})
-            return {
-                name: demo_value(properties.get(name), root, prompt, seen)
-                for name in schema.get("required", ())
-            }
-        case "array":
-            items = schema.get("prefixItems") or [schema.get("items")] * demo_size(
-                schema.get("minItems", 1)
-            )
-            with contextlib.suppress(LookupError):
-                return [demo_value(item, root, prompt, seen) for item in items]
-            return []  # a tree ends where there are no children
-        case "integer" | "number" as kind:
-            number = max(1 if kind == "integer" else 1.5, schema.get("minimum", 1))
+@dataclass
+class DemoValues:
+    """Small values that fit the parts of a schema; each free text in them is `text`."""
+
+    root: Any
+    text: str
+
+    def fit(self, schema: Any, seen: frozenset[str]) -> Any:
+        """A value for a part that was reached by the references `seen`."""
+        if not isinstance(schema, dict):
+            return self.text
+        if ref := schema.get("$ref"):
+            if ref in seen:
+                raise LookupError(f"{ref} has no end")
+            target = functools.reduce(lambda at, key: at[key], ref.split("/")[1:], self.root)
+            return self.fit(target, seen | {ref})
+        options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
+        for option in options:
+            with contextlib.suppress(LookupError):  # a linked list ends with its other option, null
+                return self.fit(schema | {"anyOf": (), "oneOf": ()} | option, seen)
+        if options:
+            raise LookupError("no option has an end")
+        return self._fit_type(schema, seen)
+
+    def _fit_type(self, schema: DemoJson, seen: frozenset[str]) -> Any:
+        if "const" in schema:
+            return schema["const"]
+        if "enum" in schema:
+            return schema["enum"][0]
+        kind = schema.get("type") or ("object" if "properties" in schema else "string")
+        if isinstance(kind, list):
+            kind = [*filter("null".__ne__, kind), "null"][0]
+        match kind.lower():
+            case "object":
+                members, names = schema.get("properties", {}), schema.get("required", ())
+                return {name: self.fit(members.get(name), seen) for name in names}
+            case "array":
+                size = demo_size(schema.get("minItems", 1))
+                items = schema.get("prefixItems") or [schema.get("items")] * size
+                with contextlib.suppress(LookupError):
+                    return [self.fit(item, seen) for item in items]
+                return []  # a tree ends where there are no children
+            case scalar:
+                return self._fit_scalar(scalar, schema)
+
+    def _fit_scalar(self, kind: str, schema: DemoJson) -> Any:
+        if kind in ("integer", "number"):
+            number = max(DEMO_SCALARS[kind], schema.get("minimum", 1))
             return min(number, schema.get("maximum", number))
-        case kind:
-            return {"boolean": True, "null": None}.get(
-                kind, DEMO_FORMATS.get(schema.get("format", ""), prompt)
-            )
+        text = DEMO_FORMATS.get(schema.get("format", ""), self.text)
+        return DEMO_SCALARS.get(kind, text)
 
 
 def demo_size(wanted: Any) -> int:
-    """How many values to make, one at least. Raises ValueError for more than Gemini's own embeddings have."""
-    if int(wanted) > 3072:
+    """The number of values to make, at least one. Raises ValueError where that is too many."""
+    if int(wanted) > DEMO_VALUES_MAX:
         raise ValueError(f"{wanted} values are too many")
     return max(1, int(wanted))
 
 
-def demo_tokens(parts: Iterable[dict[str, Any]]) -> int:
+def demo_tokens(parts: Iterable[DemoJson]) -> int:
     """Words, for tokens; a file counts as the 258 that Gemini takes for a small image."""
     return sum(
         258 if "inlineData" in part else max(1, len(str(part.get("text", part)).split()))
@@ -9919,21 +9902,19 @@ def demo_tokens(parts: Iterable[dict[str, Any]]) -> int:
     )
 
 
-def demo_usage(body: dict[str, Any], said: list[dict[str, Any]]) -> dict[str, int]:
+def demo_usage(body: DemoJson, said: list[DemoJson]) -> dict[str, int]:
     contents = [*body["contents"], body.get("systemInstruction", {})]
+    heard = [part for content in contents for part in content.get("parts", ())]
     counts = {
-        "promptTokenCount": demo_tokens(
-            part for content in contents for part in content.get("parts", [])
-        ),
+        "promptTokenCount": demo_tokens(heard),
         "candidatesTokenCount": demo_tokens(part for part in said if "thought" not in part),
         "thoughtsTokenCount": demo_tokens(part for part in said if "thought" in part),
     }
-    return {key: count for key, count in counts.items() if count} | {
-        "totalTokenCount": sum(counts.values())
-    }
+    total = {"totalTokenCount": sum(counts.values())}
+    return {name: count for name, count in counts.items() if count} | total
 
 
-def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
+def demo_embedding(request: DemoJson) -> DemoJson:
     """Words by hash, at length 1: texts that share words lie near each other."""
     text = " ".join(part.get("text", "") for part in request["content"]["parts"])
     values = [0.0] * demo_size(request.get("outputDimensionality") or 768)
@@ -9947,13 +9928,724 @@ def demo_embedding(request: dict[str, Any]) -> dict[str, Any]:
 # 26. Command line
 # ==============================================================================
 
-CLOCK_SKEW_S_MAX = 300.0
 THREE_WAYS = """\
 agproxy serve --demo                       try everything without a key
 GEMINI_API_KEY=... agproxy serve           one account from the environment
-agproxy serve --accounts accounts.yaml     several; write ./accounts.yaml after accounts.yaml.example"""
-# What a person pastes for each client: its name, where, and the text. {base}, {root} (without /v1) and the
-# key are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
+agproxy serve --accounts accounts.yaml     \
+several; write ./accounts.yaml after accounts.yaml.example"""
+
+
+def file_fingerprint() -> str:
+    """The start of this file's SHA-256, so that a copied file can be told apart."""
+    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
+
+
+@click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
+@click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
+@click.pass_context
+def main(context: click.Context) -> None:
+    """An OpenAI-compatible gateway in front of Gemini, in one file."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
+
+
+FILES = (
+    "The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml,"
+    " $XDG_CONFIG_HOME/agproxy/accounts.yaml]"
+)
+accounts_option = click.option("--accounts", metavar="FILE", envvar="AGPROXY_ACCOUNTS", help=FILES)
+demo_option = click.option(
+    "--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network."
+)
+host_option = click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")
+port_option = click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    help="Port to listen on.  [default: $AGPROXY_PORT, 8045]",
+)
+
+
+def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say where the gateway is, which a command takes as `where`."""
+    return host_option(port_option(accounts_option(command)))
+
+
+class Unusable(click.ClickException, ConfigError):
+    """The user's input cannot be used; the code at the end stands in README's table."""
+
+    exit_code = 2
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(f"{message} [{code}]")
+
+
+# ---- the config that holds
+
+NO_KEY = """\
+Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set. \
+Paste this fresh one into the accounts file:
+proxy:
+  api_key: sk-{}"""
+read_utf8 = functools.partial(Path.read_text, encoding="utf-8")
+
+
+def find_file(accounts: str | None) -> Path | None:
+    """The accounts file that is named, ./accounts.yaml or $XDG_CONFIG_HOME's; None without one."""
+    if accounts:
+        return Path(accounts)
+    home = os.environ.get("XDG_CONFIG_HOME") or "~/.config"
+    # of os.path, for the home may not be there, or not for us to see
+    places = (Path("accounts.yaml"), Path(os.path.expanduser(home), "agproxy", "accounts.yaml"))
+    return next(filter(os.path.exists, places), None)
+
+
+def load_file(path: Path, with_pool: bool) -> Config:
+    """The config of a file. Raises ConfigError."""
+    try:
+        text = read_utf8(path)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror}). Name another with --accounts."
+    except UnicodeDecodeError:
+        problem = "is not UTF-8 text. Save it as UTF-8."
+    else:
+        return load_config(text, str(path), os.environ, read_utf8, accounts=with_pool)
+    raise ConfigError(f"{path}: {problem}")
+
+
+def load_environment() -> Config:
+    """A config of one account, by a key from the environment, or of none. Raises ConfigError."""
+    key = (os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY") or "").strip()
+    if not key.isprintable():
+        raise ConfigError(
+            "The key in GEMINI_API_KEY or GOOGLE_API_KEY holds control characters. Export it anew."
+        )
+    return Config(accounts=(Account("environment", key),) if key else ())
+
+
+def configured(
+    accounts: str | None,
+    host: str | None = None,
+    port: int | None = None,
+    demo: bool = False,
+    with_pool: bool = True,
+) -> Config:
+    """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
+    try:
+        path = find_file(accounts)
+        config = load_file(path, with_pool and not demo) if path else load_environment()
+        named = os.environ.get("AGPROXY_PORT") or str(config.port)
+        if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
+            text = f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it."
+            raise ConfigError(text)
+        port = int(named) if port is None else port
+        config = replace(config, host=host or config.host, port=port, demo=demo)
+        if problems := config_problems(config):
+            raise ConfigError("\n".join(problems))
+        return config
+    except ConfigError as error:
+        text = f"{error}\nMend that; `agproxy check` tries again."
+        raise Unusable(text, "config_invalid") from None
+
+
+def servable(config: Config, with_pool: bool = True) -> Config:
+    """The config, if it has the key that clients must show, and accounts where a pool is needed.
+
+    Raises Unusable.
+    """
+    if config.auth != "off" and not config.api_key:
+        raise Unusable(NO_KEY.format(secrets.token_urlsafe(32)), "key_needed")
+    if with_pool and not config.accounts and not config.demo:
+        text = f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}"
+        raise Unusable(text, "no_accounts")
+    return config
+
+
+def private_config(accounts: str | None, demo: bool) -> Config:
+    """The config of a command that asks the accounts by itself. Raises Unusable."""
+    return servable(replace(configured(accounts, demo=demo), auth_mode="off"))
+
+
+def with_store_path(config: Config) -> Config:
+    """The config with its store's full path, where it names none in the user's state folder."""
+    if config.store in ("memory", "off"):
+        return config
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    path = Path(config.store or f"{state}/agproxy/state.sqlite3")
+    try:
+        return replace(config, store=str(path.expanduser()))
+    except RuntimeError:
+        raise Unusable(
+            "There is no such home directory. Set proxy.store to the full path of a file, to"
+            " memory, or to off.",
+            "config_invalid",
+        ) from None
+
+
+def warn_of_readers(path: Path | None) -> None:
+    if path and os.name == "posix" and path.stat().st_mode & 0o077:
+        text = f"Warning: others can read the keys in {path}. Close it with: chmod 600 {path}"
+        click.echo(text, err=True)
+
+
+# ---- what it says: texts, tables, the log
+
+
+def pretty(value: Any) -> str:
+    return encoded(json.dumps(value, indent=2, ensure_ascii=False)).decode()
+
+
+def render_table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def banner(config: Config) -> str:
+    accounts = f"{len(config.accounts)} ({', '.join(one.name for one in config.accounts)})"
+    if config.demo:
+        accounts = "the demo; no model is asked"
+    auth, key = config.auth, "unused"
+    if auth != "off":
+        auth, key = f"{auth} ({len(config.api_key)} key(s))", "$KEY"
+    urls = (proxy_for(a.base_url, a.proxy or config.upstream_proxy) for a in config.accounts)
+    proxies = sorted({re.sub(r"//[^/@]*@", "//", proxy) for proxy in urls if proxy})
+    lines = [
+        f"agproxy {__version__} listens on {config.bind}:{config.port}",
+        f"  base URL  {config.base_url}",
+        f"  accounts  {accounts}",
+        f"  auth      {auth}",
+        f"  default   {config.default_model or 'none: unknown model names are a 404'}",
+        f"  at once   {config.max_requests} requests (proxy.max_requests)",
+        f"  store     {config.store} (responses; proxy.store)",
+        *(f"  proxy     {proxy}" for proxy in proxies),
+        f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{key}"',
+    ]
+    if config.auth == "off" and not is_loopback(config.bind):
+        warning = f"anybody on the network can use these accounts; {ASK_FOR_A_KEY}"
+        lines.insert(-1, f"  WARNING   {warning}")
+    return "\n".join(lines)
+
+
+class JsonFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        fields = getattr(record, "fields", None) or {"message": record.getMessage()}
+        if record.exc_info:
+            fields = fields | {"traceback": self.formatException(record.exc_info)}
+        moment = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
+        return dumps({"time": moment, "level": record.levelname.lower(), **fields})
+
+
+class MaskingHandler(logging.StreamHandler[Any]):
+    """Writes no secret, whoever logged it, in whatever form, tracebacks included."""
+
+    _known: Sequence[str] = ()
+
+    def learn(self, config: Config) -> Config:
+        """Masks the config's secrets too; the earlier ones stay, for a request may carry them."""
+        owners: list[Any] = [*config.accounts, *config.api_key]
+        known = itertools.chain.from_iterable(map(secrets_of, owners))
+        forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
+        longest_first = sorted(forms.union(self._known), key=len, reverse=True)
+        self._known = longest_first  # one may begin with another
+        return config
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = SECRET_FORMS.sub("…", super().format(record))
+        return functools.reduce(without_secret, self._known, text)
+
+
+def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
+    handler = MaskingHandler()
+    handler.learn(config)
+    text = logging.Formatter("%(asctime)s %(message)s")
+    handler.setFormatter(JsonFormatter() if form == "json" else text)
+    logging.basicConfig(level=level.upper(), handlers=[handler])
+    return handler
+
+
+# ---- serve
+
+NO_EXTENSIONS = (
+    "Warning: aiohttp's extensions in C are missing, so that each request takes much longer."
+    " Install a wheel that has them: pip install --force-reinstall --only-binary aiohttp aiohttp"
+)
+NO_FILE = "no file is left for another connection; raise ulimit -n, or lower proxy.max_requests"
+NO_FILE_S = 10.0  # between two lines that tell the same; asyncio tries up to 1024 times a second
+
+
+def load_server() -> None:
+    """Imports what serves, so that no import holds up the loop later."""
+    parser = importlib.import_module("aiohttp.http_parser")
+    importlib.import_module("aiohttp.web")
+    if parser.HttpRequestParser is parser.HttpRequestParserPy:
+        click.echo(NO_EXTENSIONS, err=True)
+
+
+def raise_file_limit() -> None:
+    """Lets this process open as many files as it may."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class LoopErrors:
+    """Tells in one line that no further connection can be accepted for now; asyncio tries again."""
+
+    def __init__(self) -> None:
+        self._silent_until = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        error = context.get("exception")
+        if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
+            loop.default_exception_handler(context)
+        elif loop.time() >= self._silent_until:
+            self._silent_until = loop.time() + NO_FILE_S
+            log.warning(NO_FILE)
+
+
+def run_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Runs the coroutine, on uvloop where that is installed."""
+    factory = None
+    with contextlib.suppress(ImportError):
+        factory = importlib.import_module("uvloop").new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(main)
+
+
+async def run_until_signal(
+    config: Config, path: Path | None, load: Callable[[], Config], drain_s: float
+) -> None:
+    """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills.
+
+    Raises OSError.
+    """
+    stop = asyncio.Event()
+    on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
+    source = None
+    if path and not config.demo:
+        source = Source(path, lambda: with_store_path(load()), asyncio.Event())
+    async with contextlib.AsyncExitStack() as stack:
+        config = await with_demo(with_store_path(config), stack)
+        await start_serving(config, source, drain_s, stack)
+        tell_systemd("READY=1")
+        await stop.wait()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+            signal.signal(number, signal.SIG_DFL)
+        tell_systemd("STOPPING=1")
+        text = f"running answers have {drain_s:g} s, a second signal ends them now"
+        click.echo(f"agproxy stops; {text}", err=True)
+
+
+async def start_serving(
+    config: Config, source: Source | None, drain_s: float, stack: contextlib.AsyncExitStack
+) -> None:
+    """Listens until the stack ends, and says where. Raises OSError."""
+    raise_file_limit()
+    asyncio.get_running_loop().set_exception_handler(LoopErrors())
+    app = create_app(config, source=source, drain_s=drain_s)
+    port = await listen(app, config.bind, config.port, stack, stall_s=config.timeouts.stall_s)
+    click.echo(banner(replace(config, port=port)), err=True)
+    if source:
+        on_signals(("SIGHUP",), lambda _: source.asked.set())
+    # else the collector walks the modules again and again: a tenth of what a request costs
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
+
+
+def tell_systemd(state: str) -> None:
+    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        import socket
+
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+            to.sendto(state.encode(), re.sub("^@", "\0", path))
+
+
+def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
+    # Windows has no signal handlers; Ctrl-C ends the loop there
+    with contextlib.suppress(NotImplementedError):
+        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
+            asyncio.get_running_loop().add_signal_handler(number, act, number)
+
+
+async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
+    """The config, with the demo's account instead of the file's where the demo is asked for."""
+    if not config.demo:
+        return config
+    fault = os.environ.get("AGPROXY_DEMO_FAULT") or None
+    if fault not in (None, "cut", *DEMO_FAULTS):
+        text = f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it."
+        raise Unusable(text, "config_invalid")
+    port = await listen(demo_app(fault), "127.0.0.1", 0, stack)
+    demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
+    # without a wait, so that a fault is seen at once
+    return replace(config, accounts=(demo,), store="memory", max_wait_s=0)
+
+
+@main.command()
+@gateway_options
+@demo_option
+@click.option(
+    "--log-level",
+    default="info",
+    show_default=True,
+    type=click.Choice(("debug", "info", "warning", "error")),
+)
+@click.option(
+    "--log-format", default="text", show_default=True, type=click.Choice(["text", "json"])
+)
+@click.option(
+    "--drain-s",
+    default=DRAIN_S,
+    show_default=True,
+    type=click.FloatRange(0),
+    help="For running answers.",
+)
+def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: Any) -> None:
+    """Start the gateway."""
+    path = find_file(where["accounts"])
+    config = servable(configured(**where, demo=demo))
+    # so that no reload takes another one, where an editor writes it just then
+    where["accounts"] = path and str(path)
+    warn_of_readers(path)
+    handler = set_up_logging(log_level, log_format, config)
+    load_server()
+    try:
+        run_loop(
+            run_until_signal(
+                config, path, lambda: handler.learn(servable(configured(**where))), drain_s
+            )
+        )
+    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
+        why = getattr(error, "strerror", "no such name")
+        text = f"Cannot listen on {config.bind}:{config.port} ({why})."
+        raise Unusable(f"{text} Choose another with --port or --host.", "cannot_listen") from None
+    except KeyboardInterrupt:
+        pass
+
+
+# ---- run
+
+
+def client_environment(config: Config) -> dict[str, str]:
+    """The variables by which OpenAI's clients find the gateway."""
+    key = config.api_key[0].key if config.api_key else "unused"
+    url = config.base_url
+    return {"OPENAI_BASE_URL": url, "OPENAI_API_BASE": url, "OPENAI_API_KEY": key}
+
+
+def child_environment(config: Config) -> dict[str, str]:
+    """The environment of a command that is to ask the gateway, and without a proxy."""
+    proxied = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    direct = ",".join(filter(None, (proxied, "127.0.0.1")))
+    return {**os.environ, **client_environment(config), "no_proxy": direct, "NO_PROXY": direct}
+
+
+async def run_command(config: Config, command: Sequence[str]) -> int:
+    """Serves one command on a free loopback port with a key of its own. Raises OSError.
+
+    Its exit code, or 128 and the number of the signal that ended it.
+    """
+    keys = (ClientKey("run", f"sk-{secrets.token_urlsafe(32)}"),)
+    config = replace(config, host="127.0.0.1", auth_mode="strict", api_key=keys, store="memory")
+    async with contextlib.AsyncExitStack() as stack:
+        config = await with_demo(config, stack)
+        app = create_app(config)
+        port = await listen(app, "127.0.0.1", 0, stack)
+        env = child_environment(replace(config, port=port))
+        child = await asyncio.create_subprocess_exec(*command, env=env)
+        pass_signals_on(child)
+        code = await child.wait()
+        click.echo(f"agproxy: {app[gateway_key()].journal.bill()}", err=True)
+    return 128 - code if code < 0 else code
+
+
+def pass_signals_on(child: asyncio.subprocess.Process) -> None:
+    """Gives the child the signals that this process gets, as long as it runs."""
+
+    def pass_on(number: int) -> None:
+        if child.returncode is None:  # else it has ended, and so does this
+            child.send_signal(number)
+
+    on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], pass_on)
+    by_terminal = any(map(os.isatty, range(3)))  # then Ctrl-C reaches the child by itself
+    on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else pass_on)
+
+
+@main.command(context_settings={"allow_interspersed_args": False})
+@accounts_option
+@demo_option
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
+    """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set.
+    Then print the bill.
+    """
+    config = private_config(accounts, demo)
+    warn_of_readers(find_file(accounts))
+    set_up_logging("error", "text", config)
+    load_server()
+    try:
+        sys.exit(asyncio.run(run_command(config, command)))
+    except OSError as error:
+        text = f"'{command[0]}' cannot be started ({error.strerror}). Check its name and $PATH."
+        raise Unusable(text, "command_not_started") from None
+
+
+# ==============================================================================
+# 27. Setup
+# ==============================================================================
+
+CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it may be refused
+
+
+async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
+    """The answer of `ask` to an upstream that is opened for it alone."""
+    async with contextlib.AsyncExitStack() as stack:
+        upstream = Upstream(await with_demo(config, stack))
+        stack.push_async_callback(upstream.close)
+        return await ask(upstream)
+
+
+@main.command("models")
+@accounts_option
+@demo_option
+@click.argument("name", required=False)
+def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
+    """List the models that are served, or say what NAME maps to and by which rule."""
+    config = private_config(accounts, demo)
+    listed = asyncio.run(with_upstream(config, lambda upstream: upstream.catalog.listed()))
+    if name is not None:
+        return click.echo(explain_mapping(name, config, listed))
+    if listed is None:
+        text = "The upstream's list cannot be had; `agproxy check --online` says why."
+        click.echo(text, err=True)
+    aliases = [alias for alias in config.aliases if "*" not in alias]
+    click.echo("\n".join(dict.fromkeys([*(listed or STATIC_MODELS), *aliases])))
+
+
+def explain_mapping(name: str, config: Config, listed: Sequence[str] | None) -> str:
+    """The model that a name means, and by which rule. Raises Unusable."""
+    try:
+        mapped = map_model(name, config, listed)
+    except ModelNotFound as error:
+        raise Unusable(error.message, "model_not_found") from None
+    rule = mapped.rule
+    if mapped.wished:
+        rule += f"; the upstream does not list {mapped.wished}"
+    return f"{name} -> {mapped.model} (by {rule})"
+
+
+@main.command("check")
+@accounts_option
+@click.option("--online", is_flag=True, help="Ask each account's upstream, too.")
+def check_accounts(accounts: str | None, online: bool) -> None:
+    """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
+    config = servable(configured(accounts))
+    warn_of_readers(find_file(accounts))
+    rows = [("account", "kind", "key", "upstream"), *map(describe, config.accounts)]
+    if online:
+        rows = asyncio.run(with_upstream(config, probe))
+    click.echo(render_table(rows))
+    if any(account.kind == "cloudcode" for account in config.accounts):
+        click.echo(CLOUDCODE_TERMS)
+    if "no" in (row[2] for row in rows):
+        sys.exit(1)
+
+
+CLOUDCODE_TERMS = (
+    "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode),"
+    " and accounts have been closed for it. API keys (kind gemini) are the recommended kind."
+)
+REMEDIES = {  # Source: https://ai.google.dev/gemini-api/docs/troubleshooting
+    "restriction|are blocked": "Let this machine and the Generative Language API pass in the key's"
+    " restrictions.",
+    "location is not supported": "Use a machine or a proxy (proxy.upstream_proxy) in a region that"
+    " Gemini serves.",
+    "billing": "Turn on billing for the key's project.",
+    "has not been used|is disabled": "Turn on the Generative Language API for the key's project.",
+}
+
+
+def describe(account: Account) -> tuple[str, ...]:
+    """An account's row in the table, its credentials masked."""
+    credential = f"no login yet: agproxy login {account.name}"
+    if account.service_account:
+        credential = "service account"
+    elif account.kind == "gemini":
+        credential = "…"
+        if len(account.api_key) >= 20:  # enough of it to tell two apart, too little to use one
+            credential = f"{account.api_key[:4]}…{account.api_key[-2:]}"
+    elif account.refresh_token:
+        credential = "login"
+    upstream = re.sub(r"//[^/@]*@", "//…@", account.base_url)
+    return account.name, account.kind, credential, upstream
+
+
+async def probe(upstream: Upstream) -> list[tuple[str, ...]]:
+    """The table of what each account's upstream answers, with a remedy where it refuses."""
+    rows = [probe_account(upstream, account) for account in upstream.pool.accounts]
+    header = ("account", "kind", "reachable", "models", "remedy")
+    return [header, *await asyncio.gather(*rows)]
+
+
+async def probe_account(upstream: Upstream, account: Account) -> tuple[str, ...]:
+    names, remedy = (account.name, account.kind), ""
+    try:
+        listed = await upstream.catalog.models_of(account)
+        if not listed:
+            remedy = "It lists no model. Check base_url, and what the key may use."
+    except UpstreamError as error:
+        listed = ()
+        remedy = f"{error.message.rstrip('.')}. {remedy_of(error, account.kind)}"
+    if abs(upstream.catalog.skew_s) > CLOCK_SKEW_S_MAX:
+        clock = f"This machine's clock is off by {upstream.catalog.skew_s:.0f} s."
+        remedy = f"{remedy.rstrip()} {clock} Set it by NTP."
+    if listed:
+        return *names, "yes", str(len(listed)), remedy.strip()
+    return *names, "no", "-", remedy.strip()
+
+
+def remedy_of(error: UpstreamError, kind: str) -> str:
+    """Advice for the owner of an account that was refused."""
+    if isinstance(error, RateLimited):
+        return error.advice
+    for pattern, remedy in REMEDIES.items():
+        if re.search(pattern, error.message, re.IGNORECASE):
+            return remedy
+    if isinstance(error, CredentialRefused) and kind == "gemini":
+        return "Make a new key at https://aistudio.google.com/apikey."
+    if ". " in error.message:  # it gives advice itself
+        return ""
+    return error.advice
+
+
+@main.command()
+@accounts_option
+@click.argument("file", type=click.File("rb"))
+@click.option("--model", help="As if the body named this model.")
+@click.option("--strict", is_flag=True, help="Refuse a body of which something would be dropped.")
+def explain(accounts: str | None, file: BinaryIO, model: str | None, strict: bool) -> None:
+    """Say what becomes of the request body in FILE (- is standard input),
+    without sending anything.
+    """
+    config = configured(accounts)
+    try:
+        body = parse_body(file.read())
+        if model and isinstance(body, dict):
+            body = body | {"model": model}
+        door = door_of(body)
+        requests = door.parse(body, ())
+        mapped = map_model(requests[0].model, config, None)
+        traits = traits_of(mapped.model, config.traits)
+        built = [build_generate_content(request, traits) for request in requests]
+        changes = requests[0].changes + built[0].changes
+        if strict:
+            refuse_dropped(changes)
+    except GatewayError as error:
+        raise Unusable(error.message, error.code or "invalid_body") from None
+    told: dict[str, Any] = {
+        "model": requests[0].model,
+        "mapped_model": mapped.model,
+        "rule": mapped.rule,
+    }
+    told |= {
+        "fields": explain_fields(body, door.fields, changes),
+        "requests": [one.body for one in built],
+    }
+    click.echo(pretty(told))
+
+
+# ---- login
+
+
+@main.command("login")
+@accounts_option
+@click.option(
+    "--paste",
+    is_flag=True,
+    help="For a machine without a browser: paste the address that one ends at.",
+)
+@click.argument("name")
+def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
+    """Log in to Google for the account NAME, by its own OAuth client;
+    the token is kept beside the accounts file.
+    """
+    config = configured(accounts)
+    account = next((account for account in config.accounts if account.name == name), None)
+    if account is None or not account.client_id or not account.credentials.endswith(".token.json"):
+        text = (
+            f"To log in, '{name}' needs its client_id and client_secret in the accounts file,"
+            " and neither credentials nor refresh_token. Mend that."
+        )
+        raise Unusable(text, "config_invalid")
+    try:
+        token = asyncio.run(log_in(account, config, paste))
+    except UpstreamError as error:
+        raise Unusable(error.message, "login_failed") from None
+    user = {"type": "authorized_user", **{key: getattr(account, key) for key in USER_KEYS}}
+    path = Path(account.credentials)
+    try:
+        write_private(path, json.dumps(user | {"refresh_token": token}, indent=2))
+    except OSError as error:
+        text = f"{path}: cannot be written ({error.strerror}). Mend that, and log in again."
+        raise Unusable(text, "login_failed") from None
+    click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
+
+
+def write_private(path: Path, text: str) -> None:
+    """Writes a file that only its owner may read, whole or not at all."""
+    draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    descriptor = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(text)
+    draft.replace(path)
+
+
+def landing_app(state: str, landed: asyncio.Future[str]) -> web.Application:
+    """The page at which a browser's login ends; it hears the code."""
+
+    async def land(request: web.Request) -> web.StreamResponse:
+        if request.query.get("state") == state and not landed.done():
+            landed.set_result(request.query_string)
+        return web.Response(text="agproxy has heard; this page may be closed.")
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", land)
+    return app
+
+
+async def log_in(account: Account, config: Config, paste: bool) -> str:
+    """The refresh token that the user grants in a browser. Raises UpstreamError.
+
+    Source: https://developers.google.com/identity/protocols/oauth2/native-app
+    """
+    state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
+    async with contextlib.AsyncExitStack() as stack:
+        landed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        port = 1 if paste else await listen(landing_app(state, landed), "127.0.0.1", 0, stack)
+        redirect = f"http://127.0.0.1:{port}/"
+        url = login_url(account, redirect, state, verifier)
+        click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
+        if paste:  # nothing else waits for the loop, which would keep Ctrl-C from the prompt
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            address = click.prompt("The address that the browser ends at (it shows no page)")
+            landed.set_result(address.partition("?")[2])
+        query = await landed
+    code = login_code(f"?{query}", state)
+    alone = replace(config, accounts=())
+    return await with_upstream(
+        alone, lambda upstream: upstream.wire.credentials.redeem(account, code, redirect, verifier)
+    )
+
+
+# ---- env
+
+# A client's name, the place to paste at, and the text. {base}, {root} (without /v1) and the key
+# are filled in: {key}, as {word} and {bearer} for a shell, as {json} for the rest.
 RECIPES = """
 == curl: a shell
 curl {base}/chat/completions -H {bearer} -H 'Content-Type: application/json' \\
@@ -9969,7 +10661,8 @@ name = "agproxy"
 base_url = "{base}"
 wire_api = "responses"
 env_key = "OPENAI_API_KEY"
-== llm: extra-openai-models.yaml beside the file of `llm logs path`, then: llm keys set agproxy --value {word}
+== llm: extra-openai-models.yaml beside the file of `llm logs path`, \
+then: llm keys set agproxy --value {word}
 - model_id: agproxy
   model_name: gpt-4o
   api_base: "{base}"
@@ -10004,7 +10697,8 @@ models:
 Base URL: {base}
 API Key: {key}
 Model ID: gpt-4o
-== cursor: Cursor: Settings > Models > API Keys; its servers make the calls, so {root} must be reachable from the internet
+== cursor: Cursor: Settings > Models > API Keys; \
+its servers make the calls, so {root} must be reachable from the internet
 OpenAI API Key: {key}
 Override OpenAI Base URL: {base}
 """
@@ -10019,753 +10713,6 @@ SHELLS: Mapping[str, Callable[[str, str], str]] = {
 }
 
 
-def file_fingerprint() -> str:
-    """The start of this file's SHA-256, so that a copied file can be told apart."""
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-
-
-read_utf8 = functools.partial(Path.read_text, encoding="utf-8")
-
-
-def find_file(accounts: str | None) -> Path | None:
-    """The accounts file that is named, ./accounts.yaml or $XDG_CONFIG_HOME's; None where there is none."""
-    if accounts:
-        return Path(accounts)
-    home = os.path.expanduser(
-        os.environ.get("XDG_CONFIG_HOME") or "~/.config"
-    )  # maybe not there, or not for us to see
-    return next(
-        filter(os.path.exists, (Path("accounts.yaml"), Path(home, "agproxy", "accounts.yaml"))),
-        None,
-    )
-
-
-def find_config(accounts: str | None, with_pool: bool) -> Config:
-    """The file's config; without a file, one account by a key from the environment, or none."""
-    path = find_file(accounts)
-    if path is None:
-        key = (os.environ.get("GEMINI_API_KEY") or os.environ.get("GOOGLE_API_KEY") or "").strip()
-        if not key.isprintable():
-            raise ConfigError(
-                "The key in GEMINI_API_KEY or GOOGLE_API_KEY holds control characters. Export it anew."
-            )
-        return Config(accounts=(Account("environment", key),) if key else ())
-    try:
-        text = read_utf8(path)
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read ({error.strerror}). Name another with --accounts."
-        ) from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path}: is not UTF-8 text. Save it as UTF-8.") from None
-    return load_config(text, str(path), os.environ, read_utf8, accounts=with_pool)
-
-
-class Unusable(click.ClickException, ConfigError):
-    """What the user gave cannot be used; the code at the end stands in README's table."""
-
-    exit_code = 2
-
-    def __init__(self, message: str, code: str) -> None:
-        super().__init__(f"{message} [{code}]")
-
-
-def configured(
-    accounts: str | None,
-    host: str | None = None,
-    port: int | None = None,
-    demo: bool = False,
-    with_pool: bool = True,
-) -> Config:
-    """The config that holds: flag > $AGPROXY_PORT > file > default. Raises Unusable."""
-    try:
-        config = find_config(accounts, with_pool and not demo)
-        named = os.environ.get("AGPROXY_PORT") or str(config.port)
-        if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
-            raise ConfigError(
-                f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it."
-            )
-        config = replace(
-            config, host=host or config.host, port=int(named) if port is None else port, demo=demo
-        )
-        if problems := config_problems(config):
-            raise ConfigError("\n".join(problems))
-        return config
-    except ConfigError as error:
-        raise Unusable(
-            f"{error}\nMend that; `agproxy check` tries again.", "config_invalid"
-        ) from None
-
-
-def servable(config: Config, with_pool: bool = True) -> Config:
-    """The config, if it has the key that clients must show, and accounts where a pool is needed. Raises Unusable."""
-    if config.auth != "off" and not config.api_key:
-        text = "Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api_key is not set."
-        fresh = f"Paste this fresh one into the accounts file:\nproxy:\n  api_key: sk-{secrets.token_urlsafe(32)}"
-        raise Unusable(f"{text} {fresh}", "key_needed")
-    if with_pool and not config.accounts and not config.demo:
-        raise Unusable(
-            f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}", "no_accounts"
-        )
-    return config
-
-
-def pretty(value: Any) -> str:
-    return encoded(json.dumps(value, indent=2, ensure_ascii=False)).decode()
-
-
-class JsonFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        told = getattr(record, "fields", None) or {"message": record.getMessage()}
-        if record.exc_info:
-            told = told | {"traceback": self.formatException(record.exc_info)}
-        moment = self.formatTime(record, "%Y-%m-%dT%H:%M:%S%z")
-        return dumps({"time": moment, "level": record.levelname.lower(), **told})
-
-
-class MaskingHandler(logging.StreamHandler[Any]):
-    """Writes no secret, whoever logged it, in whatever form, tracebacks included."""
-
-    _known: Sequence[str] = ()
-
-    def learn(self, config: Config) -> Config:
-        """The config, once its secrets are masked too; the earlier ones stay, for a request may still carry them."""
-        owners: list[Any] = [*config.accounts, *config.api_key]
-        known = itertools.chain.from_iterable(map(secrets_of, owners))
-        forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
-        self._known = sorted(
-            forms.union(self._known), key=len, reverse=True
-        )  # one may begin with another
-        return config
-
-    def format(self, record: logging.LogRecord) -> str:
-        return functools.reduce(
-            without_secret, self._known, SECRET_FORMS.sub("…", super().format(record))
-        )
-
-
-def set_up_logging(level: str, form: str, config: Config) -> MaskingHandler:
-    handler = MaskingHandler()
-    handler.learn(config)
-    handler.setFormatter(
-        JsonFormatter() if form == "json" else logging.Formatter("%(asctime)s %(message)s")
-    )
-    logging.basicConfig(level=level.upper(), handlers=[handler])
-    return handler
-
-
-def banner(config: Config) -> str:
-    proxies = (
-        proxy_for(account.base_url, account.proxy or config.upstream_proxy)
-        for account in config.accounts
-    )
-    without_users = sorted({re.sub(r"//[^/@]*@", "//", proxy) for proxy in proxies if proxy})
-    names = ", ".join(account.name for account in config.accounts)
-    open_to_all = config.auth == "off" and not is_loopback(config.bind)
-    lines = [
-        f"agproxy {__version__} listens on {config.bind}:{config.port}",
-        f"  base URL  {config.base_url}",
-        f"  accounts  {'the demo; no model is asked' if config.demo else f'{len(config.accounts)} ({names})'}",
-        f"  auth      {config.auth}"
-        + (f" ({len(config.api_key)} key(s))" if config.auth != "off" else ""),
-        f"  default   {config.default_model or 'none: unknown model names are a 404'}",
-        f"  at once   {config.max_requests} requests (proxy.max_requests)",
-        f"  store     {config.store} (responses; proxy.store)",
-        *(f"  proxy     {proxy}" for proxy in without_users),
-        *(
-            [f"  WARNING   anybody on the network can use these accounts; {ASK_FOR_A_KEY}"]
-            if open_to_all
-            else []
-        ),
-        f'  export OPENAI_BASE_URL={config.base_url} OPENAI_API_KEY="{"$KEY" if config.auth != "off" else "unused"}"',
-    ]
-    return "\n".join(lines)
-
-
-def stored(config: Config) -> Config:
-    """The config with the place where responses are kept: where it says, else with the user's other state."""
-    if config.store in ("memory", "off"):
-        return config
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    try:
-        return replace(
-            config, store=str(Path(config.store or f"{state}/agproxy/state.sqlite3").expanduser())
-        )
-    except RuntimeError:
-        text = "There is no such home directory. Set proxy.store to the full path of a file, to memory, or to off."
-        raise Unusable(text, "config_invalid") from None
-
-
-def raise_file_limit() -> None:
-    """Lets this process open as many files as it may."""
-    try:
-        import resource
-    except ImportError:  # Windows has no such limit
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-def tell_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Tells in one line that no further connection can be accepted for now; asyncio tries again in a second."""
-    error = context.get("exception")
-    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-        log.warning(
-            "no file is left for another connection; raise ulimit -n, or lower proxy.max_requests"
-        )
-    else:
-        loop.default_exception_handler(context)
-
-
-def run_loop(main: Coroutine[Any, Any, None]) -> None:
-    """Runs the coroutine, on uvloop where that is installed."""
-    factory = None
-    with contextlib.suppress(ImportError):
-        factory = importlib.import_module("uvloop").new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        runner.run(main)
-
-
-async def run_until_signal(
-    config: Config, path: Path | None, load: Callable[[], Config], drain_s: float
-) -> None:
-    """Serves until SIGTERM or SIGINT, then lets running answers finish; a second signal kills. Raises OSError."""
-    stop = asyncio.Event()
-    on_signals(("SIGTERM", "SIGINT"), lambda _: stop.set())
-    source = (
-        Source(path, lambda: stored(load()), asyncio.Event()) if path and not config.demo else None
-    )
-    async with contextlib.AsyncExitStack() as stack:
-        config = await with_demo(stored(config), stack)
-        raise_file_limit()
-        asyncio.get_running_loop().set_exception_handler(tell_loop_error)
-        app = create_app(config, source=source, drain_s=drain_s)
-        port = await listen(app, config.bind, config.port, stack, stall_s=config.timeouts.stall_s)
-        click.echo(banner(replace(config, port=port)), err=True)
-        if source:
-            on_signals(("SIGHUP",), lambda _: source.asked.set())
-        gc.freeze()  # else the collector walks the modules again and again: a tenth of what a request costs
-        gc.set_threshold(10_000, 20, 20)
-        tell_systemd("READY=1")
-        await stop.wait()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().remove_signal_handler(number)
-            signal.signal(number, signal.SIG_DFL)
-        tell_systemd("STOPPING=1")
-        click.echo(
-            f"agproxy stops; running answers have {drain_s:g} s, a second signal ends them now",
-            err=True,
-        )
-
-
-def tell_systemd(state: str) -> None:
-    """Source: https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
-    if path := os.environ.get("NOTIFY_SOCKET"):
-        import socket
-
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
-            to.sendto(state.encode(), re.sub("^@", "\0", path))
-
-
-def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
-    with contextlib.suppress(
-        NotImplementedError
-    ):  # Windows has no signal handlers; Ctrl-C ends the loop there
-        for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
-            asyncio.get_running_loop().add_signal_handler(number, act, number)
-
-
-async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
-    """The config, with the demo's account instead of the file's where the demo is asked for."""
-    if not config.demo:
-        return config
-    fault = os.environ.get("AGPROXY_DEMO_FAULT") or None
-    if fault not in (None, "cut", *DEMO_FAULTS):
-        raise Unusable(
-            f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.",
-            "config_invalid",
-        )
-    port = await listen(demo_app(fault), "127.0.0.1", 0, stack)
-    demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
-    return replace(
-        config, accounts=(demo,), store="memory", max_wait_s=0
-    )  # so that a fault is seen at once
-
-
-async def run_command(config: Config, command: Sequence[str]) -> int:
-    """Serves one command on a free loopback port with a key of its own; its exit code. Raises OSError."""
-    keys = (ClientKey("run", f"sk-{secrets.token_urlsafe(32)}"),)
-    config = replace(
-        config, host="127.0.0.1", port=0, auth_mode="strict", api_key=keys, store="memory"
-    )
-    async with contextlib.AsyncExitStack() as stack:
-        config = await with_demo(config, stack)
-        app = create_app(config)
-        port = await listen(app, "127.0.0.1", 0, stack)
-        direct = ",".join(
-            filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"))
-        )
-        env = {
-            **os.environ,
-            **client_environment(replace(config, port=port)),
-            "no_proxy": direct,
-            "NO_PROXY": direct,
-        }
-        child = await asyncio.create_subprocess_exec(*command, env=env)
-        by_terminal = any(map(os.isatty, range(3)))  # then Ctrl-C reaches the child by itself
-
-        def pass_on(number: int) -> None:
-            if child.returncode is None:  # else it has ended, and so does this
-                child.send_signal(number)
-
-        on_signals(["SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2"], pass_on)
-        on_signals(["SIGINT", "SIGQUIT"], (lambda _: None) if by_terminal else pass_on)
-        code = await child.wait()
-        click.echo(f"agproxy: {app[gateway_key()].journal.bill()}", err=True)
-    return 128 - code if code < 0 else code
-
-
-def client_environment(config: Config) -> dict[str, str]:
-    """The variables by which OpenAI's clients find the gateway."""
-    key = config.api_key[0].key if config.api_key else "unused"
-    return {
-        "OPENAI_BASE_URL": config.base_url,
-        "OPENAI_API_BASE": config.base_url,
-        "OPENAI_API_KEY": key,
-    }
-
-
-@click.group(invoke_without_command=True, epilog="\b\nThree ways to begin:\n" + THREE_WAYS)
-@click.version_option(__version__, message=f"agproxy {__version__} (file {file_fingerprint()})")
-@click.pass_context
-def main(context: click.Context) -> None:
-    """An OpenAI-compatible gateway in front of Gemini, in one file."""
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
-
-
-FILES = "The accounts file.  [default: $AGPROXY_ACCOUNTS, ./accounts.yaml, $XDG_CONFIG_HOME/agproxy/accounts.yaml]"
-accounts_option = click.option("--accounts", metavar="FILE", envvar="AGPROXY_ACCOUNTS", help=FILES)
-demo_option = click.option(
-    "--demo", is_flag=True, help="Answer from a small Gemini of its own: no key, no network."
-)
-LOG_LEVELS = ("debug", "info", "warning", "error")
-
-
-def gateway_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say where the gateway is, which a command takes as `where`."""
-    ports = click.IntRange(0, 65535)
-    port = click.option(
-        "--port", type=ports, help="Port to listen on.  [default: $AGPROXY_PORT, 8045]"
-    )
-    return click.option("--host", help="Address to listen on.  [default: 127.0.0.1]")(
-        port(accounts_option(command))
-    )
-
-
-@main.command()
-@gateway_options
-@demo_option
-@click.option("--log-level", default="info", show_default=True, type=click.Choice(LOG_LEVELS))
-@click.option(
-    "--log-format", default="text", show_default=True, type=click.Choice(["text", "json"])
-)
-@click.option(
-    "--drain-s",
-    default=DRAIN_S,
-    show_default=True,
-    type=click.FloatRange(0),
-    help="For running answers.",
-)
-def serve(demo: bool, log_level: str, log_format: str, drain_s: float, **where: Any) -> None:
-    """Start the gateway."""
-    path = find_file(where["accounts"])
-    config = servable(configured(**where, demo=demo))
-    where["accounts"] = path and str(
-        path
-    )  # so that no reload takes another one, where an editor writes it just then
-    warn_of_readers(path)
-    log_handler = set_up_logging(log_level, log_format, config)
-    try:
-        run_loop(
-            run_until_signal(
-                config, path, lambda: log_handler.learn(servable(configured(**where))), drain_s
-            )
-        )
-    except (OSError, UnicodeError) as error:  # the latter of a name that no host can have
-        why = getattr(error, "strerror", "no such name")
-        text = f"Cannot listen on {config.bind}:{config.port} ({why}). Choose another with --port or --host."
-        raise Unusable(text, "cannot_listen") from None
-    except KeyboardInterrupt:
-        pass
-
-
-def warn_of_readers(path: Path | None) -> None:
-    if path and os.name == "posix" and path.stat().st_mode & 0o077:
-        click.echo(
-            f"Warning: others can read the keys in {path}. Close it with: chmod 600 {path}",
-            err=True,
-        )
-
-
-@main.command(context_settings={"allow_interspersed_args": False})
-@accounts_option
-@demo_option
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
-    """Run COMMAND with a gateway of its own: a free port, a key for once, the variables set. Then print the bill."""
-    config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    warn_of_readers(find_file(accounts))
-    set_up_logging("error", "text", config)
-    try:
-        sys.exit(asyncio.run(run_command(config, command)))
-    except OSError as error:
-        text = f"'{command[0]}' cannot be started ({error.strerror}). Check its name and $PATH."
-        raise Unusable(text, "command_not_started") from None
-
-
-@main.command("models")
-@accounts_option
-@demo_option
-@click.argument("name", required=False)
-def print_models(accounts: str | None, demo: bool, name: str | None) -> None:
-    """List the models that are served, or say what NAME maps to and by which rule."""
-    config = servable(replace(configured(accounts, demo=demo), auth_mode="off"))
-    listed = asyncio.run(with_upstream(config, lambda upstream: upstream.catalog.listed()))
-    if name is None:
-        if listed is None:
-            click.echo(
-                "The upstream's list cannot be had; `agproxy check --online` says why.", err=True
-            )
-        aliases = [alias for alias in config.aliases if "*" not in alias]
-        click.echo("\n".join(dict.fromkeys([*(listed or STATIC_MODELS), *aliases])))
-        return
-    try:
-        mapped = map_model(name, config, listed)
-    except ModelNotFound as error:
-        raise Unusable(error.message, "model_not_found") from None
-    instead = f"; the upstream does not list {mapped.wished}" if mapped.wished else ""
-    click.echo(f"{name} -> {mapped.model} (by {mapped.rule}{instead})")
-
-
-async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
-    """What `ask` learns from an upstream that is opened for it alone."""
-    async with contextlib.AsyncExitStack() as stack:
-        upstream = Upstream(await with_demo(config, stack))
-        stack.push_async_callback(upstream.close)
-        return await ask(upstream)
-
-
-@main.command()
-@accounts_option
-@click.option("--online", is_flag=True, help="Ask each account's upstream, too.")
-def check(accounts: str | None, online: bool) -> None:
-    """Say what is wrong with the accounts file, or list its accounts with masked secrets."""
-    config = servable(configured(accounts))
-    warn_of_readers(find_file(accounts))
-    columns: tuple[str, ...] = ("reachable", "models", "remedy") if online else ("key", "upstream")
-    found = (
-        asyncio.run(with_upstream(config, probe))
-        if online
-        else [*map(told_offline, config.accounts)]
-    )
-    rows = [
-        (account.name, account.kind, *more)
-        for account, more in zip(config.accounts, found, strict=True)
-    ]
-    click.echo(render_table([("account", "kind", *columns), *rows]))
-    if any(account.kind == "cloudcode" for account in config.accounts):
-        text = "Google's terms restrict what other programs may do with its consumer logins (kind cloudcode)"
-        click.echo(
-            f"{text}, and accounts have been closed for it. API keys (kind gemini) are the recommended kind."
-        )
-    if any(row[0] == "no" for row in found):
-        sys.exit(1)
-
-
-def told_offline(account: Account) -> tuple[str, ...]:
-    told = "login" if account.refresh_token else f"no login yet: agproxy login {account.name}"
-    if account.service_account:
-        told = "service account"
-    elif account.kind == "gemini":
-        key = account.api_key  # enough of it to tell two apart, too little to use one
-        told = f"{key[:4]}…{key[-2:]}" if len(key) >= 20 else "…"
-    return told, re.sub(r"//[^/@]*@", "//…@", account.base_url)
-
-
-def render_table(rows: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = (
-        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-    return "\n".join(lines)
-
-
-async def probe(upstream: Upstream) -> Sequence[tuple[str, ...]]:
-    """Of each account: whether its upstream answers, with how many models, and what to do where it does not."""
-    return await asyncio.gather(
-        *(probe_account(upstream, account) for account in upstream.pool.accounts)
-    )
-
-
-async def probe_account(upstream: Upstream, account: Account) -> tuple[str, str, str]:
-    listed: Sequence[str] = ()
-    told = "It lists no model. Check base_url, and what the key may use."
-    try:
-        listed = await upstream.catalog.models_of(account)
-    except UpstreamError as error:
-        told = f"{error.message.rstrip('.')}. {remedy_of(error, account.kind)}".rstrip()
-    skewed = f"This machine's clock is off by {upstream.catalog.skew_s:.0f} s. Set it by NTP."
-    late = skewed if abs(upstream.catalog.skew_s) > CLOCK_SKEW_S_MAX else ""
-    return ("yes", str(len(listed)), late) if listed else ("no", "-", f"{told} {late}".rstrip())
-
-
-def remedy_of(error: UpstreamError, kind: str) -> str:
-    """What the owner of an account can do about a refusal. Texts: https://ai.google.dev/gemini-api/docs/troubleshooting"""
-    if isinstance(error, RateLimited):
-        return error.advice
-    remedies = {
-        "restriction|are blocked": "Let this machine and the Generative Language API pass in the key's restrictions.",
-        "location is not supported": "Use a machine or a proxy (proxy.upstream_proxy) in a region that Gemini serves.",
-        "billing": "Turn on billing for the key's project.",
-        "has not been used|is disabled": "Turn on the Generative Language API for the key's project.",
-    }
-    found = (
-        remedy for text, remedy in remedies.items() if re.search(text, error.message, re.IGNORECASE)
-    )
-    new_key = "Make a new key at https://aistudio.google.com/apikey."
-    refused_key = isinstance(error, CredentialRefused) and kind == "gemini"
-    return next(found, new_key if refused_key else "" if ". " in error.message else error.advice)
-
-
-@main.command()
-@accounts_option
-@click.argument("file", type=click.File("rb"))
-@click.option("--model", help="As if the body named this model.")
-@click.option("--strict", is_flag=True, help="Refuse a body of which something would be dropped.")
-def explain(accounts: str | None, file: BinaryIO, model: str | None, strict: bool) -> None:
-    """Say what becomes of the request body in FILE (- is standard input), without sending anything."""
-    config = configured(accounts)
-    try:
-        body = parse_body(file.read())
-        if model and isinstance(body, dict):
-            body = body | {"model": model}
-        door = door_of(body)
-        requests = door.parse(body, ())
-        mapped = map_model(requests[0].model, config, None)
-        traits = traits_of(mapped.model, config.traits)
-        built = [build_generate_content(request, traits) for request in requests]
-        changes = requests[0].changes + built[0].changes
-        if strict:
-            refuse_dropped(changes)
-    except GatewayError as error:
-        raise Unusable(error.message, error.code or "invalid_body") from None
-    told: dict[str, Any] = {
-        "model": requests[0].model,
-        "mapped_model": mapped.model,
-        "rule": mapped.rule,
-    }
-    told |= {
-        "fields": explain_fields(body, door.fields, changes),
-        "requests": [one.body for one in built],
-    }
-    click.echo(pretty(told))
-
-
-# ---- the running gateway
-
-
-def ask_gateway(where: Mapping[str, Any], path: str, body: Any = None) -> Any:
-    """What the running gateway answers under /agproxy/. Raises Unusable."""
-    from http.client import HTTPConnection, HTTPException
-
-    config = configured(**where, with_pool=False)
-    place = urlsplit(config.base_url).netloc
-    headers = (
-        {"Authorization": f"Bearer {config.api_key[0].key}".encode()} if config.api_key else {}
-    )
-    method, data = ("GET", None) if body is None else ("POST", dump_bytes(body))
-    answer: Any = None
-    with (
-        contextlib.suppress(OSError, HTTPException),
-        contextlib.closing(HTTPConnection(place, timeout=10)) as gateway,
-    ):
-        gateway.request(method, f"/agproxy/{path}", data, headers)
-        response = gateway.getresponse()
-        answer = parse_json(response.read())
-    if not isinstance(answer, dict):  # also where something else listens
-        text = f"No gateway answers at http://{place}. Start one by `agproxy serve`, or name its --host and --port."
-        raise Unusable(text, "no_gateway")
-    if response.status >= 400:
-        told = error_of(answer)
-        code = str(told.get("code") or "server_error")
-        raise Unusable(str(told.get("message") or response.reason), code)
-    return answer
-
-
-@main.command("status")
-@gateway_options
-@click.option("--json", "as_json", is_flag=True, help="As JSON.")
-def print_status(as_json: bool, **where: Any) -> None:
-    """Show what each account of the running gateway does, who rests until when and why, and what was used."""
-    told = ask_gateway(where, "status")
-    click.echo(pretty(told) if as_json else status_table(told["accounts"]))
-
-
-def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
-    """A line an account, and one for each model that it was asked for."""
-    quotas = ("requests_per_minute", "requests_per_day", "tokens_per_day")
-    rows = [
-        (
-            "account",
-            "kind",
-            "model",
-            "in flight",
-            "requests/min",
-            "requests/day",
-            "tokens/day",
-            "state",
-        )
-    ]
-    for one in accounts:
-        shared = [f"group {one['quota_group']}"] if one["quota_group"] else []
-        about = (one["account"], one["kind"], "", str(one["in_flight"]), "", "", "")
-        rows.append((*about, "; ".join([one["state"], *shared])))
-        for model in one["models"]:
-            counts = (
-                f"{model[q]}/{model['limits'][q]}" if q in model["limits"] else str(model[q])
-                for q in quotas
-            )
-            rows.append(("", "", model["model"], "", *counts, model["state"]))
-    return render_table(rows)
-
-
-@main.command("pool")
-@gateway_options
-@click.argument("action", type=click.Choice(POOL_ACTIONS))
-@click.argument("name", metavar="NAME[/MODEL]")
-def steer_pool(action: str, name: str, **where: Any) -> None:
-    """End the rests of an account of the running gateway, or keep it from being asked, or let it be asked again."""
-    known = [
-        one["account"] for one in ask_gateway(where, "status")["accounts"]
-    ]  # in whose names a / may be
-    account = max(
-        (one for one in known if f"{name}/".startswith(f"{one}/")),
-        key=len,
-        default=name.partition("/")[0],
-    )
-    model = name[len(account) + 1 :]
-    told = ask_gateway(where, "pool", {"action": action, "account": account, "model": model})
-    click.echo(status_table(told["accounts"]))
-
-
-@main.command("why")
-@gateway_options
-@click.argument("id")
-def print_why(id: str, **where: Any) -> None:
-    """Say why a request was answered by the account that it was: who was considered, asked, and said what."""
-    told = ask_gateway(where, f"why/{quote(id, safe='')}")
-    decisions = told.pop("decisions")
-    click.echo(" ".join(f"{key}={value}" for key, value in told.items()))
-    for number, step in enumerate(decisions, 1):
-        waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
-        answered = f"{step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
-        click.echo(f"{number}. {step['model']}{waited}: {answered}")
-        for account, state in step["considered"].items():
-            click.echo(f"   {account} {state}")
-
-
-@main.command("reload")
-@gateway_options
-def reload_gateway(**where: Any) -> None:
-    """Have the running gateway read its accounts file again."""
-    click.echo(f"{ask_gateway(where, 'reload', {})['accounts']} accounts")
-
-
-# ---- login
-
-
-@main.command("login")
-@accounts_option
-@click.option(
-    "--paste",
-    is_flag=True,
-    help="For a machine without a browser: paste the address that one ends at.",
-)
-@click.argument("name")
-def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
-    """Log in to Google for the account NAME, by its own OAuth client; the token is kept beside the accounts file."""
-    config = configured(accounts)
-    account = next((account for account in config.accounts if account.name == name), None)
-    if account is None or not account.client_id or not account.credentials.endswith(".token.json"):
-        text = "needs its client_id and client_secret in the accounts file, and neither credentials nor refresh_token"
-        raise Unusable(f"To log in, '{name}' {text}. Mend that.", "config_invalid")
-    try:
-        token = asyncio.run(log_in(account, config, paste))
-    except UpstreamError as error:
-        raise Unusable(error.message, "login_failed") from None
-    path = Path(account.credentials)
-    about = {
-        "type": "authorized_user",
-        **{key: getattr(account, key) for key in USER_KEYS},
-        "refresh_token": token,
-    }
-    try:
-        write_private(path, json.dumps(about, indent=2))
-    except OSError as error:
-        text = f"{path}: cannot be written ({error.strerror}). Mend that, and log in again."
-        raise Unusable(text, "login_failed") from None
-    click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
-
-
-def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner may read, whole or not at all."""
-    made = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-    with os.fdopen(
-        os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w", encoding="utf-8"
-    ) as file:
-        file.write(text)
-    made.replace(path)
-
-
-def landing_app(state: str, come: asyncio.Future[str]) -> web.Application:
-    """The page at which a browser's login ends; it hears the code."""
-
-    async def land(request: web.Request) -> web.StreamResponse:
-        if request.query.get("state") == state and not come.done():
-            come.set_result(f"?{urlencode(request.query)}")
-        return web.Response(text="agproxy has heard; this page may be closed.")
-
-    app = web.Application()
-    app.add_routes([web.get("/{path:(?s:.*)}", land)])
-    return app
-
-
-async def log_in(account: Account, config: Config, paste: bool) -> str:
-    """The refresh token that the user grants in a browser. Raises UpstreamError.
-
-    Source: https://developers.google.com/identity/protocols/oauth2/native-app
-    """
-    state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
-    async with contextlib.AsyncExitStack() as stack:
-        come: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        port = 1 if paste else await listen(landing_app(state, come), "127.0.0.1", 0, stack)
-        redirect = f"http://127.0.0.1:{port}/"
-        url = login_url(account, redirect, state, verifier)
-        click.echo(f"Open this in a browser, and let {account.name} in:\n{url}")
-        if paste:  # nothing else waits for the loop, which would keep Ctrl-C from the prompt
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            come.set_result(click.prompt("The address that the browser ends at (it shows no page)"))
-        answer = await come
-    code = login_code(f"?{answer.partition('?')[2]}", state)
-    alone = replace(config, accounts=())
-    return await with_upstream(
-        alone, lambda upstream: upstream.wire.credentials.redeem(account, code, redirect, verifier)
-    )
-
-
 @main.command("env")
 @gateway_options
 @click.option("--shell", default="sh", show_default=True, type=click.Choice([*SHELLS, "json"]))
@@ -10778,22 +10725,148 @@ def print_env(shell: str, client: str | None, **where: Any) -> None:
     """Print what a shell needs: eval "$(agproxy env)", or what a client's settings need."""
     config = servable(configured(**where, with_pool=False), with_pool=False)
     values = client_environment(config)
-    if client in DOORS_NOT_BUILT:
-        raise Unusable(
-            f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served"
-        )
     if client:
-        key = values["OPENAI_API_KEY"]
-        filled = {"base": config.base_url, "root": config.base_url.removesuffix("/v1"), "key": key}
-        header = f"Authorization: Bearer {key}"
-        filled |= {"word": shlex.quote(key), "bearer": shlex.quote(header), "json": json.dumps(key)}
-        place, text = CLIENTS[client].format(**filled).rstrip().split("\n", 1)
-        click.echo(f"# {place}", err=True)
-        click.echo(text)
+        print_recipe(client, config.base_url, values["OPENAI_API_KEY"])
     elif shell == "json":
         click.echo(pretty(values))
     else:
-        click.echo("\n".join(SHELLS[shell](name, value) for name, value in values.items()))
+        click.echo("\n".join(map(SHELLS[shell], values, values.values())))
+
+
+def print_recipe(client: str, base_url: str, key: str) -> None:
+    """Prints what to paste for a client, and on stderr where. Raises Unusable."""
+    if client in DOORS_NOT_BUILT:
+        text = f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`."
+        raise Unusable(text, "client_not_served")
+    recipe = CLIENTS[client].format(
+        base=base_url,
+        root=base_url.removesuffix("/v1"),
+        key=key,
+        word=shlex.quote(key),
+        bearer=shlex.quote(f"Authorization: Bearer {key}"),
+        json=json.dumps(key),
+    )
+    place, text = recipe.rstrip().split("\n", 1)
+    click.echo(f"# {place}", err=True)
+    click.echo(text)
+
+
+# ==============================================================================
+# 28. Operator
+# ==============================================================================
+
+NO_GATEWAY = (
+    "No gateway answers at http://{}. Start one by `agproxy serve`, or name its --host and --port."
+)
+STATUS_COUNTS = ("requests_per_minute", "requests_per_day", "tokens_per_day")
+STATUS_COLUMNS = (
+    *("account", "kind", "model", "in flight"),
+    *("requests/min", "requests/day", "tokens/day", "state"),
+)
+
+
+def ask_gateway(where: Mapping[str, Any], path: str, data: bytes | None = None) -> Any:
+    """The running gateway's answer under /agproxy/, to a POST if there is data. Raises Unusable."""
+    from http.client import HTTPConnection, HTTPException
+
+    config = configured(**where, with_pool=False)
+    place = urlsplit(config.base_url).netloc
+    headers = {}
+    if config.api_key:
+        headers["Authorization"] = f"Bearer {config.api_key[0].key}".encode()
+    gateway = HTTPConnection(place, timeout=10)
+    with contextlib.suppress(OSError, HTTPException), contextlib.closing(gateway):
+        gateway.request("POST" if data else "GET", f"/agproxy/{path}", data, headers)
+        response = gateway.getresponse()
+        if answer := parse_answer(response.status, response.read()):
+            return answer
+    raise Unusable(NO_GATEWAY.format(place), "no_gateway")
+
+
+def parse_answer(status: int, data: bytes) -> Any:
+    """A gateway's answer; None from anything else. Raises Unusable for a gateway's error."""
+    match parse_json(data):
+        case {"error": {"message": message, "code": code}}:
+            raise Unusable(str(message), str(code or "server_error"))
+        case dict() as answer if status < 400:
+            return answer
+        case _:
+            return None
+
+
+@main.command("status")
+@gateway_options
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def print_status(as_json: bool, **where: Any) -> None:
+    """Show what each account of the running gateway does, which is in cooldown until when and why,
+    and what was used.
+    """
+    status = ask_gateway(where, "status")
+    click.echo(pretty(status) if as_json else status_table(status["accounts"]))
+
+
+def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
+    """A line an account, and one for each model that it was asked for."""
+    rows: list[Sequence[str]] = [STATUS_COLUMNS]
+    for account in accounts:
+        state = account["state"]
+        if account["quota_group"]:
+            state += f"; group {account['quota_group']}"
+        names, in_flight = (account["account"], account["kind"]), str(account["in_flight"])
+        rows.append((*names, "", in_flight, "", "", "", state))
+        for model in account["models"]:
+            counts = (used_of(model, quota) for quota in STATUS_COUNTS)
+            rows.append(("", "", model["model"], "", *counts, model["state"]))
+    return render_table(rows)
+
+
+def used_of(model: Mapping[str, Any], quota: str) -> str:
+    if quota in model["limits"]:
+        return f"{model[quota]}/{model['limits'][quota]}"
+    return str(model[quota])
+
+
+@main.command("pool")
+@gateway_options
+@click.argument("action", type=click.Choice(POOL_ACTIONS))
+@click.argument("name", metavar="NAME[/MODEL]")
+def steer_pool(action: str, name: str, **where: Any) -> None:
+    """End the cooldowns of an account of the running gateway, or keep it from being asked, or let
+    it be asked again.
+    """
+    names = [one["account"] for one in ask_gateway(where, "status")["accounts"]]
+    # a / may stand in an account's name too
+    known = [one for one in names if f"{name}/".startswith(f"{one}/")]
+    account = max(known, key=len, default=name.partition("/")[0])
+    model = name[len(account) + 1 :]
+    order = {"action": action, "account": account, "model": model}
+    status = ask_gateway(where, "pool", dump_bytes(order))
+    click.echo(status_table(status["accounts"]))
+
+
+@main.command("why")
+@gateway_options
+@click.argument("id")
+def print_why(id: str, **where: Any) -> None:
+    """Say why a request was answered by the account that it was: who was considered, asked, and
+    said what.
+    """
+    summary = ask_gateway(where, f"why/{quote(id, safe='')}")
+    decisions = summary.pop("decisions")
+    click.echo(" ".join(f"{key}={value}" for key, value in summary.items()))
+    for number, step in enumerate(decisions, 1):
+        waited = f" after {step['waited_s']} s" if step["waited_s"] else ""
+        answered = f"{step['chosen'] or 'nobody'} -> {step['answer'] or 'not asked'}"
+        click.echo(f"{number}. {step['model']}{waited}: {answered}")
+        for account, state in step["considered"].items():
+            click.echo(f"   {account} {state}")
+
+
+@main.command("reload")
+@gateway_options
+def reload_gateway(**where: Any) -> None:
+    """Have the running gateway read its accounts file again."""
+    click.echo(f"{ask_gateway(where, 'reload', b'{}')['accounts']} accounts")
 
 
 if __name__ == "__main__":

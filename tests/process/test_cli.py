@@ -63,6 +63,15 @@ def test_without_a_command_help_and_three_ways_to_begin() -> None:
     assert all(way in run.output for way in ("serve --demo", "GEMINI_API_KEY=", "--accounts accounts.yaml", "check"))
 
 
+@pytest.mark.parametrize("command", ["--help", "--version", "env", "check"])
+def test_what_only_prints_loads_neither_a_server_nor_a_loop(command: str, file: str, tmp_path: Path) -> None:
+    program, env = command_of(tmp_path, command, AGPROXY_ACCOUNTS=file, PYTHONPROFILEIMPORTTIME="1")
+    run = subprocess.run(program, env=env, cwd=tmp_path, check=True, capture_output=True, text=True)
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if line.startswith("import time:")}
+    assert "click" in loaded
+    assert loaded & {"aiohttp", "asyncio", "ssl", "sqlite3", "socket", "uvloop"} == set()
+
+
 def test_the_version_tells_copies_apart() -> None:
     run = CliRunner().invoke(agproxy.main, ["--version"])
     assert run.output == f"agproxy {agproxy.__version__} (file {agproxy.file_fingerprint()})\n"
@@ -129,7 +138,13 @@ def test_explain_shows_half_a_surrogate_pair_as_it_is_sent(tmp_path: Path, monke
 
 
 @pytest.mark.parametrize(
-    "said", ["SSH-2.0-x", "HTTP/1.1 404 Not Found\r\n\r\n<p>nothing here", "HTTP/1.1 200 OK\r\n\r\nhi"]
+    "said",
+    [
+        "SSH-2.0-x",
+        "HTTP/1.1 404 Not Found\r\n\r\n<p>nothing here",
+        'HTTP/1.1 404 Not Found\r\n\r\n{"detail": "Not Found"}',
+        "HTTP/1.1 200 OK\r\n\r\nhi",
+    ],
 )
 def test_something_else_at_the_port_is_no_gateway(said: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"

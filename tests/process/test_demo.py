@@ -8,6 +8,8 @@ import pytest
 from conftest import HELLO, Serve, sdk
 from pydantic import BaseModel
 
+import antigravity_proxy as agproxy
+
 TOOLS: Any = [
     {
         "type": "function",
@@ -78,6 +80,41 @@ class Person(BaseModel):
 async def test_a_schema_is_answered_with_json(ai: openai.AsyncOpenAI) -> None:
     answer = await ai.chat.completions.parse(**HELLO, response_format=Person)
     assert answer.choices[0].message.parsed == Person(name="hi", age=1, tags=["hi"])
+
+
+NODE = {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}, "required": ["next"]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "value"),
+    [
+        ({"type": ["null", "integer"], "minimum": 3}, 3),
+        ({"type": "NUMBER", "maximum": 0.5}, 0.5),
+        ({"enum": ["b", "a"]}, "b"),
+        ({"const": None, "enum": [1]}, None),
+        ({"type": "string", "format": "date"}, "2026-01-31"),
+        ({"type": "boolean"}, True),
+        ({"prefixItems": [{"type": "integer"}, {}], "type": "array"}, [1, "hi"]),
+        ({"type": "array", "minItems": 2}, ["hi", "hi"]),
+        ({"type": "array", "items": {"$ref": "#"}}, []),
+        ({"oneOf": [{"$ref": "#"}, {"type": "null"}]}, None),
+        (NODE | {"$defs": {"node": {"anyOf": [NODE, {"type": "null"}]}}}, {"next": None}),
+    ],
+)
+def test_a_small_value_fits_a_schema(schema: Any, value: Any) -> None:
+    assert agproxy.demo_value(schema, "hi") == value
+
+
+def test_a_schema_without_an_end_has_no_value() -> None:
+    with pytest.raises(LookupError):
+        agproxy.demo_value(NODE | {"$defs": {"node": NODE}}, "hi")
+
+
+async def test_a_large_file_reaches_the_demo(ai: openai.AsyncOpenAI) -> None:
+    url = {"url": f"data:image/png;base64,{'A' * (3 << 20)}"}
+    messages: Any = [{"role": "user", "content": [{"type": "image_url", "image_url": url}]}]
+    answer = await ai.chat.completions.create(model="gpt-4o", messages=messages)
+    assert "(and 1 file of image/png)" in (answer.choices[0].message.content or "")
 
 
 @pytest.mark.parametrize(

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sqlite3
@@ -162,6 +164,49 @@ async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> N
     assert (line["route"], line["mapped_model"], line["account"]) == ("chat/completions", "gemini-2.5-flash", "a")
     assert (line["status"], line["attempts"], line["tokens"]) == (200, 1, "3+4")
     assert 0 <= line["first_ms"] <= line["ms"]
+
+
+async def test_nothing_of_a_server_is_loaded_once_it_listens(serve: Serve) -> None:
+    served = await serve("--demo", "--port", "0", PYTHONPROFILEIMPORTTIME="1", AIOHTTP_NO_EXTENSIONS="1")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    asked = HELLO | {"messages": [{"role": "user", "content": "hi"}]}
+    async with aiohttp.ClientSession() as session:
+        for stream in (True, False):
+            async with session.post(f"{base_url}/chat/completions", json=asked | {"stream": stream}) as response:
+                assert response.status == 200
+                await response.read()
+    served.process.terminate()
+    assert await served.ended() == 0
+    before, _, after = served.said.partition("base URL")
+    assert "aiohttp.web_app" in before
+    assert "aiohttp" not in after and "asyncio" not in after
+    assert before.count("Warning: aiohttp's extensions in C are missing") == 1
+
+
+async def test_a_server_with_extensions_is_not_warned_about(serve: Serve) -> None:
+    served = await serve("--demo", "--port", "0")
+    await served.wait_for(r"base URL +(\S+)")
+    assert "Warning" not in served.said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
+async def test_no_file_for_another_connection_is_told_once_and_passes(serve: Serve) -> None:
+    served = await serve("--demo", "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (40, 40))
+    port = int(base_url.split(":")[2].removesuffix("/v1"))
+    flood = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]
+    await asyncio.sleep(1.5)  # asyncio tries again after a second
+    for _, writer in flood:
+        writer.close()
+    async with aiohttp.ClientSession() as session:
+        response = await session.post(f"{base_url}/chat/completions", json=HELLO)
+        assert (response.status, "hi" in await response.text()) == (200, True)
+    served.process.terminate()
+    assert await served.ended() == 0
+    told = 1 if importlib.util.find_spec("uvloop") is None else 0  # uvloop closes what is too much
+    assert served.said.count("no file is left for another connection; raise ulimit -n") == told
+    assert "Traceback" not in served.said
 
 
 async def test_a_taken_port_is_said(serve: Serve, file: str) -> None:
