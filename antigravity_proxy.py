@@ -6628,8 +6628,8 @@ def open_session(wait: Timeouts) -> aiohttp.ClientSession:
     )
 
 
-def proxy_for(url: str, configured: str | None) -> str | None:
-    """The proxy to a URL: the configured one, else the environment's unless NO_PROXY excepts it.
+def proxy_for(url: str, chosen: str | None) -> str | None:
+    """The proxy to a URL: the chosen one, else the environment's unless NO_PROXY excepts it.
 
     There is none to loopback.
     """
@@ -6638,8 +6638,8 @@ def proxy_for(url: str, configured: str | None) -> str | None:
     parts = urlsplit(url)
     if is_loopback(parts.hostname or ""):
         return None
-    if configured:
-        return configured
+    if chosen:
+        return chosen
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
@@ -8917,7 +8917,7 @@ def headers_of(request: web.Request) -> dict[str, str]:
 # ---- whole answers
 
 
-def reply(
+def bytes_reply(
     request: web.Request, body: bytes, status: int = 200, media_type: str = "application/json"
 ) -> web.Response:
     headers = headers_of(request)
@@ -8926,7 +8926,7 @@ def reply(
 
 
 def json_reply(request: web.Request, value: Any) -> web.Response:
-    return reply(request, dump_bytes(value))
+    return bytes_reply(request, dump_bytes(value))
 
 
 def error_reply(request: web.Request, error: GatewayError) -> web.Response:
@@ -8938,7 +8938,7 @@ def error_reply(request: web.Request, error: GatewayError) -> web.Response:
     body = door.error(error)
     if error.waits and trace.decisions and isinstance(body.get("error"), dict):
         body["error"]["decisions"] = decisions_of(trace)
-    response = reply(request, dump_bytes(body), error.status)
+    response = bytes_reply(request, dump_bytes(body), error.status)
     response.headers.update(error.headers)
     if response.headers.get("Connection") == "close":
         response.force_close()
@@ -9208,7 +9208,7 @@ async def answer_detached(
     """What is told of a response that is made in the background: the object so far, or its stream."""
     if background.exchange.streamed:
         return await follow(stream, background, 0, request)
-    return reply(request, background.kept.object())
+    return bytes_reply(request, background.kept.object())
 
 
 async def follow(
@@ -9226,7 +9226,7 @@ async def answer_whole(
 ) -> web.StreamResponse:
     whole = WholeAnswer(renderer)
     await exchange.run(whole.render, whole.keep)
-    return reply(request, whole.body)
+    return bytes_reply(request, whole.body)
 
 
 class WholeAnswer:
@@ -9272,7 +9272,7 @@ async def handle_response(request: web.Request) -> web.StreamResponse:
     if request.query.get("stream") == "true":
         return await replay(request, stored, background)
     if background:
-        return reply(request, background.kept.object())
+        return bytes_reply(request, background.kept.object())
     return json_reply(request, stored.response)
 
 
@@ -9283,9 +9283,9 @@ async def replay(
     at = 0 if after is None else after + 1
     if background is None:
         frames = b"".join(replay_frames(stored, at))
-        return reply(request, frames, media_type="text/event-stream")
+        return bytes_reply(request, frames, media_type="text/event-stream")
     if request.method == "HEAD":
-        return reply(request, b"")
+        return bytes_reply(request, b"")
     stream = EventStream(request, background.exchange)
     stream.start_heartbeat()
     try:
@@ -9306,7 +9306,7 @@ async def handle_cancel(request: web.Request) -> web.StreamResponse:
         raise BadRequest("Cannot cancel a synchronous response. Close its connection instead.")
     background = await break_off(exchange.gateway, stored.id)
     if background:
-        return reply(request, background.kept.object())
+        return bytes_reply(request, background.kept.object())
     return json_reply(request, stored.response)
 
 
