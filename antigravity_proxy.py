@@ -3615,13 +3615,15 @@ SAMPLING = (
 )
 CALLING_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
 PLACEHOLDER = "…"
+Json = dict[str, Any]  # an object that is being built
+Schema = Mapping[str, Any]
 
 
 @value
 class Built:
     """A generateContent body, and how its answer's calls are read back."""
 
-    body: dict[str, Any]
+    body: Json
     changes: tuple[Change, ...]  # of what could not be carried into the body as it was
     tools: Mapping[str, Tool]
     """By Gemini's name for them, those whose calls are not simply calls of that name."""
@@ -3642,7 +3644,7 @@ def build_generate_content(
     system = [text for text in request.system if text]
     tools.take_over_json(config, system)
     contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
-    body: dict[str, Any] = {"contents": contents}
+    body: Json = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
     body |= tools.build(config)
@@ -3662,11 +3664,11 @@ class Builder:
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
 
-    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> dict[str, Any]:
+    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> Json:
         """A JSON Schema in Google's own form; empty where nothing of it can be said there."""
         reduction = SchemaReduction(schema)
         reduced = reduction.reduce(schema)
-        for word in reduction.losses:
+        for word in sorted(reduction.losses):
             self.change(source, "dropped", f"Google's Schema has no such '{word}'")
         return reduced or {}
 
@@ -3723,7 +3725,7 @@ class ToolBuilder(Builder):
         self.change("/tool_choice", "emulated", "only the allowed tools are declared")
         return [tool for tool in request.tools if tool.name in choice.names]
 
-    def take_over_json(self, config: dict[str, Any], system: list[str]) -> None:
+    def take_over_json(self, config: Json, system: list[str]) -> None:
         """Asks for JSON by a tool or an instruction where `config` cannot ask for it beside tools.
 
         Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling
@@ -3760,7 +3762,7 @@ class ToolBuilder(Builder):
         self.name_tool("", ANSWER_TOOL)
         self.tools.append(self.answer_tool)
 
-    def build(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def build(self, config: Mapping[str, Any]) -> Json:
         """The body's `tools` and `toolConfig`."""
         search = self.request.sources.get("search")
         if self.tools:
@@ -3779,9 +3781,9 @@ class ToolBuilder(Builder):
             return {}
         return {"tools": [{"googleSearch": {}}]}
 
-    def declare(self, tool: Tool) -> dict[str, Any]:
+    def declare(self, tool: Tool) -> Json:
         name = self.names[tool.namespace, tool.name]
-        declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
+        declaration: Json = {"name": name, "description": tool.description or tool.name}
         schema = tool.parameters
         if not schema or not any(schema.get(word) for word in SCHEMA_CONTENT):
             return declaration
@@ -3793,15 +3795,16 @@ class ToolBuilder(Builder):
         reduced = self.reduce_schema(schema, source)
         if "anyOf" in reduced:
             self.change(source, "dropped", "Vertex takes no 'anyOf' at the root of parameters")
-        if parameters := one_object(reduced):
-            declaration["parameters"] = parameters
+            reduced = join_objects(reduced["anyOf"])
+        if reduced.get("properties"):
+            declaration["parameters"] = reduced
         return declaration
 
-    def calling_config(self) -> dict[str, Any]:
+    def calling_config(self) -> Json:
         choice = self.request.tool_choice
         if self.answer_tool and choice.mode == "auto":
             return {"mode": "ANY"}
-        config: dict[str, Any] = {"mode": CALLING_MODES[choice.mode]}
+        config: Json = {"mode": CALLING_MODES[choice.mode]}
         if choice.names and choice.mode == "required":
             named = [tool for tool in self.request.tools if tool.name in choice.names]
             config["allowedFunctionNames"] = [self.name_tool(t.namespace, t.name) for t in named]
@@ -3814,7 +3817,7 @@ class ToolBuilder(Builder):
 class ConfigBuilder(Builder):
     """Builds the generationConfig."""
 
-    def build(self) -> dict[str, Any]:
+    def build(self) -> Json:
         request = self.request
         thinking = self.build_thinking()
         config = self.build_sampling() | {
@@ -3828,8 +3831,8 @@ class ConfigBuilder(Builder):
         }
         return {key: value for key, value in config.items() if value is not None}
 
-    def build_sampling(self) -> dict[str, Any]:
-        config: dict[str, Any] = {}
+    def build_sampling(self) -> Json:
+        config: Json = {}
         for name, word, trait in SAMPLING:
             value = getattr(self.request, name)
             if trait == "penalties":
@@ -3865,11 +3868,11 @@ class ConfigBuilder(Builder):
             return None
         return config or None
 
-    def build_json_output(self) -> dict[str, Any]:
+    def build_json_output(self) -> Json:
         json_format = self.request.json_format
         if json_format is None:
             return {}
-        config: dict[str, Any] = {"responseMimeType": "application/json"}
+        config: Json = {"responseMimeType": "application/json"}
         schema = json_format.schema
         if schema and self.traits.json_schema:
             config["responseJsonSchema"] = lone_refs(schema)
@@ -3897,7 +3900,7 @@ class ConfigBuilder(Builder):
             self.change(source, "clamped", reason)
         return limit
 
-    def build_thinking(self) -> dict[str, Any]:
+    def build_thinking(self) -> Json:
         wish, traits = self.choose_wish(), self.traits
         asked = wish.effort is not None or wish.budget is not None
         if traits.thinking == "none":
@@ -3926,7 +3929,7 @@ class ConfigBuilder(Builder):
         effort = "none" if traits.thinking == "budget" else "low"
         return replace(wish, effort=effort, source=source)
 
-    def build_level(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_level(self, wish: ThinkingWish) -> Json:
         if wish.effort is None:
             return self.build_budget(wish)  # accepted for compatibility
         wanted = EFFORTS.index(nearest_effort(wish.effort))
@@ -3936,7 +3939,7 @@ class ConfigBuilder(Builder):
             self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{level}'")
         return {"thinkingLevel": level.upper()}
 
-    def build_budget(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_budget(self, wish: ThinkingWish) -> Json:
         wanted, effort = wish.budget, wish.effort
         if wanted is None:
             wanted = EFFORT_BUDGETS[nearest_effort(effort or "")]
@@ -3980,8 +3983,8 @@ class ContentBuilder(Builder):
         self.results = match_results(request.messages)
         self.matched = {id(result) for result in self.results.values()}
 
-    def build(self) -> list[dict[str, Any]]:
-        contents: list[dict[str, Any]] = []
+    def build(self) -> list[Json]:
+        contents: list[Json] = []
         for message in self.request.messages:
             parts = self.build_parts(message.parts)
             if message.role == "assistant":
@@ -3995,7 +3998,7 @@ class ContentBuilder(Builder):
         self.add_last_content(contents)
         return contents
 
-    def add_last_content(self, contents: list[dict[str, Any]]) -> None:
+    def add_last_content(self, contents: list[Json]) -> None:
         """Lets the user have the last word where the model demands it, and never sends none."""
         if not contents:
             contents.append(build_content("user", PLACEHOLDER))
@@ -4004,8 +4007,8 @@ class ContentBuilder(Builder):
             self.change(self.source, "emulated", reason)
             contents.append(build_content("user", "Continue exactly where you stopped."))
 
-    def build_parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        built: list[dict[str, Any]] = []
+    def build_parts(self, parts: Sequence[Part]) -> list[Json]:
+        built: list[Json] = []
         for part in parts:
             if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
                 built.append({"text": part.text})
@@ -4013,7 +4016,7 @@ class ContentBuilder(Builder):
                 built += self.build_part(part)
         return built
 
-    def sign_parts(self, parts: list[dict[str, Any]]) -> None:
+    def sign_parts(self, parts: list[Json]) -> None:
         """Adds missing signatures: to the first call, or to all parts of a model of images.
 
         Source: https://ai.google.dev/gemini-api/docs/gemini-3#thought_signatures
@@ -4023,7 +4026,7 @@ class ContentBuilder(Builder):
         for part in parts:
             part.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
 
-    def build_part(self, part: Part) -> list[dict[str, Any]]:
+    def build_part(self, part: Part) -> list[Json]:
         match part:
             case Text():
                 return build_text(part)
@@ -4040,22 +4043,22 @@ class ContentBuilder(Builder):
             case _:
                 assert_never(part)
 
-    def build_call(self, call: ToolCall) -> dict[str, Any]:
+    def build_call(self, call: ToolCall) -> Json:
         args = {"input": call.arguments}
         if not call.custom:
             args = arguments_object(call.arguments)
         name = self.name_tool(call.namespace, call.name)
-        part: dict[str, Any] = {"functionCall": {"name": name, "args": args}}
+        part: Json = {"functionCall": {"name": name, "args": args}}
         if self.traits.call_ids:
             part["functionCall"]["id"] = call.id
         if call.signature:
             part["thoughtSignature"] = call.signature
         return part
 
-    def build_results(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    def build_results(self, calls: Sequence[ToolCall]) -> list[Json]:
         """A content with one functionResponse a call, and one with the files not inside these."""
-        responses: list[dict[str, Any]] = []
-        files: list[dict[str, Any]] = []
+        responses: list[Json] = []
+        files: list[Json] = []
         for call in calls:
             result = self.results.get(id(call))
             if result is None:
@@ -4068,14 +4071,14 @@ class ContentBuilder(Builder):
 
     def build_result(
         self, call: ToolCall, result: ToolResult | None
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    ) -> tuple[Json, list[Json]]:
         """A call's functionResponse, and its files as parts where they may not stand inside it."""
         name = self.name_tool(call.namespace, call.name)
-        response: dict[str, Any] = {"name": name, "response": result_object(result)}
+        response: Json = {"name": name, "response": result_object(result)}
         if self.traits.call_ids:
             response["id"] = call.id
-        inside: list[dict[str, Any]] = []
-        outside: list[dict[str, Any]] = []
+        inside: list[Json] = []
+        outside: list[Json] = []
         for part in result.parts if result else ():
             if isinstance(part, Media):
                 fits = self.traits.files_in_results and part.data
@@ -4111,7 +4114,7 @@ def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     return results
 
 
-def add_content(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
+def add_content(contents: list[Json], role: str, parts: list[Json]) -> None:
     if not parts:
         return
     if not contents and role == "model":
@@ -4123,11 +4126,11 @@ def add_content(contents: list[dict[str, Any]], role: str, parts: list[dict[str,
         contents.append({"role": role, "parts": parts})
 
 
-def build_content(role: str, text: str) -> dict[str, Any]:
+def build_content(role: str, text: str) -> Json:
     return {"role": role, "parts": [{"text": text}]}
 
 
-def build_text(part: Text) -> list[dict[str, Any]]:
+def build_text(part: Text) -> list[Json]:
     """A text as Gemini sent it: the signed piece apart from those before and after it."""
     text, signature = part.text, part.signature
     if signature is None:
@@ -4139,17 +4142,17 @@ def build_text(part: Text) -> list[dict[str, Any]]:
     return [piece for piece in pieces if piece["text"] or len(piece) > 1]
 
 
-def build_media(media: Media) -> dict[str, Any]:
+def build_media(media: Media) -> Json:
     if media.url:
         file = {"fileUri": media.url, "mimeType": media.mime}
         return {"fileData": {key: value for key, value in file.items() if value}}
-    part: dict[str, Any] = {"inlineData": {"mimeType": media.mime, "data": media.data}}
+    part: Json = {"inlineData": {"mimeType": media.mime, "data": media.data}}
     if media.signature:
         part["thoughtSignature"] = media.signature
     return part
 
 
-def arguments_object(arguments: str) -> dict[str, Any]:
+def arguments_object(arguments: str) -> Json:
     """A call's arguments as the object that Gemini wants; anything else is wrapped into one."""
     value = parse_strict(arguments or "{}")
     if isinstance(value, dict):
@@ -4157,7 +4160,7 @@ def arguments_object(arguments: str) -> dict[str, Any]:
     return {"input": arguments if value is None else value}
 
 
-def result_object(result: ToolResult | None) -> dict[str, Any]:
+def result_object(result: ToolResult | None) -> Json:
     """A tool's answer as an object: a JSON object as it is, anything else as text.
 
     A `$ref` inside would be read as a reference:
@@ -4198,49 +4201,42 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     Source: https://ai.google.dev/api/generate-content#GenerationConfig,
     https://github.com/google-gemini/gemini-cli/issues/4758
     """
-    if depth > LONE_REFS_DEPTH_MAX or not isinstance(schema, (list, dict)):
+    if isinstance(schema, list) and depth < LONE_REFS_DEPTH_MAX:
+        return [lone_refs(item, depth + 1) for item in schema]
+    if not isinstance(schema, dict) or depth > LONE_REFS_DEPTH_MAX:
         return schema
-    if isinstance(schema, list):
-        return [lone_refs(one, depth + 1) for one in schema]
     if not depth and not schema.keys() & {"$defs", "definitions"}:
         return schema  # a walk of all tools' schemas would double the time of a request
     moved = schema.copy()
     for word, value in schema.items():
         if word in SCHEMA_MAPS and isinstance(value, dict):
-            moved[word] = {name: lone_refs(one, depth + 2) for name, one in value.items()}
+            moved[word] = {name: lone_refs(member, depth + 2) for name, member in value.items()}
         elif word not in SCHEMA_DATA:
             moved[word] = lone_refs(value, depth + 1)
-    alone = all(word[:1] == "$" for word in moved)
-    if "$ref" in moved and "anyOf" not in moved and not alone:
+    if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
         moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
     return moved
 
 
-SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
-JSON_TYPES = dict(zip((str, float, int, bool, list, dict, type(None)), SCHEMA_TYPES, strict=True))
-IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
-# Google's Schema has these words as JSON Schema has them, of these types. It has limits of lengths
-# too, but these are what many a schema is refused for.
-# Source: https://github.com/googleapis/python-genai/issues/2170
-SCHEMA_WORDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("title", "description", "pattern", "format"), (str,)),
-    **dict.fromkeys(("minItems", "minLength"), (int,)),
-    **dict.fromkeys(("minimum", "maximum"), (int, float)),
-    "nullable": (bool,),
-    "default": (str, int, float, bool, list, dict),
+JSON_TYPES = {
+    **{str: "string", float: "number", int: "integer", bool: "boolean"},
+    **{list: "array", dict: "object", type(None): "null"},
 }
+IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
+# Google takes these as JSON Schema has them. It has limits of sizes too, but they are what many
+# a schema is refused for. Source: https://github.com/googleapis/python-genai/issues/2170
+SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
 # Words that are translated, or that say nothing of a value.
 SCHEMA_HANDLED = {
-    *("type", "enum", "const", "properties", "required", "items"),
-    *("$schema", "$id", "$comment", "$defs", "definitions", "anyOf", "oneOf"),
+    *("$ref", "allOf", "type", "enum", "const", "properties", "required", "items", "default"),
+    *("$schema", "$id", "$comment", "$defs", "definitions"),
 }
 NULL = {"type": "NULL"}
 # OpenAI takes ten levels of objects, each of which may be null or stand in a list.
 SCHEMA_DEPTH_MAX = 32
 # References that are written out again and again would make a body of any size.
 SCHEMA_NODES_MAX = 2000
-Schema = Mapping[str, Any]
-Refs = frozenset[str]
+Steps = tuple[str, ...]
 
 
 class SchemaReduction:
@@ -4253,154 +4249,123 @@ class SchemaReduction:
 
     def __init__(self, root: Schema) -> None:
         self.root = root
-        self.losses: dict[str, None] = {}
+        self.losses: set[str] = set()
         self.nodes_left = SCHEMA_NODES_MAX
 
-    def lose(self, *words: str) -> None:
-        self.losses |= dict.fromkeys(words)
-
-    def reduce(
-        self, schema: Any, refs: Refs = frozenset("#"), depth: int = 0
-    ) -> dict[str, Any] | None:
-        """The schema in Google's form, None where it has none; `refs` are those that led to it."""
-        flat, refs = self.flatten(schema, refs, depth)
+    def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
+        """The schema in Google's form, None where it has none."""
+        flat, steps = self.flatten(schema, steps)
         if flat is None:
             return None
-        if options := options_of(flat):
-            return one_of(self.reduce(option, refs, depth + 1) for option in options)
-        kind = str(flat.get("type")).lower()
+        types = types_of(flat)
+        options = objects_in(flat.pop("anyOf", None)) or objects_in(flat.pop("oneOf", None))
+        if not options and len(types) > 1:
+            options = [{"type": kind} for kind in types]
+        if options:
+            return one_of(self.reduce({"allOf": [option, flat]}, steps) for option in options)
+        if not types:
+            self.losses.add("type")
+        kind = [*types, "string"][0]
         if kind == "null":
             return NULL
-        if kind not in SCHEMA_TYPES:
-            self.lose("type")
-            kind = "string"
         reduced = self.reduce_words(flat, kind)
         if kind == "array":
-            item = self.reduce({"anyOf": self.item_schemas(flat)}, refs, depth + 1)
+            item = self.reduce({"anyOf": item_schemas(flat)}, steps)
             return item and reduced | {"items": item}
         if kind == "object":
-            members = self.reduce_members(flat, refs, depth + 1)
+            members = self.reduce_members(flat, steps)
             return members and reduced | members
         return reduced
 
-    def flatten(self, schema: Any, refs: Refs, depth: int) -> tuple[dict[str, Any] | None, Refs]:
-        """A schema with what it refers to and its allOf laid under it; None where it is endless."""
-        self.nodes_left -= 1
-        if depth > SCHEMA_DEPTH_MAX or self.nodes_left < 0:
-            self.lose("depth")
-            return None, refs
-        flat = dict(schema) if isinstance(schema, Mapping) else {}
-        parts = objects_in(flat.pop("allOf", None))
-        if "$ref" in flat:
-            ref = str(flat.pop("$ref"))
-            target = find_ref(self.root, ref)
-            if ref in refs or target is None:
-                self.lose("$ref")
-                return None, refs
-            refs |= {ref}
-            parts = [target, *parts]
-        reached = refs
-        for part in parts:
-            inner, inner_refs = self.flatten(part, refs, depth + 1)
-            if inner is None:
-                return None, refs
-            lay_under(flat, inner)
-            reached |= inner_refs
-        return flat, reached
+    def flatten(self, schema: Any, steps: Steps) -> tuple[Json | None, Steps]:
+        """A schema with what it refers to and its allOf laid under it; None where it is endless.
 
-    def reduce_words(self, flat: Schema, kind: str) -> dict[str, Any]:
-        """The type, and the words that Google has too; of formats it takes only date-time.
+        `steps` are the references that lead there, and an empty one for each level.
+        """
+        flat: Json = {}
+        layers, reached = objects_in([schema]), [""]
+        for layer in map(dict, layers):
+            self.nodes_left -= 1
+            ref = str(layer.pop("$ref", ""))
+            layers += objects_in(layer.pop("allOf", None))
+            lay_under(flat, layer)
+            if ref in reached:
+                continue
+            target = find_ref(self.root, ref)
+            if target is None or ref in steps:
+                self.losses.add("$ref")
+                return None, steps
+            reached.append(ref)
+            layers.append(target)
+        if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
+            self.losses.add("depth")
+            return None, steps
+        return flat, (*steps, *reached)
+
+    def reduce_words(self, flat: Json, kind: str) -> Json:
+        """The type and the words that Google has too: of formats date-time, of enums those of texts.
 
         Source: https://github.com/google-gemini/gemini-cli/issues/3178
         """
-        words: dict[str, Any] = {"type": kind.upper(), **self.reduce_enum(flat, kind)}
-        for word, types in SCHEMA_WORDS.items():
-            if type(flat.get(word)) in types:
+        words: Json = {"type": kind.upper()}
+        for word, shape in SCHEMA_WORDS.items():
+            if isinstance(flat.get(word), shape):
                 words[word] = flat[word]
-        if kind != "string" or words.get("format") != "date-time":
-            words.pop("format", None)
-        said = {word for word, value in flat.items() if value is not None}
-        self.lose(*(said - words.keys() - SCHEMA_HANDLED))
+        texts = [value for value in values_of(flat) if isinstance(value, str)]
+        if kind == "string" and texts and all(texts):
+            words["enum"] = list(dict.fromkeys(texts))
+            flat.pop("const", None)
+        if kind == "string" and flat.get("format") == "date-time":
+            words["format"] = "date-time"
+        self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
         return words
 
-    def reduce_enum(self, flat: Schema, kind: str) -> dict[str, Any]:
-        """The enum, if it is one of texts; Google takes no other values, and no empty text."""
-        allowed = [value for value in values_of(flat) if value is not None]
-        if not allowed:
-            return {}
-        if kind == "string" and all(isinstance(value, str) and value for value in allowed):
-            return {"enum": list(dict.fromkeys(allowed))}
-        self.lose(*(flat.keys() & {"const", "enum"}))
-        return {}
-
-    def reduce_members(self, flat: Schema, refs: Refs, depth: int) -> dict[str, Any] | None:
+    def reduce_members(self, flat: Json, steps: Steps) -> Json | None:
         """The properties of an object, and which of them are required."""
-        schemas, names = flat.get("properties"), flat.get("required")
-        properties: dict[str, Any] = {}
-        for name, schema in schemas.items() if isinstance(schemas, Mapping) else ():
-            if member := self.reduce(schema, refs, depth):
+        properties: Json = {}
+        for name, schema in flat.get("properties", {}).items():
+            if member := self.reduce(schema, steps):
                 properties[name] = member
         if not properties:
-            self.lose("object")
+            self.losses.add("object")
             return None
-        wanted = set(map(str, names)) if isinstance(names, list) else set()
-        if wanted - properties.keys():
-            self.lose("required")
-        members: dict[str, Any] = {"properties": properties}
-        if required := [name for name in properties if name in wanted]:
-            members["required"] = required
-        return members
-
-    def item_schemas(self, flat: Schema) -> list[Any]:
-        """The schemas of an array's items: one for all of them, or those of a tuple."""
-        items = flat.get("items")
-        if isinstance(items, list):
-            self.lose("items")
-        else:
-            items = [items]
-        return objects_in(flat.get("prefixItems")) + objects_in(items)
+        wanted = set(map(str, flat.get("required", ())))
+        return {"properties": properties, "required": [n for n in properties if n in wanted]}
 
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
     """The schema that a reference inside of `root` leads to."""
     found: Any = root
-    for step in ref.split("/")[1:]:
-        if isinstance(found, list):
-            found = {str(index): one for index, one in enumerate(found)}
-        name = unquote(step).replace("~1", "/").replace("~0", "~")
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if ref.startswith("#/") and isinstance(found, Mapping) else None
+    try:
+        for step in ref.removeprefix("#/").split("/"):
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            found = found[int(name) if isinstance(found, list) else name]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, Mapping) else None
 
 
-def lay_under(flat: dict[str, Any], inner: Schema) -> None:
+def lay_under(flat: Json, layer: Schema) -> None:
     """Adds to a schema the words that it inherits; its own words win."""
-    for word, value in inner.items():
-        own = flat.setdefault(word, value)
-        if isinstance(own, Mapping) and isinstance(value, Mapping):
-            flat[word] = {**own, **value, **own}
-        elif word == "required" and isinstance(own, list) and isinstance(value, list):
-            flat[word] = own + value
-
-
-def options_of(flat: Schema) -> list[Schema]:
-    """The schemas that a schema is a choice among: what it lists, or one for each of its types."""
-    for word in ("anyOf", "oneOf"):
-        if options := objects_in(flat.get(word)):
-            beside = {key: value for key, value in flat.items() if key != word}
-            return [{"allOf": [option, beside]} for option in options]
-    if str(flat.get("type")).lower() in SCHEMA_TYPES:
-        return []
-    return [{**flat, "type": kind} for kind in dict.fromkeys(types_of(flat))]
+    for word, value in layer.items():
+        if word == "properties":
+            flat[word] = (value if isinstance(value, dict) else {}) | flat.get(word, {})
+        elif word == "required":
+            flat[word] = (value if isinstance(value, list) else []) + flat.get(word, [])
+        else:
+            flat.setdefault(word, value)
 
 
 def types_of(flat: Schema) -> list[str]:
-    """The types of a schema that names several, or that names none but says something of one."""
+    """The types that a schema names, or else those that it says something of."""
     named = flat.get("type")
-    if isinstance(named, list) and (types := [kind for kind in named if kind in SCHEMA_TYPES]):
-        return types
-    if values := values_of(flat):
-        return [JSON_TYPES.get(type(value), "string") for value in values]
-    return [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
+    if not isinstance(named, list):
+        named = [named]
+    known = JSON_TYPES.values()
+    types = [kind for kind in map(str.lower, map(str, named)) if kind in known]
+    types = types or [JSON_TYPES.get(type(value), "string") for value in values_of(flat)]
+    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
+    return list(dict.fromkeys(types))
 
 
 def values_of(flat: Schema) -> list[Any]:
@@ -4411,7 +4376,15 @@ def values_of(flat: Schema) -> list[Any]:
     return values if isinstance(values, list) else []
 
 
-def one_of(schemas: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+def item_schemas(flat: Schema) -> list[Any]:
+    """The schemas of an array's items: one for all of them, or those of a tuple."""
+    items = flat.get("items")
+    if not isinstance(items, list):
+        items = [items]
+    return objects_in(flat.get("prefixItems")) + objects_in(items)
+
+
+def one_of(schemas: Iterable[Json | None]) -> Json | None:
     """One schema in Google's form for any of several; null among them is said by `nullable`.
 
     Vertex refuses a declaration that says anything beside anyOf.
@@ -4426,20 +4399,18 @@ def one_of(schemas: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
     return next(iter(distinct), None)
 
 
-def one_object(schema: Schema) -> dict[str, Any]:
-    """One object for a choice among objects, of which none is required; empty where there is none.
+def join_objects(options: Iterable[Json]) -> Json:
+    """One object for a choice among objects, of which no property is required.
 
     Vertex takes nothing else as a function's parameters.
     Source: https://github.com/BerriAI/litellm/issues/41639
     """
-    options = [option for option in schema.get("anyOf", [schema]) if "properties" in option]
-    if len(options) < 2:
-        return dict(*options)
-    members: dict[str, list[dict[str, Any]]] = {}
+    members: dict[str, list[Json | None]] = defaultdict(list)
     for option in options:
-        for name, member in option["properties"].items():
-            members.setdefault(name, []).append(member)
-    return {"type": "OBJECT", "properties": {name: one_of(members[name]) for name in members}}
+        for name, member in option.get("properties", {}).items():
+            members[name].append(member)
+    properties = {name: one_of(schemas) for name, schemas in members.items()}
+    return {"type": "OBJECT", "properties": properties}
 
 
 # ---- beside generateContent
@@ -4456,9 +4427,9 @@ def choices_of(request: Request) -> list[Request]:
     return [replace(request, seed=(seed + choice) & 0x7FFFFFFF) for choice in range(request.n)]
 
 
-def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
+def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> Json:
     """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-    options: dict[str, Any] = {"model": f"models/{model}"}
+    options: Json = {"model": f"models/{model}"}
     if dimensions:
         options["outputDimensionality"] = dimensions
     return {"requests": [options | {"content": {"parts": [{"text": text}]}} for text in texts]}
