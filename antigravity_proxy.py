@@ -3653,13 +3653,13 @@ def build_generate_content(
     return Built(body, tuple(dict.fromkeys(changes)), tools.renamed())
 
 
+@dataclass
 class Builder:
     """Builds a piece of a body, and adds to `changes` what cannot be carried into it."""
 
-    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
-        self.request = request
-        self.traits = traits
-        self.changes = changes
+    request: Request
+    traits: Traits
+    changes: list[Change]
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
@@ -3676,15 +3676,15 @@ class Builder:
 # ---- tools
 
 
+@dataclass
 class ToolBuilder(Builder):
     """Builds the tools, which of them may be called, and the names that Gemini knows them by."""
 
-    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
-        super().__init__(request, traits, changes)
-        self.names: dict[tuple[str | None, str], str] = {}
-        self.taken: set[str] = set()
-        self.answer_tool: Tool | None = None
-        for tool in request.tools:
+    names: dict[tuple[str | None, str], str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)  # Gemini's names, for a look-up in no time
+
+    def __post_init__(self) -> None:
+        for tool in self.request.tools:
             self.name_tool(tool.namespace, tool.name, tool.source)
         self.tools = self.choose_tools()
 
@@ -3751,16 +3751,9 @@ class ToolBuilder(Builder):
 
     def add_answer_tool(self, json_format: JsonFormat, source: str) -> None:
         description = "Give the final answer by calling this, once no other tool is needed."
-        self.answer_tool = Tool(
-            ANSWER_TOOL,
-            description,
-            json_format.schema,
-            namespace="",
-            source=source,
-            answers=True,
-        )
         self.name_tool("", ANSWER_TOOL)
-        self.tools.append(self.answer_tool)
+        tool = Tool(ANSWER_TOOL, description, json_format.schema, "", source=source, answers=True)
+        self.tools.append(tool)
 
     def build(self, config: Mapping[str, Any]) -> Json:
         """The body's `tools` and `toolConfig`."""
@@ -3802,7 +3795,7 @@ class ToolBuilder(Builder):
 
     def calling_config(self) -> Json:
         choice = self.request.tool_choice
-        if self.answer_tool and choice.mode == "auto":
+        if self.tools[-1].answers:
             return {"mode": "ANY"}
         config: Json = {"mode": CALLING_MODES[choice.mode]}
         if choice.names and choice.mode == "required":
@@ -3961,6 +3954,7 @@ def nearest_effort(word: str) -> str:
 # ---- contents
 
 
+@dataclass
 class ContentBuilder(Builder):
     """Builds the contents: one for each run of messages of one role.
 
@@ -3970,18 +3964,14 @@ class ContentBuilder(Builder):
     Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
     """
 
-    def __init__(
-        self,
-        request: Request,
-        traits: Traits,
-        changes: list[Change],
-        name_tool: Callable[[str | None, str], str],
-    ) -> None:
-        super().__init__(request, traits, changes)
-        self.name_tool = name_tool
-        self.source = request.sources.get("messages", "/messages")
-        self.results = match_results(request.messages)
+    name_tool: Callable[[str | None, str], str]
+
+    def __post_init__(self) -> None:
+        self.results = match_results(self.request.messages)
         self.matched = {id(result) for result in self.results.values()}
+
+    def emulate(self, reason: str) -> None:
+        self.change(self.request.sources.get("messages", "/messages"), "emulated", reason)
 
     def build(self) -> list[Json]:
         contents: list[Json] = []
@@ -4003,8 +3993,7 @@ class ContentBuilder(Builder):
         if not contents:
             contents.append(build_content("user", PLACEHOLDER))
         if contents[-1]["role"] == "model" and not self.traits.prefill:
-            reason = "this model goes on with an answer only when asked to"
-            self.change(self.source, "emulated", reason)
+            self.emulate("this model goes on with an answer only when asked to")
             contents.append(build_content("user", "Continue exactly where you stopped."))
 
     def build_parts(self, parts: Sequence[Part]) -> list[Json]:
@@ -4035,8 +4024,7 @@ class ContentBuilder(Builder):
             case ToolCall():
                 return [self.build_call(part)]
             case ToolResult(parts=parts) if id(part) not in self.matched:
-                reason = "a result without a call is passed on as text"
-                self.change(self.source, "emulated", reason)
+                self.emulate("a result without a call is passed on as text")
                 return self.build_parts(parts)
             case Thinking() | ToolResult():
                 return []
@@ -4062,16 +4050,13 @@ class ContentBuilder(Builder):
         for call in calls:
             result = self.results.get(id(call))
             if result is None:
-                reason = "a call without a result is answered with a note that there is none"
-                self.change(self.source, "emulated", reason)
+                self.emulate("a call without a result is answered with a note that there is none")
             response, others = self.build_result(call, result)
             responses.append({"functionResponse": response})
             files += others
         return [{"role": "user", "parts": parts} for parts in (responses, files) if parts]
 
-    def build_result(
-        self, call: ToolCall, result: ToolResult | None
-    ) -> tuple[Json, list[Json]]:
+    def build_result(self, call: ToolCall, result: ToolResult | None) -> tuple[Json, list[Json]]:
         """A call's functionResponse, and its files as parts where they may not stand inside it."""
         name = self.name_tool(call.namespace, call.name)
         response: Json = {"name": name, "response": result_object(result)}
@@ -4095,21 +4080,21 @@ def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     use ids again, send results in any order, and some of them before their calls.
     """
     results: dict[int, ToolResult] = {}
-    open_calls: dict[str, list[tuple[int, ToolCall]]] = {}
+    open_calls: dict[str, list[tuple[int, ToolCall]]] = defaultdict(list)
     early: list[ToolResult] = []
     for position, message in enumerate(messages):
         for part in message.parts:
             if isinstance(part, ToolCall):
-                open_calls.setdefault(part.id, []).append((position, part))
+                open_calls[part.id].append((position, part))
             elif isinstance(part, ToolResult):
-                if waiting := open_calls.get(part.call_id):
+                if waiting := open_calls[part.call_id]:
                     nearest = max(waiting, key=lambda entry: entry[0])
                     waiting.remove(nearest)
                     results[id(nearest[1])] = part
                 else:
                     early.append(part)
     for result in early:
-        if waiting := open_calls.get(result.call_id):
+        if waiting := open_calls[result.call_id]:
             results[id(waiting.pop(0)[1])] = result
     return results
 
@@ -4218,19 +4203,24 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     return moved
 
 
-JSON_TYPES = {
-    **{str: "string", float: "number", int: "integer", bool: "boolean"},
-    **{list: "array", dict: "object", type(None): "null"},
-}
+JSON_TYPES = dict(
+    zip(
+        (str, float, int, bool, list, dict, type(None)),
+        ("string", "number", "integer", "boolean", "array", "object", "null"),
+        strict=True,
+    )
+)
 IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
 # Google takes these as JSON Schema has them. It has limits of sizes too, but they are what many
 # a schema is refused for. Source: https://github.com/googleapis/python-genai/issues/2170
 SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
 # Words that are translated, or that say nothing of a value.
 SCHEMA_HANDLED = {
-    *("$ref", "allOf", "type", "enum", "const", "properties", "required", "items", "default"),
+    *("type", "properties", "required", "items", "default"),
     *("$schema", "$id", "$comment", "$defs", "definitions"),
 }
+# Of other shapes these words say nothing.
+SCHEMA_SHAPES = {"enum": list, "properties": dict, "required": list}
 NULL = {"type": "NULL"}
 # OpenAI takes ten levels of objects, each of which may be null or stand in a list.
 SCHEMA_DEPTH_MAX = 32
@@ -4259,18 +4249,22 @@ class SchemaReduction:
             return None
         types = types_of(flat)
         options = objects_in(flat.pop("anyOf", None)) or objects_in(flat.pop("oneOf", None))
-        if not options and len(types) > 1:
-            options = [{"type": kind} for kind in types]
+        if len(types) > 1:
+            options = options or [{"type": kind} for kind in types]
         if options:
             return one_of(self.reduce({"allOf": [option, flat]}, steps) for option in options)
         if not types:
             self.losses.add("type")
-        kind = [*types, "string"][0]
+        return self.reduce_typed(flat, [*types, "string"][0], steps)
+
+    def reduce_typed(self, flat: Json, kind: str, steps: Steps) -> Json | None:
         if kind == "null":
             return NULL
         reduced = self.reduce_words(flat, kind)
         if kind == "array":
-            item = self.reduce({"anyOf": item_schemas(flat)}, steps)
+            items = flat.get("items")
+            options = objects_in(flat.get("prefixItems")) + (objects_in(items) or [items])
+            item = self.reduce({"anyOf": options}, steps)
             return item and reduced | {"items": item}
         if kind == "object":
             members = self.reduce_members(flat, steps)
@@ -4303,20 +4297,14 @@ class SchemaReduction:
         return flat, (*steps, *reached)
 
     def reduce_words(self, flat: Json, kind: str) -> Json:
-        """The type and the words that Google has too: of formats date-time, of enums those of texts.
-
-        Source: https://github.com/google-gemini/gemini-cli/issues/3178
-        """
+        """The type and the words that Google has too; of enums it takes those of texts."""
         words: Json = {"type": kind.upper()}
         for word, shape in SCHEMA_WORDS.items():
             if isinstance(flat.get(word), shape):
                 words[word] = flat[word]
-        texts = [value for value in values_of(flat) if isinstance(value, str)]
+        texts = [value for value in flat.get("enum", ()) if isinstance(value, str)]
         if kind == "string" and texts and all(texts):
             words["enum"] = list(dict.fromkeys(texts))
-            flat.pop("const", None)
-        if kind == "string" and flat.get("format") == "date-time":
-            words["format"] = "date-time"
         self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
         return words
 
@@ -4348,10 +4336,14 @@ def find_ref(root: Schema, ref: str) -> Schema | None:
 def lay_under(flat: Json, layer: Schema) -> None:
     """Adds to a schema the words that it inherits; its own words win."""
     for word, value in layer.items():
-        if word == "properties":
-            flat[word] = (value if isinstance(value, dict) else {}) | flat.get(word, {})
+        if word == "const":
+            flat.setdefault("enum", [value])
+        elif not isinstance(value, SCHEMA_SHAPES.get(word, object)):
+            continue
         elif word == "required":
-            flat[word] = (value if isinstance(value, list) else []) + flat.get(word, [])
+            flat[word] = flat.get(word, []) + value
+        elif word == "properties":
+            flat[word] = {**flat.get(word, {}), **value, **flat.get(word, {})}
         else:
             flat.setdefault(word, value)
 
@@ -4361,27 +4353,10 @@ def types_of(flat: Schema) -> list[str]:
     named = flat.get("type")
     if not isinstance(named, list):
         named = [named]
-    known = JSON_TYPES.values()
-    types = [kind for kind in map(str.lower, map(str, named)) if kind in known]
-    types = types or [JSON_TYPES.get(type(value), "string") for value in values_of(flat)]
-    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
+    types = [kind for kind in map(str.lower, map(str, named)) if kind in JSON_TYPES.values()]
+    types = types or [JSON_TYPES.get(type(value), "string") for value in flat.get("enum", ())]
+    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat]
     return list(dict.fromkeys(types))
-
-
-def values_of(flat: Schema) -> list[Any]:
-    """The only values that a schema allows; none where it does not list them."""
-    values = flat.get("enum")
-    if "const" in flat:
-        values = [flat["const"]]
-    return values if isinstance(values, list) else []
-
-
-def item_schemas(flat: Schema) -> list[Any]:
-    """The schemas of an array's items: one for all of them, or those of a tuple."""
-    items = flat.get("items")
-    if not isinstance(items, list):
-        items = [items]
-    return objects_in(flat.get("prefixItems")) + objects_in(items)
 
 
 def one_of(schemas: Iterable[Json | None]) -> Json | None:
@@ -4390,13 +4365,14 @@ def one_of(schemas: Iterable[Json | None]) -> Json | None:
     Vertex refuses a declaration that says anything beside anyOf.
     Source: https://github.com/akitaonrails/ai-memory/issues/735
     """
-    options = [option for schema in schemas if schema for option in schema.get("anyOf", [schema])]
-    if NULL in options:
-        options = [option | {"nullable": True} for option in options if option != NULL] or [NULL]
-    distinct = list({dumps(option): option for option in options}.values())
-    if len(distinct) > 1:
-        return {"anyOf": distinct}
-    return next(iter(distinct), None)
+    options: list[Json] = []
+    for schema in filter(None, schemas):
+        options += [option for option in schema.get("anyOf", [schema]) if option not in options]
+    if len(options) > 1 and NULL in options:
+        options = [option | {"nullable": True} for option in options if option != NULL]
+    if len(options) > 1:
+        return {"anyOf": options}
+    return next(iter(options), None)
 
 
 def join_objects(options: Iterable[Json]) -> Json:
