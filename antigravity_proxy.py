@@ -3886,10 +3886,10 @@ class ConfigBuilder(Builder):
         thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
         limit = min(wanted + thoughts, self.traits.output_tokens_max)
         source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        reason = f"raised to {limit}: thoughts count against it"
         if limit < wanted:
-            self.change(source, "clamped", f"the model's limit is {limit}")
-        elif limit > wanted:
-            reason = f"raised to {limit}: thoughts count against it"
+            reason = f"the model's limit is {limit}"
+        if limit != wanted:
             self.change(source, "clamped", reason)
         return limit
 
@@ -3999,8 +3999,9 @@ class ContentBuilder(Builder):
     def build_parts(self, parts: Sequence[Part]) -> list[Json]:
         built: list[Json] = []
         for part in parts:
-            if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
-                built.append({"text": part.text})
+            if part.__class__ is Text and part.signature is None:  # nine of ten
+                if part.text:
+                    built.append({"text": part.text})
             else:
                 built += self.build_part(part)
         return built
@@ -4017,8 +4018,8 @@ class ContentBuilder(Builder):
 
     def build_part(self, part: Part) -> list[Json]:
         match part:
-            case Text():
-                return build_text(part)
+            case Text(text=text, signature=signature):
+                return build_signed(text, signature) if signature else []
             case Media():
                 return [build_media(part)]
             case ToolCall():
@@ -4115,16 +4116,12 @@ def build_content(role: str, text: str) -> Json:
     return {"role": role, "parts": [{"text": text}]}
 
 
-def build_text(part: Text) -> list[Json]:
+def build_signed(text: str, signature: Signature) -> list[Json]:
     """A text as Gemini sent it: the signed piece apart from those before and after it."""
-    text, signature = part.text, part.signature
-    if signature is None:
-        pieces = [{"text": text}]
-    else:
-        start, end = signature.start, signature.end
-        signed = {"text": text[start:end], "thoughtSignature": signature.value}
-        pieces = [{"text": text[:start]}, signed, {"text": text[end:]}]
-    return [piece for piece in pieces if piece["text"] or len(piece) > 1]
+    start, end = signature.start, signature.end
+    before, after = {"text": text[:start]}, {"text": text[end:]}
+    signed = {"text": text[start:end], "thoughtSignature": signature.value}
+    return [piece for piece in (before, signed, after) if piece is signed or piece["text"]]
 
 
 def build_media(media: Media) -> Json:
@@ -4186,12 +4183,13 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     Source: https://ai.google.dev/api/generate-content#GenerationConfig,
     https://github.com/google-gemini/gemini-cli/issues/4758
     """
-    if isinstance(schema, list) and depth < LONE_REFS_DEPTH_MAX:
-        return [lone_refs(item, depth + 1) for item in schema]
-    if not isinstance(schema, dict) or depth > LONE_REFS_DEPTH_MAX:
+    if depth > LONE_REFS_DEPTH_MAX:
         return schema
-    if not depth and not schema.keys() & {"$defs", "definitions"}:
-        return schema  # a walk of all tools' schemas would double the time of a request
+    if isinstance(schema, list):
+        return [lone_refs(item, depth + 1) for item in schema]
+    # A walk of all tools' schemas would double the time of a request.
+    if not isinstance(schema, dict) or not (depth or schema.keys() & {"$defs", "definitions"}):
+        return schema
     moved = schema.copy()
     for word, value in schema.items():
         if word in SCHEMA_MAPS and isinstance(value, dict):
@@ -4229,6 +4227,7 @@ SCHEMA_NODES_MAX = 2000
 Steps = tuple[str, ...]
 
 
+@dataclass
 class SchemaReduction:
     """Writes a JSON Schema in Google's own form; `losses` are the words that are lost by it.
 
@@ -4237,10 +4236,9 @@ class SchemaReduction:
     Anything is taken, also what is no schema. Source: https://ai.google.dev/api/caching#Schema
     """
 
-    def __init__(self, root: Schema) -> None:
-        self.root = root
-        self.losses: set[str] = set()
-        self.nodes_left = SCHEMA_NODES_MAX
+    root: Schema
+    losses: set[str] = field(default_factory=set)
+    nodes_left: int = SCHEMA_NODES_MAX
 
     def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
         """The schema in Google's form, None where it has none."""
@@ -4338,14 +4336,12 @@ def lay_under(flat: Json, layer: Schema) -> None:
     for word, value in layer.items():
         if word == "const":
             flat.setdefault("enum", [value])
-        elif not isinstance(value, SCHEMA_SHAPES.get(word, object)):
-            continue
-        elif word == "required":
-            flat[word] = flat.get(word, []) + value
-        elif word == "properties":
-            flat[word] = {**flat.get(word, {}), **value, **flat.get(word, {})}
-        else:
-            flat.setdefault(word, value)
+        elif isinstance(value, SCHEMA_SHAPES.get(word, object)):
+            own = flat.setdefault(word, value)
+            if word == "properties":
+                flat[word] = own | value | own
+            elif word == "required":
+                flat[word] = own + value
 
 
 def types_of(flat: Schema) -> list[str]:
@@ -4381,11 +4377,9 @@ def join_objects(options: Iterable[Json]) -> Json:
     Vertex takes nothing else as a function's parameters.
     Source: https://github.com/BerriAI/litellm/issues/41639
     """
-    members: dict[str, list[Json | None]] = defaultdict(list)
-    for option in options:
-        for name, member in option.get("properties", {}).items():
-            members[name].append(member)
-    properties = {name: one_of(schemas) for name, schemas in members.items()}
+    objects = [option.get("properties", {}) for option in options]
+    names = itertools.chain.from_iterable(objects)
+    properties = {name: one_of(members.get(name) for members in objects) for name in names}
     return {"type": "OBJECT", "properties": properties}
 
 
