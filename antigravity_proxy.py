@@ -3711,9 +3711,14 @@ class ToolBuilder(Builder):
 
         Without descriptions and schemas, for a stream holds them for long.
         """
-        named = [(self.names[tool.namespace, tool.name], tool) for tool in self.tools]
-        odd = [(n, t) for n, t in named if n != t.name or t.namespace or t.custom or t.answers]
-        return {name: replace(tool, description="", parameters=None) for name, tool in odd}
+        return {
+            name: replace(tool, description="", parameters=None)
+            for tool in self.tools
+            if (name := self.names[tool.namespace, tool.name]) != tool.name
+            or tool.namespace
+            or tool.custom
+            or tool.answers
+        }
 
     def choose_tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
@@ -3799,8 +3804,11 @@ class ToolBuilder(Builder):
             return {"mode": "ANY"}
         config: Json = {"mode": CALLING_MODES[choice.mode]}
         if choice.names and choice.mode == "required":
-            named = [tool for tool in self.request.tools if tool.name in choice.names]
-            config["allowedFunctionNames"] = [self.name_tool(t.namespace, t.name) for t in named]
+            config["allowedFunctionNames"] = [
+                self.names[tool.namespace, tool.name]
+                for tool in self.request.tools
+                if tool.name in choice.names
+            ]
         return config
 
 
@@ -4080,9 +4088,9 @@ def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     A result belongs to the nearest call before it, else to one that has no other result: clients
     use ids again, send results in any order, and some of them before their calls.
     """
-    results: dict[int, ToolResult] = {}
-    open_calls: dict[str, list[tuple[int, ToolCall]]] = defaultdict(list)
-    early: list[ToolResult] = []
+    results = {}
+    open_calls = defaultdict(list)
+    early = []
     for position, message in enumerate(messages):
         for part in message.parts:
             if isinstance(part, ToolCall):
@@ -4171,7 +4179,8 @@ SCHEMA_CONTENT = (
 )
 # Words whose values are no schemas, and those whose values are schemas by name.
 SCHEMA_DATA = {"const", "default", "enum", "example", "examples", "required"}
-SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+SCHEMA_DEFINITIONS = {"$defs", "definitions"}
+SCHEMA_MAPS = {"properties", "patternProperties", "dependentSchemas"} | SCHEMA_DEFINITIONS
 # Deeper parts are left as they are, for a walk must not exhaust the stack.
 LONE_REFS_DEPTH_MAX = 128
 
@@ -4188,7 +4197,7 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     if isinstance(schema, list):
         return [lone_refs(item, depth + 1) for item in schema]
     # A walk of all tools' schemas would double the time of a request.
-    if not isinstance(schema, dict) or not (depth or schema.keys() & {"$defs", "definitions"}):
+    if not isinstance(schema, dict) or not (depth or schema.keys() & SCHEMA_DEFINITIONS):
         return schema
     moved = schema.copy()
     for word, value in schema.items():
@@ -4215,7 +4224,7 @@ SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
 # Words that are translated, or that say nothing of a value.
 SCHEMA_HANDLED = {
     *("type", "properties", "required", "items", "default"),
-    *("$schema", "$id", "$comment", "$defs", "definitions"),
+    *("$schema", "$id", "$comment", *SCHEMA_DEFINITIONS),
 }
 # Of other shapes these words say nothing.
 SCHEMA_SHAPES = {"enum": list, "properties": dict, "required": list}
@@ -4278,6 +4287,9 @@ class SchemaReduction:
         layers, reached = objects_in([schema]), [""]
         for layer in map(dict, layers):
             self.nodes_left -= 1
+            if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
+                self.losses.add("depth")
+                return None, steps
             ref = str(layer.pop("$ref", ""))
             layers += objects_in(layer.pop("allOf", None))
             lay_under(flat, layer)
@@ -4289,9 +4301,6 @@ class SchemaReduction:
                 return None, steps
             reached.append(ref)
             layers.append(target)
-        if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
-            self.losses.add("depth")
-            return None, steps
         return flat, (*steps, *reached)
 
     def reduce_words(self, flat: Json, kind: str) -> Json:
@@ -4378,7 +4387,7 @@ def join_objects(options: Iterable[Json]) -> Json:
     Source: https://github.com/BerriAI/litellm/issues/41639
     """
     objects = [option.get("properties", {}) for option in options]
-    names = itertools.chain.from_iterable(objects)
+    names = dict.fromkeys(itertools.chain.from_iterable(objects))
     properties = {name: one_of(members.get(name) for members in objects) for name in names}
     return {"type": "OBJECT", "properties": properties}
 
