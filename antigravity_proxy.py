@@ -3619,13 +3619,15 @@ SAMPLING = (
 )
 CALLING_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
 PLACEHOLDER = "…"
+Json = dict[str, Any]  # an object that is being built
+Schema = Mapping[str, Any]
 
 
 @value
 class Built:
     """A generateContent body, and how its answer's calls are read back."""
 
-    body: dict[str, Any]
+    body: Json
     changes: tuple[Change, ...]  # of what could not be carried into the body as it was
     tools: Mapping[str, Tool]
     """By Gemini's name for them, those whose calls are not simply calls of that name."""
@@ -3646,7 +3648,7 @@ def build_generate_content(
     system = [text for text in request.system if text]
     tools.take_over_json(config, system)
     contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
-    body: dict[str, Any] = {"contents": contents}
+    body: Json = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
     body |= tools.build(config)
@@ -3655,22 +3657,22 @@ def build_generate_content(
     return Built(body, tuple(dict.fromkeys(changes)), tools.renamed())
 
 
+@dataclass
 class Builder:
     """Builds a piece of a body, and adds to `changes` what cannot be carried into it."""
 
-    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
-        self.request = request
-        self.traits = traits
-        self.changes = changes
+    request: Request
+    traits: Traits
+    changes: list[Change]
 
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
 
-    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> dict[str, Any]:
+    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> Json:
         """A JSON Schema in Google's own form; empty where nothing of it can be said there."""
         reduction = SchemaReduction(schema)
         reduced = reduction.reduce(schema)
-        for word in reduction.losses:
+        for word in sorted(reduction.losses):
             self.change(source, "dropped", f"Google's Schema has no such '{word}'")
         return reduced or {}
 
@@ -3678,15 +3680,15 @@ class Builder:
 # ---- tools
 
 
+@dataclass
 class ToolBuilder(Builder):
     """Builds the tools, which of them may be called, and the names that Gemini knows them by."""
 
-    def __init__(self, request: Request, traits: Traits, changes: list[Change]) -> None:
-        super().__init__(request, traits, changes)
-        self.names: dict[tuple[str | None, str], str] = {}
-        self.taken: set[str] = set()
-        self.answer_tool: Tool | None = None
-        for tool in request.tools:
+    names: dict[tuple[str | None, str], str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)  # Gemini's names, for a look-up in no time
+
+    def __post_init__(self) -> None:
+        for tool in self.request.tools:
             self.name_tool(tool.namespace, tool.name, tool.source)
         self.tools = self.choose_tools()
 
@@ -3713,9 +3715,14 @@ class ToolBuilder(Builder):
 
         Without descriptions and schemas, for a stream holds them for long.
         """
-        named = [(self.names[tool.namespace, tool.name], tool) for tool in self.tools]
-        odd = [(n, t) for n, t in named if n != t.name or t.namespace or t.custom or t.answers]
-        return {name: replace(tool, description="", parameters=None) for name, tool in odd}
+        return {
+            name: replace(tool, description="", parameters=None)
+            for tool in self.tools
+            if (name := self.names[tool.namespace, tool.name]) != tool.name
+            or tool.namespace
+            or tool.custom
+            or tool.answers
+        }
 
     def choose_tools(self) -> list[Tool]:
         """The tools to declare: all, or those that an optional choice allows."""
@@ -3727,7 +3734,7 @@ class ToolBuilder(Builder):
         self.change("/tool_choice", "emulated", "only the allowed tools are declared")
         return [tool for tool in request.tools if tool.name in choice.names]
 
-    def take_over_json(self, config: dict[str, Any], system: list[str]) -> None:
+    def take_over_json(self, config: Json, system: list[str]) -> None:
         """Asks for JSON by a tool or an instruction where `config` cannot ask for it beside tools.
 
         Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling
@@ -3753,18 +3760,11 @@ class ToolBuilder(Builder):
 
     def add_answer_tool(self, json_format: JsonFormat, source: str) -> None:
         description = "Give the final answer by calling this, once no other tool is needed."
-        self.answer_tool = Tool(
-            ANSWER_TOOL,
-            description,
-            json_format.schema,
-            namespace="",
-            source=source,
-            answers=True,
-        )
         self.name_tool("", ANSWER_TOOL)
-        self.tools.append(self.answer_tool)
+        tool = Tool(ANSWER_TOOL, description, json_format.schema, "", source=source, answers=True)
+        self.tools.append(tool)
 
-    def build(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def build(self, config: Mapping[str, Any]) -> Json:
         """The body's `tools` and `toolConfig`."""
         search = self.request.sources.get("search")
         if self.tools:
@@ -3783,9 +3783,9 @@ class ToolBuilder(Builder):
             return {}
         return {"tools": [{"googleSearch": {}}]}
 
-    def declare(self, tool: Tool) -> dict[str, Any]:
+    def declare(self, tool: Tool) -> Json:
         name = self.names[tool.namespace, tool.name]
-        declaration: dict[str, Any] = {"name": name, "description": tool.description or tool.name}
+        declaration: Json = {"name": name, "description": tool.description or tool.name}
         schema = tool.parameters
         if not schema or not any(schema.get(word) for word in SCHEMA_CONTENT):
             return declaration
@@ -3797,18 +3797,22 @@ class ToolBuilder(Builder):
         reduced = self.reduce_schema(schema, source)
         if "anyOf" in reduced:
             self.change(source, "dropped", "Vertex takes no 'anyOf' at the root of parameters")
-        if parameters := one_object(reduced):
-            declaration["parameters"] = parameters
+            reduced = join_objects(reduced["anyOf"])
+        if reduced.get("properties"):
+            declaration["parameters"] = reduced
         return declaration
 
-    def calling_config(self) -> dict[str, Any]:
+    def calling_config(self) -> Json:
         choice = self.request.tool_choice
-        if self.answer_tool and choice.mode == "auto":
+        if self.tools[-1].answers:
             return {"mode": "ANY"}
-        config: dict[str, Any] = {"mode": CALLING_MODES[choice.mode]}
+        config: Json = {"mode": CALLING_MODES[choice.mode]}
         if choice.names and choice.mode == "required":
-            named = [tool for tool in self.request.tools if tool.name in choice.names]
-            config["allowedFunctionNames"] = [self.name_tool(t.namespace, t.name) for t in named]
+            config["allowedFunctionNames"] = [
+                self.names[tool.namespace, tool.name]
+                for tool in self.request.tools
+                if tool.name in choice.names
+            ]
         return config
 
 
@@ -3818,7 +3822,7 @@ class ToolBuilder(Builder):
 class ConfigBuilder(Builder):
     """Builds the generationConfig."""
 
-    def build(self) -> dict[str, Any]:
+    def build(self) -> Json:
         request = self.request
         thinking = self.build_thinking()
         config = self.build_sampling() | {
@@ -3832,8 +3836,8 @@ class ConfigBuilder(Builder):
         }
         return {key: value for key, value in config.items() if value is not None}
 
-    def build_sampling(self) -> dict[str, Any]:
-        config: dict[str, Any] = {}
+    def build_sampling(self) -> Json:
+        config: Json = {}
         for name, word, trait in SAMPLING:
             value = getattr(self.request, name)
             if trait == "penalties":
@@ -3869,11 +3873,11 @@ class ConfigBuilder(Builder):
             return None
         return config or None
 
-    def build_json_output(self) -> dict[str, Any]:
+    def build_json_output(self) -> Json:
         json_format = self.request.json_format
         if json_format is None:
             return {}
-        config: dict[str, Any] = {"responseMimeType": "application/json"}
+        config: Json = {"responseMimeType": "application/json"}
         schema = json_format.schema
         if schema and self.traits.json_schema:
             config["responseJsonSchema"] = lone_refs(schema)
@@ -3894,14 +3898,14 @@ class ConfigBuilder(Builder):
         thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
         limit = min(wanted + thoughts, self.traits.output_tokens_max)
         source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        reason = f"raised to {limit}: thoughts count against it"
         if limit < wanted:
-            self.change(source, "clamped", f"the model's limit is {limit}")
-        elif limit > wanted:
-            reason = f"raised to {limit}: thoughts count against it"
+            reason = f"the model's limit is {limit}"
+        if limit != wanted:
             self.change(source, "clamped", reason)
         return limit
 
-    def build_thinking(self) -> dict[str, Any]:
+    def build_thinking(self) -> Json:
         wish, traits = self.choose_wish(), self.traits
         asked = wish.effort is not None or wish.budget is not None
         if traits.thinking == "none":
@@ -3930,7 +3934,7 @@ class ConfigBuilder(Builder):
         effort = "none" if traits.thinking == "budget" else "low"
         return replace(wish, effort=effort, source=source)
 
-    def build_level(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_level(self, wish: ThinkingWish) -> Json:
         if wish.effort is None:
             return self.build_budget(wish)  # accepted for compatibility
         wanted = EFFORTS.index(nearest_effort(wish.effort))
@@ -3940,7 +3944,7 @@ class ConfigBuilder(Builder):
             self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{level}'")
         return {"thinkingLevel": level.upper()}
 
-    def build_budget(self, wish: ThinkingWish) -> dict[str, Any]:
+    def build_budget(self, wish: ThinkingWish) -> Json:
         wanted, effort = wish.budget, wish.effort
         if wanted is None:
             wanted = EFFORT_BUDGETS[nearest_effort(effort or "")]
@@ -3962,6 +3966,7 @@ def nearest_effort(word: str) -> str:
 # ---- contents
 
 
+@dataclass
 class ContentBuilder(Builder):
     """Builds the contents: one for each run of messages of one role.
 
@@ -3971,21 +3976,17 @@ class ContentBuilder(Builder):
     Source: https://ai.google.dev/gemini-api/docs/function-calling (seen as 400s otherwise)
     """
 
-    def __init__(
-        self,
-        request: Request,
-        traits: Traits,
-        changes: list[Change],
-        name_tool: Callable[[str | None, str], str],
-    ) -> None:
-        super().__init__(request, traits, changes)
-        self.name_tool = name_tool
-        self.source = request.sources.get("messages", "/messages")
-        self.results = match_results(request.messages)
+    name_tool: Callable[[str | None, str], str]
+
+    def __post_init__(self) -> None:
+        self.results = match_results(self.request.messages)
         self.matched = {id(result) for result in self.results.values()}
 
-    def build(self) -> list[dict[str, Any]]:
-        contents: list[dict[str, Any]] = []
+    def emulate(self, reason: str) -> None:
+        self.change(self.request.sources.get("messages", "/messages"), "emulated", reason)
+
+    def build(self) -> list[Json]:
+        contents: list[Json] = []
         for message in self.request.messages:
             parts = self.build_parts(message.parts)
             if message.role == "assistant":
@@ -3999,25 +4000,25 @@ class ContentBuilder(Builder):
         self.add_last_content(contents)
         return contents
 
-    def add_last_content(self, contents: list[dict[str, Any]]) -> None:
+    def add_last_content(self, contents: list[Json]) -> None:
         """Lets the user have the last word where the model demands it, and never sends none."""
         if not contents:
             contents.append(build_content("user", PLACEHOLDER))
         if contents[-1]["role"] == "model" and not self.traits.prefill:
-            reason = "this model goes on with an answer only when asked to"
-            self.change(self.source, "emulated", reason)
+            self.emulate("this model goes on with an answer only when asked to")
             contents.append(build_content("user", "Continue exactly where you stopped."))
 
-    def build_parts(self, parts: Sequence[Part]) -> list[dict[str, Any]]:
-        built: list[dict[str, Any]] = []
+    def build_parts(self, parts: Sequence[Part]) -> list[Json]:
+        built: list[Json] = []
         for part in parts:
-            if part.__class__ is Text and part.text and part.signature is None:  # nine of ten
-                built.append({"text": part.text})
+            if part.__class__ is Text and part.signature is None:  # nine of ten
+                if part.text:
+                    built.append({"text": part.text})
             else:
                 built += self.build_part(part)
         return built
 
-    def sign_parts(self, parts: list[dict[str, Any]]) -> None:
+    def sign_parts(self, parts: list[Json]) -> None:
         """Adds missing signatures: to the first call, or to all parts of a model of images.
 
         Source: https://ai.google.dev/gemini-api/docs/gemini-3#thought_signatures
@@ -4027,59 +4028,55 @@ class ContentBuilder(Builder):
         for part in parts:
             part.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
 
-    def build_part(self, part: Part) -> list[dict[str, Any]]:
+    def build_part(self, part: Part) -> list[Json]:
         match part:
-            case Text():
-                return build_text(part)
+            case Text(text=text, signature=signature):
+                return build_signed(text, signature) if signature else []
             case Media():
                 return [build_media(part)]
             case ToolCall():
                 return [self.build_call(part)]
             case ToolResult(parts=parts) if id(part) not in self.matched:
-                reason = "a result without a call is passed on as text"
-                self.change(self.source, "emulated", reason)
+                self.emulate("a result without a call is passed on as text")
                 return self.build_parts(parts)
             case Thinking() | ToolResult():
                 return []
             case _:
                 assert_never(part)
 
-    def build_call(self, call: ToolCall) -> dict[str, Any]:
+    def build_call(self, call: ToolCall) -> Json:
         args = {"input": call.arguments}
         if not call.custom:
             args = arguments_object(call.arguments)
         name = self.name_tool(call.namespace, call.name)
-        part: dict[str, Any] = {"functionCall": {"name": name, "args": args}}
+        part: Json = {"functionCall": {"name": name, "args": args}}
         if self.traits.call_ids:
             part["functionCall"]["id"] = call.id
         if call.signature:
             part["thoughtSignature"] = call.signature
         return part
 
-    def build_results(self, calls: Sequence[ToolCall]) -> list[dict[str, Any]]:
+    def build_results(self, calls: Sequence[ToolCall]) -> list[Json]:
         """A content with one functionResponse a call, and one with the files not inside these."""
-        responses: list[dict[str, Any]] = []
-        files: list[dict[str, Any]] = []
+        responses: list[Json] = []
+        files: list[Json] = []
         for call in calls:
             result = self.results.get(id(call))
             if result is None:
-                reason = "a call without a result is answered with a note that there is none"
-                self.change(self.source, "emulated", reason)
+                self.emulate("a call without a result is answered with a note that there is none")
             response, others = self.build_result(call, result)
             responses.append({"functionResponse": response})
             files += others
         return [{"role": "user", "parts": parts} for parts in (responses, files) if parts]
 
-    def build_result(
-        self, call: ToolCall, result: ToolResult | None
-    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def build_result(self, call: ToolCall, result: ToolResult | None) -> tuple[Json, list[Json]]:
         """A call's functionResponse, and its files as parts where they may not stand inside it."""
         name = self.name_tool(call.namespace, call.name)
-        response: dict[str, Any] = {"name": name, "response": result_object(result)}
+        response: Json = {"name": name, "response": result_object(result)}
         if self.traits.call_ids:
             response["id"] = call.id
-        inside: list[dict[str, Any]] = []
-        outside: list[dict[str, Any]] = []
+        inside: list[Json] = []
+        outside: list[Json] = []
         for part in result.parts if result else ():
             if isinstance(part, Media):
                 fits = self.traits.files_in_results and part.data
@@ -4095,27 +4092,27 @@ def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     A result belongs to the nearest call before it, else to one that has no other result: clients
     use ids again, send results in any order, and some of them before their calls.
     """
-    results: dict[int, ToolResult] = {}
-    open_calls: dict[str, list[tuple[int, ToolCall]]] = {}
-    early: list[ToolResult] = []
+    results = {}
+    open_calls = defaultdict(list)
+    early = []
     for position, message in enumerate(messages):
         for part in message.parts:
             if isinstance(part, ToolCall):
-                open_calls.setdefault(part.id, []).append((position, part))
+                open_calls[part.id].append((position, part))
             elif isinstance(part, ToolResult):
-                if waiting := open_calls.get(part.call_id):
+                if waiting := open_calls[part.call_id]:
                     nearest = max(waiting, key=lambda entry: entry[0])
                     waiting.remove(nearest)
                     results[id(nearest[1])] = part
                 else:
                     early.append(part)
     for result in early:
-        if waiting := open_calls.get(result.call_id):
+        if waiting := open_calls[result.call_id]:
             results[id(waiting.pop(0)[1])] = result
     return results
 
 
-def add_content(contents: list[dict[str, Any]], role: str, parts: list[dict[str, Any]]) -> None:
+def add_content(contents: list[Json], role: str, parts: list[Json]) -> None:
     if not parts:
         return
     if not contents and role == "model":
@@ -4127,33 +4124,29 @@ def add_content(contents: list[dict[str, Any]], role: str, parts: list[dict[str,
         contents.append({"role": role, "parts": parts})
 
 
-def build_content(role: str, text: str) -> dict[str, Any]:
+def build_content(role: str, text: str) -> Json:
     return {"role": role, "parts": [{"text": text}]}
 
 
-def build_text(part: Text) -> list[dict[str, Any]]:
+def build_signed(text: str, signature: Signature) -> list[Json]:
     """A text as Gemini sent it: the signed piece apart from those before and after it."""
-    text, signature = part.text, part.signature
-    if signature is None:
-        pieces = [{"text": text}]
-    else:
-        start, end = signature.start, signature.end
-        signed = {"text": text[start:end], "thoughtSignature": signature.value}
-        pieces = [{"text": text[:start]}, signed, {"text": text[end:]}]
-    return [piece for piece in pieces if piece["text"] or len(piece) > 1]
+    start, end = signature.start, signature.end
+    before, after = {"text": text[:start]}, {"text": text[end:]}
+    signed = {"text": text[start:end], "thoughtSignature": signature.value}
+    return [piece for piece in (before, signed, after) if piece is signed or piece["text"]]
 
 
-def build_media(media: Media) -> dict[str, Any]:
+def build_media(media: Media) -> Json:
     if media.url:
         file = {"fileUri": media.url, "mimeType": media.mime}
         return {"fileData": {key: value for key, value in file.items() if value}}
-    part: dict[str, Any] = {"inlineData": {"mimeType": media.mime, "data": media.data}}
+    part: Json = {"inlineData": {"mimeType": media.mime, "data": media.data}}
     if media.signature:
         part["thoughtSignature"] = media.signature
     return part
 
 
-def arguments_object(arguments: str) -> dict[str, Any]:
+def arguments_object(arguments: str) -> Json:
     """A call's arguments as the object that Gemini wants; anything else is wrapped into one."""
     value = parse_strict(arguments or "{}")
     if isinstance(value, dict):
@@ -4161,7 +4154,7 @@ def arguments_object(arguments: str) -> dict[str, Any]:
     return {"input": arguments if value is None else value}
 
 
-def result_object(result: ToolResult | None) -> dict[str, Any]:
+def result_object(result: ToolResult | None) -> Json:
     """A tool's answer as an object: a JSON object as it is, anything else as text.
 
     A `$ref` inside would be read as a reference:
@@ -4190,7 +4183,8 @@ SCHEMA_CONTENT = (
 )
 # Words whose values are no schemas, and those whose values are schemas by name.
 SCHEMA_DATA = {"const", "default", "enum", "example", "examples", "required"}
-SCHEMA_MAPS = {"properties", "patternProperties", "$defs", "definitions", "dependentSchemas"}
+SCHEMA_DEFINITIONS = {"$defs", "definitions"}
+SCHEMA_MAPS = {"properties", "patternProperties", "dependentSchemas"} | SCHEMA_DEFINITIONS
 # Deeper parts are left as they are, for a walk must not exhaust the stack.
 LONE_REFS_DEPTH_MAX = 128
 
@@ -4202,51 +4196,51 @@ def lone_refs(schema: Any, depth: int = 0) -> Any:
     Source: https://ai.google.dev/api/generate-content#GenerationConfig,
     https://github.com/google-gemini/gemini-cli/issues/4758
     """
-    if depth > LONE_REFS_DEPTH_MAX or not isinstance(schema, (list, dict)):
+    if depth > LONE_REFS_DEPTH_MAX:
         return schema
     if isinstance(schema, list):
-        return [lone_refs(one, depth + 1) for one in schema]
-    if not depth and not schema.keys() & {"$defs", "definitions"}:
-        return schema  # a walk of all tools' schemas would double the time of a request
+        return [lone_refs(item, depth + 1) for item in schema]
+    # A walk of all tools' schemas would double the time of a request.
+    if not isinstance(schema, dict) or not (depth or schema.keys() & SCHEMA_DEFINITIONS):
+        return schema
     moved = schema.copy()
     for word, value in schema.items():
         if word in SCHEMA_MAPS and isinstance(value, dict):
-            moved[word] = {name: lone_refs(one, depth + 2) for name, one in value.items()}
+            moved[word] = {name: lone_refs(member, depth + 2) for name, member in value.items()}
         elif word not in SCHEMA_DATA:
             moved[word] = lone_refs(value, depth + 1)
-    alone = all(word[:1] == "$" for word in moved)
-    if "$ref" in moved and "anyOf" not in moved and not alone:
+    if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
         moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
     return moved
 
 
-SCHEMA_TYPES = ("string", "number", "integer", "boolean", "array", "object", "null")
-JSON_TYPES = dict(zip((str, float, int, bool, list, dict, type(None)), SCHEMA_TYPES, strict=True))
+JSON_TYPES = dict(
+    zip(
+        (str, float, int, bool, list, dict, type(None)),
+        ("string", "number", "integer", "boolean", "array", "object", "null"),
+        strict=True,
+    )
+)
 IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
-# Google's Schema has these words as JSON Schema has them, of these types. It has limits of lengths
-# too, but these are what many a schema is refused for.
-# Source: https://github.com/googleapis/python-genai/issues/2170
-SCHEMA_WORDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("title", "description", "pattern", "format"), (str,)),
-    **dict.fromkeys(("minItems", "minLength"), (int,)),
-    **dict.fromkeys(("minimum", "maximum"), (int, float)),
-    "nullable": (bool,),
-    "default": (str, int, float, bool, list, dict),
-}
+# Google takes these as JSON Schema has them. It has limits of sizes too, but they are what many
+# a schema is refused for. Source: https://github.com/googleapis/python-genai/issues/2170
+SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
 # Words that are translated, or that say nothing of a value.
 SCHEMA_HANDLED = {
-    *("type", "enum", "const", "properties", "required", "items"),
-    *("$schema", "$id", "$comment", "$defs", "definitions", "anyOf", "oneOf"),
+    *("type", "properties", "required", "items", "default"),
+    *("$schema", "$id", "$comment", *SCHEMA_DEFINITIONS),
 }
+# Of other shapes these words say nothing.
+SCHEMA_SHAPES = {"enum": list, "properties": dict, "required": list}
 NULL = {"type": "NULL"}
 # OpenAI takes ten levels of objects, each of which may be null or stand in a list.
 SCHEMA_DEPTH_MAX = 32
 # References that are written out again and again would make a body of any size.
 SCHEMA_NODES_MAX = 2000
-Schema = Mapping[str, Any]
-Refs = frozenset[str]
+Steps = tuple[str, ...]
 
 
+@dataclass
 class SchemaReduction:
     """Writes a JSON Schema in Google's own form; `losses` are the words that are lost by it.
 
@@ -4255,195 +4249,151 @@ class SchemaReduction:
     Anything is taken, also what is no schema. Source: https://ai.google.dev/api/caching#Schema
     """
 
-    def __init__(self, root: Schema) -> None:
-        self.root = root
-        self.losses: dict[str, None] = {}
-        self.nodes_left = SCHEMA_NODES_MAX
+    root: Schema
+    losses: set[str] = field(default_factory=set)
+    nodes_left: int = SCHEMA_NODES_MAX
 
-    def lose(self, *words: str) -> None:
-        self.losses |= dict.fromkeys(words)
-
-    def reduce(
-        self, schema: Any, refs: Refs = frozenset("#"), depth: int = 0
-    ) -> dict[str, Any] | None:
-        """The schema in Google's form, None where it has none; `refs` are those that led to it."""
-        flat, refs = self.flatten(schema, refs, depth)
+    def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
+        """The schema in Google's form, None where it has none."""
+        flat, steps = self.flatten(schema, steps)
         if flat is None:
             return None
-        if options := options_of(flat):
-            return one_of(self.reduce(option, refs, depth + 1) for option in options)
-        kind = str(flat.get("type")).lower()
+        types = types_of(flat)
+        options = objects_in(flat.pop("anyOf", None)) or objects_in(flat.pop("oneOf", None))
+        if len(types) > 1:
+            options = options or [{"type": kind} for kind in types]
+        if options:
+            return one_of(self.reduce({"allOf": [option, flat]}, steps) for option in options)
+        if not types:
+            self.losses.add("type")
+        return self.reduce_typed(flat, [*types, "string"][0], steps)
+
+    def reduce_typed(self, flat: Json, kind: str, steps: Steps) -> Json | None:
         if kind == "null":
             return NULL
-        if kind not in SCHEMA_TYPES:
-            self.lose("type")
-            kind = "string"
         reduced = self.reduce_words(flat, kind)
         if kind == "array":
-            item = self.reduce({"anyOf": self.item_schemas(flat)}, refs, depth + 1)
+            items = flat.get("items")
+            options = objects_in(flat.get("prefixItems")) + (objects_in(items) or [items])
+            item = self.reduce({"anyOf": options}, steps)
             return item and reduced | {"items": item}
         if kind == "object":
-            members = self.reduce_members(flat, refs, depth + 1)
+            members = self.reduce_members(flat, steps)
             return members and reduced | members
         return reduced
 
-    def flatten(self, schema: Any, refs: Refs, depth: int) -> tuple[dict[str, Any] | None, Refs]:
-        """A schema with what it refers to and its allOf laid under it; None where it is endless."""
-        self.nodes_left -= 1
-        if depth > SCHEMA_DEPTH_MAX or self.nodes_left < 0:
-            self.lose("depth")
-            return None, refs
-        flat = dict(schema) if isinstance(schema, Mapping) else {}
-        parts = objects_in(flat.pop("allOf", None))
-        if "$ref" in flat:
-            ref = str(flat.pop("$ref"))
-            target = find_ref(self.root, ref)
-            if ref in refs or target is None:
-                self.lose("$ref")
-                return None, refs
-            refs |= {ref}
-            parts = [target, *parts]
-        reached = refs
-        for part in parts:
-            inner, inner_refs = self.flatten(part, refs, depth + 1)
-            if inner is None:
-                return None, refs
-            lay_under(flat, inner)
-            reached |= inner_refs
-        return flat, reached
+    def flatten(self, schema: Any, steps: Steps) -> tuple[Json | None, Steps]:
+        """A schema with what it refers to and its allOf laid under it; None where it is endless.
 
-    def reduce_words(self, flat: Schema, kind: str) -> dict[str, Any]:
-        """The type, and the words that Google has too; of formats it takes only date-time.
-
-        Source: https://github.com/google-gemini/gemini-cli/issues/3178
+        `steps` are the references that lead there, and an empty one for each level.
         """
-        words: dict[str, Any] = {"type": kind.upper(), **self.reduce_enum(flat, kind)}
-        for word, types in SCHEMA_WORDS.items():
-            if type(flat.get(word)) in types:
+        flat: Json = {}
+        layers, reached = objects_in([schema]), [""]
+        for layer in map(dict, layers):
+            self.nodes_left -= 1
+            if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
+                self.losses.add("depth")
+                return None, steps
+            ref = str(layer.pop("$ref", ""))
+            layers += objects_in(layer.pop("allOf", None))
+            lay_under(flat, layer)
+            if ref in reached:
+                continue
+            target = find_ref(self.root, ref)
+            if target is None or ref in steps:
+                self.losses.add("$ref")
+                return None, steps
+            reached.append(ref)
+            layers.append(target)
+        return flat, (*steps, *reached)
+
+    def reduce_words(self, flat: Json, kind: str) -> Json:
+        """The type and the words that Google has too; of enums it takes those of texts."""
+        words: Json = {"type": kind.upper()}
+        for word, shape in SCHEMA_WORDS.items():
+            if isinstance(flat.get(word), shape):
                 words[word] = flat[word]
-        if kind != "string" or words.get("format") != "date-time":
-            words.pop("format", None)
-        said = {word for word, value in flat.items() if value is not None}
-        self.lose(*(said - words.keys() - SCHEMA_HANDLED))
+        texts = [value for value in flat.get("enum", ()) if isinstance(value, str)]
+        if kind == "string" and texts and all(texts):
+            words["enum"] = list(dict.fromkeys(texts))
+        self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
         return words
 
-    def reduce_enum(self, flat: Schema, kind: str) -> dict[str, Any]:
-        """The enum, if it is one of texts; Google takes no other values, and no empty text."""
-        allowed = [value for value in values_of(flat) if value is not None]
-        if not allowed:
-            return {}
-        if kind == "string" and all(isinstance(value, str) and value for value in allowed):
-            return {"enum": list(dict.fromkeys(allowed))}
-        self.lose(*(flat.keys() & {"const", "enum"}))
-        return {}
-
-    def reduce_members(self, flat: Schema, refs: Refs, depth: int) -> dict[str, Any] | None:
+    def reduce_members(self, flat: Json, steps: Steps) -> Json | None:
         """The properties of an object, and which of them are required."""
-        schemas, names = flat.get("properties"), flat.get("required")
-        properties: dict[str, Any] = {}
-        for name, schema in schemas.items() if isinstance(schemas, Mapping) else ():
-            if member := self.reduce(schema, refs, depth):
+        properties: Json = {}
+        for name, schema in flat.get("properties", {}).items():
+            if member := self.reduce(schema, steps):
                 properties[name] = member
         if not properties:
-            self.lose("object")
+            self.losses.add("object")
             return None
-        wanted = set(map(str, names)) if isinstance(names, list) else set()
-        if wanted - properties.keys():
-            self.lose("required")
-        members: dict[str, Any] = {"properties": properties}
-        if required := [name for name in properties if name in wanted]:
-            members["required"] = required
-        return members
-
-    def item_schemas(self, flat: Schema) -> list[Any]:
-        """The schemas of an array's items: one for all of them, or those of a tuple."""
-        items = flat.get("items")
-        if isinstance(items, list):
-            self.lose("items")
-        else:
-            items = [items]
-        return objects_in(flat.get("prefixItems")) + objects_in(items)
+        wanted = set(map(str, flat.get("required", ())))
+        return {"properties": properties, "required": [n for n in properties if n in wanted]}
 
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
     """The schema that a reference inside of `root` leads to."""
     found: Any = root
-    for step in ref.split("/")[1:]:
-        if isinstance(found, list):
-            found = {str(index): one for index, one in enumerate(found)}
-        name = unquote(step).replace("~1", "/").replace("~0", "~")
-        found = found.get(name) if isinstance(found, Mapping) else None
-    return found if ref.startswith("#/") and isinstance(found, Mapping) else None
+    try:
+        for step in ref.removeprefix("#/").split("/"):
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            found = found[int(name) if isinstance(found, list) else name]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, Mapping) else None
 
 
-def lay_under(flat: dict[str, Any], inner: Schema) -> None:
+def lay_under(flat: Json, layer: Schema) -> None:
     """Adds to a schema the words that it inherits; its own words win."""
-    for word, value in inner.items():
-        own = flat.setdefault(word, value)
-        if isinstance(own, Mapping) and isinstance(value, Mapping):
-            flat[word] = {**own, **value, **own}
-        elif word == "required" and isinstance(own, list) and isinstance(value, list):
-            flat[word] = own + value
-
-
-def options_of(flat: Schema) -> list[Schema]:
-    """The schemas that a schema is a choice among: what it lists, or one for each of its types."""
-    for word in ("anyOf", "oneOf"):
-        if options := objects_in(flat.get(word)):
-            beside = {key: value for key, value in flat.items() if key != word}
-            return [{"allOf": [option, beside]} for option in options]
-    if str(flat.get("type")).lower() in SCHEMA_TYPES:
-        return []
-    return [{**flat, "type": kind} for kind in dict.fromkeys(types_of(flat))]
+    for word, value in layer.items():
+        if word == "const":
+            flat.setdefault("enum", [value])
+        elif isinstance(value, SCHEMA_SHAPES.get(word, object)):
+            own = flat.setdefault(word, value)
+            if word == "properties":
+                flat[word] = own | value | own
+            elif word == "required":
+                flat[word] = own + value
 
 
 def types_of(flat: Schema) -> list[str]:
-    """The types of a schema that names several, or that names none but says something of one."""
+    """The types that a schema names, or else those that it says something of."""
     named = flat.get("type")
-    if isinstance(named, list) and (types := [kind for kind in named if kind in SCHEMA_TYPES]):
-        return types
-    if values := values_of(flat):
-        return [JSON_TYPES.get(type(value), "string") for value in values]
-    return [kind for word, kind in IMPLIED_TYPES.items() if word in flat][:1]
+    if not isinstance(named, list):
+        named = [named]
+    types = [kind for kind in map(str.lower, map(str, named)) if kind in JSON_TYPES.values()]
+    types = types or [JSON_TYPES.get(type(value), "string") for value in flat.get("enum", ())]
+    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat]
+    return list(dict.fromkeys(types))
 
 
-def values_of(flat: Schema) -> list[Any]:
-    """The only values that a schema allows; none where it does not list them."""
-    values = flat.get("enum")
-    if "const" in flat:
-        values = [flat["const"]]
-    return values if isinstance(values, list) else []
-
-
-def one_of(schemas: Iterable[dict[str, Any] | None]) -> dict[str, Any] | None:
+def one_of(schemas: Iterable[Json | None]) -> Json | None:
     """One schema in Google's form for any of several; null among them is said by `nullable`.
 
     Vertex refuses a declaration that says anything beside anyOf.
     Source: https://github.com/akitaonrails/ai-memory/issues/735
     """
-    options = [option for schema in schemas if schema for option in schema.get("anyOf", [schema])]
-    if NULL in options:
-        options = [option | {"nullable": True} for option in options if option != NULL] or [NULL]
-    distinct = list({dumps(option): option for option in options}.values())
-    if len(distinct) > 1:
-        return {"anyOf": distinct}
-    return next(iter(distinct), None)
+    options: list[Json] = []
+    for schema in filter(None, schemas):
+        options += [option for option in schema.get("anyOf", [schema]) if option not in options]
+    if len(options) > 1 and NULL in options:
+        options = [option | {"nullable": True} for option in options if option != NULL]
+    if len(options) > 1:
+        return {"anyOf": options}
+    return next(iter(options), None)
 
 
-def one_object(schema: Schema) -> dict[str, Any]:
-    """One object for a choice among objects, of which none is required; empty where there is none.
+def join_objects(options: Iterable[Json]) -> Json:
+    """One object for a choice among objects, of which no property is required.
 
     Vertex takes nothing else as a function's parameters.
     Source: https://github.com/BerriAI/litellm/issues/41639
     """
-    options = [option for option in schema.get("anyOf", [schema]) if "properties" in option]
-    if len(options) < 2:
-        return dict(*options)
-    members: dict[str, list[dict[str, Any]]] = {}
-    for option in options:
-        for name, member in option["properties"].items():
-            members.setdefault(name, []).append(member)
-    return {"type": "OBJECT", "properties": {name: one_of(members[name]) for name in members}}
+    objects = [option.get("properties", {}) for option in options]
+    names = dict.fromkeys(itertools.chain.from_iterable(objects))
+    properties = {name: one_of(members.get(name) for members in objects) for name in names}
+    return {"type": "OBJECT", "properties": properties}
 
 
 # ---- beside generateContent
@@ -4460,9 +4410,9 @@ def choices_of(request: Request) -> list[Request]:
     return [replace(request, seed=(seed + choice) & 0x7FFFFFFF) for choice in range(request.n)]
 
 
-def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> dict[str, Any]:
+def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> Json:
     """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-    options: dict[str, Any] = {"model": f"models/{model}"}
+    options: Json = {"model": f"models/{model}"}
     if dimensions:
         options["outputDimensionality"] = dimensions
     return {"requests": [options | {"content": {"parts": [{"text": text}]}} for text in texts]}
