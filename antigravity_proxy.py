@@ -170,7 +170,8 @@ USER_AGENT = f"agproxy/{__version__}"
 RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
 ERROR_CHARS_MAX = 2000
 TOKEN_RETRY_S = 5.0
-# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
+# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a
+# query, before an @.
 SECRET_FORMS = re.compile(  # each way to begin is a literal, which makes it six times as fast
     r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
     r"|\?key=[^&\s\"']+|&key=[^&\s\"']+|://[^/@\s]+@"
@@ -701,7 +702,8 @@ class Media:
 class ToolCall:
     id: str
     name: str
-    arguments: str  # a JSON text, as the client or the model wrote it; of a custom tool the free text itself
+    # a JSON text, as the client or the model wrote it; of a custom tool the free text itself
+    arguments: str
     signature: str | None = None
     namespace: str | None = None
     custom: bool = False
@@ -930,7 +932,8 @@ def collect(events: Iterable[Event]) -> Reply:
 QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
 STRATEGIES = ("affinity", "round_robin", "fill_first")
 GEMINI_URL = "https://generativelanguage.googleapis.com"
-# A region's Vertex has a host of its own. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
+# A region's Vertex has a host of its own. Source:
+# https://cloud.google.com/vertex-ai/docs/reference/rest
 VERTEX_URL = "https://{}aiplatform.googleapis.com"
 CLOUDCODE_URL = "https://cloudcode-pa.googleapis.com"
 TOKEN_URL = "https://oauth2.googleapis.com/token"
@@ -3434,7 +3437,8 @@ STATIC_MODELS = (
     "gemini-embedding-001",
 )
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
-# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; servers' refusals
+# Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; servers'
+# refusals
 TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
     (r".*", (2, 0), {"json_schema": True}),
     (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
@@ -5159,7 +5163,8 @@ def duration_s(text: Any) -> float | None:
 # 12. Signatures
 # ==============================================================================
 
-# A signature has some 1,000 characters: this many take about 20 MB, and hold a day of several agents.
+# A signature has some 1,000 characters: this many take about 20 MB, and hold a day of several
+# agents.
 SIGNATURES_MAX = 20_000
 # What a sealed entry begins with, to tell it from encrypted reasoning of OpenAI's.
 SEAL_VERSION = "agp1."
@@ -7210,7 +7215,8 @@ class MediaFetcher:
 
     @functools.cached_property
     def _session(self) -> aiohttp.ClientSession:
-        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]  # imported late
+        # imported late
+        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
     async def close(self) -> None:
@@ -7251,7 +7257,8 @@ class MediaFetcher:
     async def _fetch(self, media: Media) -> Media:
         url = media.url
         for _ in range(REDIRECTS_MAX + 1):
-            asked = aiohttp.client.URL(url)  # type: ignore[attr-defined]  # which reads digits of any script
+            # which reads digits of any script
+            asked = aiohttp.client.URL(url)  # type: ignore[attr-defined]
             host = asked.raw_host or ""
             if is_address(host) and not self._may_ask(host, host):
                 raise self._refused(
@@ -7296,7 +7303,8 @@ class PublicResolver:
         self._resolver = aiohttp.ThreadedResolver()
 
     async def resolve(self, host: str, port: int = 0, family: int = 0) -> list[Any]:
-        found = await self._resolver.resolve(host, port, family)  # type: ignore[arg-type]  # whatever it is asked
+        # whatever it is asked
+        found = await self._resolver.resolve(host, port, family)  # type: ignore[arg-type]
         if not all(self._may_ask(host, one["host"]) for one in found):
             raise OSError(f"{host} leads to a private address")
         return list(found)
@@ -7340,7 +7348,8 @@ PAUSE_S = (0.2, 1.0)  # before the same account is asked again, where nobody say
 Barred = Mapping[str, UpstreamError]
 
 START = secrets.token_hex(8)
-# 24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a request.
+# 24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a
+# request.
 next_id = (f"{START}{number:08x}" for number in itertools.count(1)).__next__
 quoted_model = functools.lru_cache(256)(quote)
 
@@ -7349,7 +7358,9 @@ quoted_model = functools.lru_cache(256)(quote)
 
 
 class Wire:
-    """Calls of an account's upstream: its transport, its credential, and the envelope that its kind wants."""
+    """Calls of an account's upstream: its transport, its credential, and the envelope that its kind
+    wants.
+    """
 
     def __init__(self, config: Config, credentials: Credentials, *, direct: bool = True) -> None:
         self.credentials = credentials
@@ -7360,7 +7371,9 @@ class Wire:
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
-        """Goes on with another config; calls that run are finished over the transports of the old one."""
+        """Goes on with another config; calls that run are finished over the transports of the old
+        one.
+        """
         self._config = config
         self._transports: dict[tuple[str, str | None], DirectTransport | ProxiedTransport] = {}
 
@@ -7376,7 +7389,10 @@ class Wire:
         return transport
 
     async def post(self, account: Account, model: str, method: str, body: bytes) -> Incoming:
-        """The head of an answer. Where a token is refused, that of a second try with a fresh one. Raises UpstreamError."""
+        """The head of an answer.
+
+        Where a token is refused, that of a second try with a fresh one. Raises UpstreamError.
+        """
         known = self._transports.get((account.base_url, account.proxy))
         transport, refused = known or self.transport_to(account), ""
         while True:
@@ -7414,7 +7430,8 @@ def enveloped(
 ) -> tuple[str, bytes]:
     """The path and the body of a call, as the account's kind of upstream wants them.
 
-    Source: https://ai.google.dev/api/generate-content, https://cloud.google.com/vertex-ai/docs/reference/rest
+    Source: https://ai.google.dev/api/generate-content,
+    https://cloud.google.com/vertex-ai/docs/reference/rest
     """
     if account.kind == "gemini":
         return f"/v1beta/models/{quoted_model(model)}:{method}", body
@@ -7469,7 +7486,9 @@ class Catalog:
         return mapped.model
 
     def chain(self, model: str, name: str) -> list[str]:
-        """A model, then those that models.fallback names for it, or else for the client's name; unknown ones are left out."""
+        """A model, then those that models.fallback names for it, or else for the client's name;
+        unknown ones are left out.
+        """
         chain = {model: None}
         for other in self._config.fallback.get(model) or self._config.fallback.get(name, ()):
             try:
@@ -7479,7 +7498,9 @@ class Catalog:
         return list(chain)
 
     async def listed(self) -> tuple[str, ...] | None:
-        """The listed models, fetched at the first need and renewed beside the requests; None while unknown."""
+        """The listed models, fetched at the first need and renewed beside the requests; None while
+        unknown.
+        """
         if time.monotonic() >= self._fresh_until:
             self._fresh_until = time.monotonic() + MODELS_RETRY_S
             self._listing = self._shared.start(("models", id(self._config)), self._list)
@@ -7488,7 +7509,9 @@ class Catalog:
         return self._listed
 
     async def _list(self) -> None:
-        """Asks every account, for they may differ in their models; one that fails may have had those that were known."""
+        """Asks every account, for they may differ in their models; one that fails may have had
+        those that were known.
+        """
         config, fresh_s = self._config, MODELS_FRESH_S
         accounts = [account for account in config.accounts if account.kind == "gemini"]
         names: dict[str, None] = {}
@@ -7508,7 +7531,8 @@ class Catalog:
     async def models_of(self, account: Account) -> tuple[str, ...]:
         """The models that one account lists. Raises UpstreamError.
 
-        Vertex and v1internal have no list: where they count the tokens of a word, the best known models stand for it.
+        Vertex and v1internal have no list: where they count the tokens of a word, the best known
+        models stand for it.
         """
         ask = self._pages_of if account.kind == "gemini" else self._known_of
         try:
@@ -7562,7 +7586,8 @@ def clock_skew(date: str | None, now: float) -> float:
 
 @dataclass(eq=False, slots=True)
 class Answer:
-    """One answer that has begun, pulled by `async for`: a list of events for each read, until Ended or Failed.
+    """One answer that has begun, pulled by `async for`: a list of events for each read, until Ended
+    or Failed.
 
     Its first events are known, so nobody retries any more.
     """
@@ -7636,7 +7661,9 @@ class Answer:
 
 
 class Merged:
-    """Several answers as one: choices numbered through, usage added up; the first failure ends them all."""
+    """Several answers as one: choices numbered through, usage added up; the first failure ends them
+    all.
+    """
 
     def __init__(self, answers: Sequence[Answer]) -> None:
         self._answers = answers
@@ -7716,16 +7743,21 @@ def close_answer(asked: asyncio.Task[Answer]) -> None:
 
 
 class Question(Protocol[Answered_co]):
-    """A call of Gemini that the retry loop makes of one account after another, whatever its body comes from."""
+    """A call of Gemini that the retry loop makes of one account after another, whatever its body
+    comes from.
+    """
 
-    barred: Barred
-    """Accounts that cannot answer it, and why."""
+    # accounts that cannot answer it, and why; nobody writes to it
+    barred: Barred  # accounts that cannot answer it, and why
 
     async def ask(self, lease: Lease) -> Answered_co:
         """Makes one attempt. Raises UpstreamError."""
 
     def mends(self, error: UpstreamError) -> bool:
-        """Changes the body so that the same account may be asked again; false where that cannot help."""
+        """Changes the body so that the same account may be asked again; false where that cannot
+        help.
+        """
+        return False
 
 
 @value
@@ -7737,8 +7769,8 @@ class RequestBody:
     tools: Mapping[str, Tool]
 
 
-@dataclass(eq=False, slots=True)
-class Generation:
+@dataclass(eq=False)
+class Generation(Question[Answer]):
     """The question of a translated request: a body for each model, made at the first need of it."""
 
     request: Request
@@ -7815,7 +7847,10 @@ class Generation:
 
 
 async def whole_answer(incoming: Incoming, reader: GeminiReader, sse: bool) -> Answer:
-    """An answer that is not streamed on. Raises what its status or its end says, and the transport's errors."""
+    """An answer that is not streamed on.
+
+    Raises what its status or its end says, and the transport's errors.
+    """
     if incoming.status != 200:
         await json_of(incoming)  # which raises
     body = await incoming.read()
@@ -7825,30 +7860,31 @@ async def whole_answer(incoming: Incoming, reader: GeminiReader, sse: bool) -> A
     return Answer(events, incoming, None, reader.signed)
 
 
-class TokenCount:
+@dataclass(eq=False)
+class TokenCount(Question[dict[str, Any]]):
     """The question how many tokens a request is. Source: https://ai.google.dev/api/tokens"""
 
-    barred: Barred = {}  # noqa: RUF012
-
-    def __init__(self, generation: Generation, wire: Wire) -> None:
-        self._generation, self._wire = generation, wire
+    _generation: Generation
+    _wire: Wire
+    barred: Barred = field(default_factory=dict)
 
     async def ask(self, lease: Lease) -> dict[str, Any]:
         body = self._generation.body_for(lease.model).data
         body = countable(lease.account.kind, lease.model, body)
         return await self._wire.call(lease.account, lease.model, "countTokens", body)
 
-    def mends(self, error: UpstreamError) -> bool:
-        return False
 
+@dataclass(eq=False)
+class Embedding(Question[dict[str, Any]]):
+    """The question of one batch of texts.
 
-class Embedding:
-    """The question of one batch of texts. Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
+    Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents
+    """
 
-    def __init__(
-        self, texts: Sequence[str], dimensions: int | None, wire: Wire, barred: Barred
-    ) -> None:
-        self._texts, self._dimensions, self._wire, self.barred = texts, dimensions, wire, barred
+    _texts: Sequence[str]
+    _dimensions: int | None
+    _wire: Wire
+    barred: Barred
 
     async def ask(self, lease: Lease) -> dict[str, Any]:
         body = dump_bytes(build_embeddings(self._texts, lease.model, self._dimensions))
@@ -7858,9 +7894,6 @@ class Embedding:
             estimate = sum(len(text) // 4 + 1 for text in self._texts)
             answer["usageMetadata"] = {"promptTokenCount": estimate}
         return answer
-
-    def mends(self, error: UpstreamError) -> bool:
-        return False
 
 
 @dataclass(eq=False, slots=True)
@@ -7884,8 +7917,9 @@ class Attempts:
     async def lease(self) -> Lease:
         """The next account, once it may be asked. Raises PoolExhausted.
 
-        The same one where the body was mended for it; else an untried one; else, for a fault that is not its own, the
-        same one, once; else the soonest of those in cooldown, if that is soon: then also one that was refused before.
+        The same one where the body was mended for it; else an untried one; else, for a fault that
+        is not its own, the same one, once; else the soonest of those in cooldown, if that is soon:
+        then also one that was refused before.
         """
         self.decision = decision = Decision(self._model)
         self._trace.decisions.append(decision)
@@ -7910,7 +7944,10 @@ class Attempts:
         return self._pool.again(same, self._model, self._clock())
 
     async def _wait_for_any(self) -> None:
-        """Waits for the end of a cooldown, of those that were asked before too. Raises PoolExhausted."""
+        """Waits for the end of a cooldown, of those that were asked before too.
+
+        Raises PoolExhausted.
+        """
         lasting = (name for name in self._tried if self._refusals[name].scope == "nobody")
         self._tried = {*lasting, *self._barred}
         wait_s = self._pool.wait_s(self._model, self._tried, self._clock())
@@ -7924,14 +7961,18 @@ class Attempts:
         await asyncio.sleep(wait_s)
 
     def _pause_s(self, error: UpstreamError) -> float:
-        """Seconds before the same account is asked again: as it says, where no other model could answer sooner."""
+        """Seconds before the same account is asked again: as it says, where no other model could
+        answer sooner.
+        """
         wait_s = error.retry_after_s if self._last else None
         if wait_s is None or wait_s > self.patience_s:
             return random.uniform(*PAUSE_S)
         return wait_s
 
     def refused(self, lease: Lease, error: UpstreamError, mended: bool) -> None:
-        """This request asks the account no more, unless its body was `mended` or the fault was not the account's."""
+        """This request asks the account no more, unless its body was `mended` or the fault was not
+        the account's.
+        """
         self._refusals[lease.account.name] = error
         self._tried.add(lease.account.name)
         self._mended = mended
@@ -7957,7 +7998,9 @@ class Upstream:
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
-        """Goes on with another config; accounts that are the same keep their state, and what runs is finished."""
+        """Goes on with another config; accounts that are the same keep their state, and what runs
+        is finished.
+        """
         self._config = config
         self.pool.update(config.accounts, config.strategy, config.reserve)
         for part in (self.wire, self.wire.credentials, self.catalog):
@@ -7968,15 +8011,21 @@ class Upstream:
         await self.wire.close()
 
     async def ask(self, requests: Sequence[Request], trace: Trace) -> Answer | Merged:
-        """An answer that has begun. Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout."""
+        """An answer that has begun.
+
+        Raises the error that ended the last attempt, PoolExhausted or UpstreamTimeout.
+        """
         if len(requests) == 1 and requests[0].n == 1:
             return await self._begin(requests[0], trace)
         return await self._begin_all([one for each in requests for one in choices_of(each)], trace)
 
     async def _begin_all(self, requests: Sequence[Request], trace: Trace) -> Merged:
-        """The answers to all requests, begun in all of them. Raises what the first failed one raised.
+        """The answers to all requests, begun in all of them.
 
-        Where an account takes few at once, each is read to its end: it would wait for those that wait for its account.
+        Raises what the first failed one raised.
+
+        Where an account takes few at once, each is read to its end: it would wait for those that
+        wait for its account.
         """
         limits = [account.max_concurrency for account in self.pool.accounts]
         room = asyncio.Semaphore(sum(limit or CHOICES_MAX for limit in limits) or 1)
@@ -8010,7 +8059,10 @@ class Upstream:
         return answer
 
     def _generation(self, request: Request, trace: Trace) -> Generation:
-        """The question, with its changes counted even where nobody can be asked. Raises BadRequest by `strict`."""
+        """The question, with its changes counted even where nobody can be asked.
+
+        Raises BadRequest by `strict`.
+        """
         generation = Generation(request, self.wire, self.catalog, self.signatures, trace)
         generation.body_for(trace.mapped_model)
         return generation
@@ -8042,7 +8094,8 @@ class Upstream:
     # ---- the one retry loop
 
     async def _retry(self, question: Question[Answered_co], trace: Trace) -> Answered_co:
-        """Asks for the model, then for those of models.fallback, while no account can answer for one.
+        """Asks for the model, then for those of models.fallback, while no account can answer for
+        one.
 
         Raises PoolExhausted, or the error that every account would give.
         """
@@ -8118,7 +8171,9 @@ class Upstream:
         return answer
 
     def _release(self, lease: Lease, end: Event | BaseException | None) -> None:
-        """Gives the lease back; `end` is an answer's last event, what was raised before it, or None."""
+        """Gives the lease back; `end` is an answer's last event, what was raised before it, or
+        None.
+        """
         error = end.error if isinstance(end, Failed) else end
         now = self.clock()
         if not isinstance(error, UpstreamError):  # all is well, or the client left
@@ -8140,7 +8195,9 @@ ITEM_ID = re.compile(r"[a-z]+_([0-9a-f]{24})i?[0-9a-f]{4}")
 
 
 class KeptResponse:
-    """The place of one response in the store: it is written when the answer begins, and when it is over."""
+    """The place of one response in the store: it is written when the answer begins, and when it is
+    over.
+    """
 
     __slots__ = (
         "_first_row",
@@ -8223,7 +8280,9 @@ class KeptResponses:
         return KeptResponse(self.store, renderer, payloads, trace, first_row)
 
     async def recall(self, body: Any, client: str) -> list[Any] | None:
-        """The items that a body goes on with; those that it only names are put into it. None where nothing is kept.
+        """The items that a body goes on with; those that it only names are put into it.
+
+        None where nothing is kept.
 
         Raises BadRequest.
         """
@@ -8265,14 +8324,18 @@ class KeptResponses:
         return [item for response in chain for item in self._items_of(response)]
 
     def _items_of(self, response: StoredResponse) -> list[Any]:
-        """The items of one turn, input and output; the signatures of its answer are remembered again."""
+        """The items of one turn, input and output; the signatures of its answer are remembered
+        again.
+        """
         self._signatures.learn(response.signatures)
         return [*parse_json(response.input), *response.response["output"]]
 
     async def sealing(
         self, body: Any, request: Request, trace: Trace
     ) -> Callable[[ToolCall | Text], str] | None:
-        """Learns the signatures that a client brings back; gives a seal for new ones, where it asks for them."""
+        """Learns the signatures that a client brings back; gives a seal for new ones, where it asks
+        for them.
+        """
         parts = (part for message in request.messages for part in message.parts)
         carried = [
             part.signature for part in parts if isinstance(part, Thinking) and part.signature
@@ -8360,7 +8423,10 @@ Send = Callable[[bytes], Awaitable[None]]
 
 @value
 class Source:
-    """Where the config came from: `load` reads it again, or raises ConfigError; `asked` is set to have that done."""
+    """Where the config came from:
+
+    `load` reads it again, or raises ConfigError; `asked` is set to have that done.
+    """
 
     path: Path
     load: Callable[[], Config]
@@ -8384,7 +8450,9 @@ class Gateway:
     draining: bool = False
 
     async def drain(self, seconds: float) -> None:
-        """Lets running answers finish; those that take longer end with an error, told in their client's form."""
+        """Lets running answers finish; those that take longer end with an error, told in their
+        client's form.
+        """
         self.draining = True
         await self._wait(seconds)
         for exchange in [*self.running]:
@@ -8405,9 +8473,11 @@ class Gateway:
 
 @dataclass(eq=False, slots=True)
 class Exchange:
-    """One request and its answer, on the same path whether it is streamed, whole or made in the background.
+    """One request and its answer, on the same path whether it is streamed, whole or made in the
+    background.
 
-    They differ in two calls: `render` makes bytes of events, `send` takes them to where they belong.
+    They differ in two calls: `render` makes bytes of events, `send` takes them to where they
+    belong.
     """
 
     gateway: Gateway
@@ -8424,7 +8494,10 @@ class Exchange:
     # ---- from a body to an answer that has begun
 
     async def begin(self, data: bytes, headers: Mapping[str, str]) -> Background | None:
-        """Begins the answer to a body; a response in the background is made beside this exchange. Raises GatewayError."""
+        """Begins the answer to a body; a response in the background is made beside this exchange.
+
+        Raises GatewayError.
+        """
         gateway, door, trace = self.gateway, self.door, self.trace
         check = is_base64 if door.keeps else seems_base64  # what is kept must be whole
         data, self.payloads = cut_payloads(data, check)
@@ -8477,13 +8550,18 @@ class Exchange:
     # ---- from the answer to whoever waits for it
 
     async def run(self, render: Render, send: Send) -> None:
-        """Takes all events of the answer to where they belong. Raises what `render` and `send` raise."""
+        """Takes all events of the answer to where they belong.
+
+        Raises what `render` and `send` raise.
+        """
         assert self.answer is not None
         async for events in self.answer:
             await self.deliver(events, render, send)
 
     async def deliver(self, events: list[Event], render: Render, send: Send) -> None:
-        """Sends the events of one read; what is kept is written before the client reads that it is over."""
+        """Sends the events of one read; what is kept is written before the client reads that it is
+        over.
+        """
         data, last, trace = render(events), events[-1], self.trace
         if isinstance(data, str):
             data = data.encode("utf-8", "replace")
@@ -8512,7 +8590,8 @@ class Exchange:
 def affinity_of(
     client: str, headers: Mapping[str, str], body: Mapping[str, Any], request: Request
 ) -> int:
-    """A number that the requests of one conversation share: they meet the same account, whose prompt cache knows them.
+    """A number that the requests of one conversation share: they meet the same account, whose
+    prompt cache knows them.
 
     Without the client's name for the conversation, by its first words.
     """
@@ -8528,7 +8607,10 @@ def affinity_of(
 
 
 def refuse_damaged(door: Door, body: Any, payloads: Mapping[str, bytes]) -> None:
-    """Raises BadRequest, by the field's name, where what only seemed base64 is none: Gemini refused the request."""
+    """Raises BadRequest, by the field's name, where what only seemed base64 is none:
+
+    Gemini refused the request.
+    """
     for mark, payload in payloads.items():
         if not is_base64(payload):
             door.parse(json.loads(dump_bytes(body).replace(mark.encode(), b"!")), ())
@@ -8607,7 +8689,8 @@ class Background:
 
 
 async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> Background:
-    """Begins to make a response beside the connection that asked for it; it has a log line of its own.
+    """Begins to make a response beside the connection that asked for it; it has a log line of its
+    own.
 
     Raises Overloaded, and StoreTrouble where nobody could ask for it later.
     """
@@ -8654,7 +8737,9 @@ def log_exchange(gateway: Gateway, trace: Trace, status: int) -> None:
 
 
 def without_words(error: BaseException) -> Any:
-    """What the log may tell of a mistake: where it was made, but not its words, which may be a client's."""
+    """What the log may tell of a mistake: where it was made, but not its words, which may be a
+    client's.
+    """
     text = f"{type(error).__name__}, without its words: they may be a client's"
     return RuntimeError, RuntimeError(text), error.__traceback__
 
@@ -8674,7 +8759,8 @@ CLIENT_ID = re.compile(r"[\w.:-]{1,64}", re.ASCII)
 NOT_HTTP = "What came is not HTTP/1.1. Check the client, and that it uses no TLS here."
 ASK_FOR_A_KEY = "set proxy.api_key and proxy.auth_mode: strict"
 
-# Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last endpoint wins.
+# Base URLs get pasted whole and paths stacked (Kilo Code: /v1/chat/completions/responses): the last
+# endpoint wins.
 ENDPOINTS = "|".join([door.path.removeprefix("/v1/") for door in DOORS] + ["models", "embeddings"])
 STACKED = re.compile(
     rf"(?:/(?:v1|{ENDPOINTS}))*/(?P<endpoint>healthz|responses/input_tokens|{ENDPOINTS})"
@@ -8715,7 +8801,9 @@ def exchange_key() -> web.RequestKey[Exchange]:
 async def name_request(
     gateway: Gateway, request: web.Request, handler: Handler
 ) -> web.StreamResponse:
-    """Gives a request its name and its place among those that run; what fails is told in its door's form, and logged."""
+    """Gives a request its name and its place among those that run; what fails is told in its door's
+    form, and logged.
+    """
     path, route = place_of(request.path)
     trace = Trace(gateway.config, f"req_{next_id()}", route, time.monotonic())
     client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
@@ -8746,7 +8834,10 @@ async def name_request(
 
 
 def told_of(exchange: Exchange, error: BaseException) -> GatewayError:
-    """The error that a client is told. A cancellation is one where the exchange was broken off; else it is raised."""
+    """The error that a client is told.
+
+    A cancellation is one where the exchange was broken off; else it is raised.
+    """
     if isinstance(error, RecursionError):
         return BadRequest("The body is nested too deep. Send flatter JSON.")
     if isinstance(error, asyncio.CancelledError) and exchange.error:
@@ -8790,7 +8881,9 @@ async def reroute(request: web.Request, path: str) -> web.StreamResponse:
 
 
 def guard(config: Config, request: web.Request) -> None:
-    """Without a key, keeps out names that were rebound to this address, and the scripts of foreign web pages."""
+    """Without a key, keeps out names that were rebound to this address, and the scripts of foreign
+    web pages.
+    """
     host = host_of(f"//{request.headers.get('host', 'localhost')}")
     literal = config.allow_lan_access and is_address(host)
     if not (is_loopback(host) or literal or host in config.allowed_hosts):
@@ -8960,7 +9053,9 @@ async def handle_token_count(request: web.Request) -> web.StreamResponse:
 
 
 async def handle_unknown(request: web.Request) -> web.StreamResponse:
-    """Refuses what has no route: by the methods that the path has, else by the base URL that is meant."""
+    """Refuses what has no route: by the methods that the path has, else by the base URL that is
+    meant.
+    """
     allowed: set[str] = set()
     for resource in request.app.router.resources():
         allowed |= (await resource.resolve(request))[1]
@@ -9039,7 +9134,8 @@ def unpacked(data: bytes, packing: str) -> bytes:
 
 @functools.cache
 def keep_buffers() -> None:
-    """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in anew each time.
+    """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in
+    anew each time.
 
     Done at the first large body, for it takes ten milliseconds of a start.
     Source: https://man7.org/linux/man-pages/man3/mallopt.3.html
@@ -9060,7 +9156,8 @@ def keep_buffers() -> None:
 class EventStream:
     """A client's side of a stream.
 
-    Its head waits for the first event or heartbeat, so that what fails before has a status of its own.
+    Its head waits for the first event or heartbeat, so that what fails before has a status of its
+    own.
     """
 
     _request: web.Request
@@ -9073,7 +9170,10 @@ class EventStream:
     _alarm: asyncio.TimerHandle | None = None
 
     async def send(self, data: bytes) -> None:
-        """Returns once the client has taken most of what was sent. Raises ConnectionError where it is gone."""
+        """Returns once the client has taken most of what was sent.
+
+        Raises ConnectionError where it is gone.
+        """
         self._quiet = False
         response = self.response
         if response is None:
@@ -9115,7 +9215,9 @@ class EventStream:
         return self.response
 
     def close(self) -> None:
-        """Cuts off a stream that has not come to its end, so that nobody takes a part for the whole."""
+        """Cuts off a stream that has not come to its end, so that nobody takes a part for the
+        whole.
+        """
         if self._alarm:
             self._alarm.cancel()
         if self._beating:
@@ -9286,7 +9388,10 @@ POOL_ACTIONS = ("reset", "pause", "resume")
 
 
 def check_operator(request: web.Request) -> Gateway:
-    """The gateway, for a client with a key, or where none is needed for a program of this machine. Raises Forbidden."""
+    """The gateway, for a client with a key, or where none is needed for a program of this machine.
+
+    Raises Forbidden.
+    """
     exchange = request[exchange_key()]
     config = exchange.gateway.config
     here = is_loopback(request.remote or "") or request.remote == config.bind
@@ -9339,7 +9444,10 @@ async def handle_reload(request: web.Request) -> web.StreamResponse:
 
 
 async def reload_gateway_config(gateway: Gateway) -> int:
-    """Reads the config anew and counts its accounts. Raises ConfigError where it is no use, and changes nothing."""
+    """Reads the config anew and counts its accounts.
+
+    Raises ConfigError where it is no use, and changes nothing.
+    """
     old = gateway.config
     try:
         if gateway.source is None:
@@ -9432,7 +9540,8 @@ def create_app(
     drain_s: float = 0.0,
     direct: bool = True,
 ) -> web.Application:
-    """The gateway as an aiohttp application; when that stops, running answers have `drain_s` to finish.
+    """The gateway as an aiohttp application; when that stops, running answers have `drain_s` to
+    finish.
 
     Without `direct` upstreams are asked by aiohttp's client, as through a proxy.
     """
@@ -9494,16 +9603,23 @@ def refuse_broken_http() -> web.Response:
     return response
 
 
-def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901  # counts all methods
-    """The class of a client's connection, made here so that nothing loads aiohttp before a server is wanted."""
+# counts all methods
+def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901
+    """The class of a client's connection, made here so that nothing loads aiohttp before a server
+    is wanted.
+    """
 
     class ClientConnection(web.RequestHandler):
-        """aiohttp's connection; it repeats nothing that is not HTTP, and cuts off a client that takes nothing."""
+        """aiohttp's connection; it repeats nothing that is not HTTP, and cuts off a client that
+        takes nothing.
+        """
 
         __slots__ = ("_stall",)
 
         def handle_error(self, request, status=500, exc=None, message=None):  # type: ignore[no-untyped-def]
-            """aiohttp would repeat the malformed line to the client and log it, with a key that stands in it."""
+            """aiohttp would repeat the malformed line to the client and log it, with a key that
+            stands in it.
+            """
             if isinstance(exc, ConnectionError):
                 raise exc  # the client is gone, which is no mistake
             if status != 400:
@@ -9517,7 +9633,9 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901 
             wire.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
 
         def data_received(self, data: bytes) -> None:
-            """Fails a body whose framing breaks after its handler began to read: aiohttp would let the reader wait."""
+            """Fails a body whose framing breaks after its handler began to read: aiohttp would let
+            the reader wait.
+            """
             super().data_received(data)
             request = self._current_request
             if request and self._messages and not request.content.is_eof():
@@ -9559,7 +9677,10 @@ async def listen(
     *,
     stall_s: float = 120.0,
 ) -> int:
-    """Serves until the stack ends, then lets nobody in any more and the app drain; its port. Raises OSError."""
+    """Serves until the stack ends, then lets nobody in any more and the app drain; its port.
+
+    Raises OSError.
+    """
     loop = asyncio.get_running_loop()
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
     stack.push_async_callback(runner.cleanup)
