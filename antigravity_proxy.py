@@ -4226,8 +4226,6 @@ SCHEMA_HANDLED = {
     *("type", "properties", "required", "items", "default"),
     *("$schema", "$id", "$comment", *SCHEMA_DEFINITIONS),
 }
-# Of other shapes these words say nothing.
-SCHEMA_SHAPES = {"enum": list, "properties": dict, "required": list}
 NULL = {"type": "NULL"}
 # OpenAI takes ten levels of objects, each of which may be null or stand in a list.
 SCHEMA_DEPTH_MAX = 32
@@ -4343,14 +4341,16 @@ def find_ref(root: Schema, ref: str) -> Schema | None:
 def lay_under(flat: Json, layer: Schema) -> None:
     """Adds to a schema the words that it inherits; its own words win."""
     for word, value in layer.items():
-        if word == "const":
+        if word == "const" or (word == "enum" and not isinstance(value, list)):
             flat.setdefault("enum", [value])
-        elif isinstance(value, SCHEMA_SHAPES.get(word, object)):
-            own = flat.setdefault(word, value)
-            if word == "properties":
-                flat[word] = own | value | own
-            elif word == "required":
-                flat[word] = own + value
+        elif word == "required" and isinstance(value, list):
+            flat.setdefault(word, []).extend(value)
+        elif word == "properties" and isinstance(value, dict):
+            members = flat.setdefault(word, {})
+            for name, member in value.items():
+                members.setdefault(name, member)
+        elif word not in ("properties", "required"):
+            flat.setdefault(word, value)
 
 
 def types_of(flat: Schema) -> list[str]:
