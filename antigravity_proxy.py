@@ -15,25 +15,26 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      7 Responses       OpenAI's Responses: fields, parser, renderer
      8 Embeddings      texts to vectors
      9 Models          which Gemini model a name means, and what that can do
-    10 To Gemini       a Request becomes a generateContent body
-    11 From Gemini     bytes become Events: the only stream machine; Gemini's refusals
-    12 Signatures      thought signatures: remembered, sealed
-    13 Accounts        who is asked next, who is in cooldown until when
-    14 Journal         what is told of a request: headers, the log line, decisions
-    15 Store           SQLite on a thread of its own: what outlives the process
-    16 Credentials     API keys and tokens: each fetched once for all who wait
-    17 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
-    18 Media           linked files, from public addresses only
-    19 Upstream        what Gemini is asked, and the one retry loop
-    20 Kept responses  recall, keep, replay: what outlives its request
-    21 Exchanges       the one path of every answer: streamed, whole, in the background
-    22 Web             aiohttp.web: middlewares, and the handlers of the doors
-    23 Admin           /agproxy/: status, why, pool, reload
-    24 Server          the table of routes, the application, the listener
-    25 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    26 Command line    what a person types: options, config, log; serve and run
-    27 Setup           commands beside a gateway: models, check, explain, login, env
-    28 Operator        commands that ask the running gateway: status, pool, why, reload
+    10 Schemas         JSON Schemas as Gemini takes them
+    11 To Gemini       a Request becomes a generateContent body
+    12 From Gemini     bytes become Events: the only stream machine; Gemini's refusals
+    13 Signatures      thought signatures: remembered, sealed
+    14 Accounts        who is asked next, who is in cooldown until when
+    15 Journal         what is told of a request: headers, the log line, decisions
+    16 Store           SQLite on a thread of its own: what outlives the process
+    17 Credentials     API keys and tokens: each fetched once for all who wait
+    18 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
+    19 Media           linked files, from public addresses only
+    20 Upstream        what Gemini is asked, and the one retry loop
+    21 Kept responses  recall, keep, replay: what outlives its request
+    22 Exchanges       the one path of every answer: streamed, whole, in the background
+    23 Web             aiohttp.web: middlewares, and the handlers of the doors
+    24 Admin           /agproxy/: status, why, pool, reload
+    25 Server          the table of routes, the application, the listener
+    26 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
+    27 Command line    what a person types: options, config, log; serve and run
+    28 Setup           commands beside a gateway: models, check, explain, login, env
+    29 Operator        commands that ask the running gateway: status, pool, why, reload
 """
 
 from __future__ import annotations
@@ -399,6 +400,7 @@ class PoolExhausted(GatewayError):
 # 2. JSON
 # ==============================================================================
 
+Json = dict[str, Any]  # a JSON object
 BODY_BYTES_MAX = 64 << 20
 LARGE_BYTES = 1 << 20
 BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
@@ -3600,7 +3602,231 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 
 
 # ==============================================================================
-# 10. To Gemini
+# 10. Schemas
+# ==============================================================================
+
+# A function whose schema has none of these words takes no arguments.
+SCHEMA_CONTENT = (
+    *("properties", "$ref", "anyOf", "oneOf", "allOf"),
+    *("patternProperties", "additionalProperties"),
+)
+# Words whose values are no schemas, and those whose values are schemas by name.
+SCHEMA_DATA = {"const", "default", "enum", "example", "examples", "required"}
+SCHEMA_DEFINITIONS = {"$defs", "definitions"}
+SCHEMA_MAPS = {"properties", "patternProperties", "dependentSchemas"} | SCHEMA_DEFINITIONS
+# Deeper parts are left as they are, for a walk must not exhaust the stack.
+LONE_REFS_DEPTH_MAX = 128
+
+
+def lone_refs(schema: Any, depth: int = 0) -> Any:
+    """A JSON Schema with each `$ref` that has company moved into an anyOf of its own.
+
+    Google takes only words with a `$` beside a `$ref`.
+    Source: https://ai.google.dev/api/generate-content#GenerationConfig,
+    https://github.com/google-gemini/gemini-cli/issues/4758
+    """
+    if depth > LONE_REFS_DEPTH_MAX:
+        return schema
+    if isinstance(schema, list):
+        return [lone_refs(item, depth + 1) for item in schema]
+    # A walk of all tools' schemas would double the time of a request.
+    if not isinstance(schema, dict) or not (depth or schema.keys() & SCHEMA_DEFINITIONS):
+        return schema
+    moved = schema.copy()
+    for word, value in schema.items():
+        if word in SCHEMA_MAPS and isinstance(value, dict):
+            moved[word] = {name: lone_refs(member, depth + 2) for name, member in value.items()}
+        elif word not in SCHEMA_DATA:
+            moved[word] = lone_refs(value, depth + 1)
+    if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
+        moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
+    return moved
+
+
+JSON_TYPES = dict(
+    zip(
+        (str, float, int, bool, list, dict, type(None)),
+        ("string", "number", "integer", "boolean", "array", "object", "null"),
+        strict=True,
+    )
+)
+IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
+# Google takes these as JSON Schema has them. It has limits of sizes too, but they are what many
+# a schema is refused for. Source: https://github.com/googleapis/python-genai/issues/2170
+SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
+# Words that are translated, or that say nothing of a value.
+SCHEMA_HANDLED = {
+    *("type", "properties", "required", "items", "default"),
+    *("$schema", "$id", "$comment", *SCHEMA_DEFINITIONS),
+}
+NULL = {"type": "NULL"}
+# OpenAI takes ten levels of objects, each of which may be null or stand in a list.
+SCHEMA_DEPTH_MAX = 32
+# References that are written out again and again would make a body of any size.
+SCHEMA_NODES_MAX = 2000
+Steps = tuple[str, ...]
+
+
+@dataclass
+class SchemaReduction:
+    """Writes a JSON Schema in Google's own form; `losses` are the words that are lost by it.
+
+    A part that has no such form is left out: an object without properties (as a map is), and a
+    reference that leads nowhere or back to where it stands. Other references are written out.
+    Anything is taken, also what is no schema. Source: https://ai.google.dev/api/caching#Schema
+    """
+
+    root: Schema
+    losses: set[str] = field(default_factory=set)
+    nodes_left: int = SCHEMA_NODES_MAX
+
+    def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
+        """The schema in Google's form, None where it has none."""
+        flat, steps = self.flatten(schema, steps)
+        if flat is None:
+            return None
+        types = types_of(flat)
+        options = objects_in(flat.pop("anyOf", None)) or objects_in(flat.pop("oneOf", None))
+        if len(types) > 1:
+            options = options or [{"type": kind} for kind in types]
+        if options:
+            return one_of(self.reduce({"allOf": [option, flat]}, steps) for option in options)
+        if not types:
+            self.losses.add("type")
+        return self.reduce_typed(flat, [*types, "string"][0], steps)
+
+    def reduce_typed(self, flat: Json, kind: str, steps: Steps) -> Json | None:
+        if kind == "null":
+            return NULL
+        reduced = self.reduce_words(flat, kind)
+        if kind == "array":
+            items = flat.get("items")
+            options = objects_in(flat.get("prefixItems")) + (objects_in(items) or [items])
+            item = self.reduce({"anyOf": options}, steps)
+            return item and reduced | {"items": item}
+        if kind == "object":
+            members = self.reduce_members(flat, steps)
+            return members and reduced | members
+        return reduced
+
+    def flatten(self, schema: Any, steps: Steps) -> tuple[Json | None, Steps]:
+        """A schema with what it refers to and its allOf laid under it; None where it is endless.
+
+        `steps` are the references that lead there, and an empty one for each level.
+        """
+        flat: Json = {}
+        layers, reached = objects_in([schema]), [""]
+        for layer in map(dict, layers):
+            self.nodes_left -= 1
+            if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
+                self.losses.add("depth")
+                return None, steps
+            ref = str(layer.pop("$ref", ""))
+            layers += objects_in(layer.pop("allOf", None))
+            lay_under(flat, layer)
+            if ref in reached:
+                continue
+            target = find_ref(self.root, ref)
+            if target is None or ref in steps:
+                self.losses.add("$ref")
+                return None, steps
+            reached.append(ref)
+            layers.append(target)
+        return flat, (*steps, *reached)
+
+    def reduce_words(self, flat: Json, kind: str) -> Json:
+        """The type and the words that Google has too; of enums it takes those of texts."""
+        words: Json = {"type": kind.upper()}
+        for word, shape in SCHEMA_WORDS.items():
+            if isinstance(flat.get(word), shape):
+                words[word] = flat[word]
+        texts = [value for value in flat.get("enum", ()) if isinstance(value, str)]
+        if kind == "string" and texts and all(texts):
+            words["enum"] = list(dict.fromkeys(texts))
+        self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
+        return words
+
+    def reduce_members(self, flat: Json, steps: Steps) -> Json | None:
+        """The properties of an object, and which of them are required."""
+        properties: Json = {}
+        for name, schema in flat.get("properties", {}).items():
+            if member := self.reduce(schema, steps):
+                properties[name] = member
+        if not properties:
+            self.losses.add("object")
+            return None
+        wanted = set(map(str, flat.get("required", ())))
+        return {"properties": properties, "required": [n for n in properties if n in wanted]}
+
+
+def find_ref(root: Schema, ref: str) -> Schema | None:
+    """The schema that a reference inside of `root` leads to."""
+    found: Any = root
+    try:
+        for step in ref.removeprefix("#/").split("/"):
+            name = unquote(step).replace("~1", "/").replace("~0", "~")
+            found = found[int(name) if isinstance(found, list) else name]
+    except (LookupError, TypeError, ValueError):
+        return None
+    return found if isinstance(found, Mapping) else None
+
+
+def lay_under(flat: Json, layer: Schema) -> None:
+    """Adds to a schema the words that it inherits; its own words win."""
+    for word, value in layer.items():
+        if word == "const" or (word == "enum" and not isinstance(value, list)):
+            flat.setdefault("enum", [value])
+        elif word == "required" and isinstance(value, list):
+            flat.setdefault(word, []).extend(value)
+        elif word == "properties" and isinstance(value, dict):
+            members = flat.setdefault(word, {})
+            for name, member in value.items():
+                members.setdefault(name, member)
+        elif word not in ("properties", "required"):
+            flat.setdefault(word, value)
+
+
+def types_of(flat: Schema) -> list[str]:
+    """The types that a schema names, or else those that it says something of."""
+    named = flat.get("type")
+    if not isinstance(named, list):
+        named = [named]
+    types = [kind for kind in map(str.lower, map(str, named)) if kind in JSON_TYPES.values()]
+    types = types or [JSON_TYPES.get(type(value), "string") for value in flat.get("enum", ())]
+    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat]
+    return list(dict.fromkeys(types))
+
+
+def one_of(schemas: Iterable[Json | None]) -> Json | None:
+    """One schema in Google's form for any of several; null among them is said by `nullable`.
+
+    Vertex refuses a declaration that says anything beside anyOf.
+    Source: https://github.com/akitaonrails/ai-memory/issues/735
+    """
+    options: list[Json] = []
+    for schema in filter(None, schemas):
+        options += [option for option in schema.get("anyOf", [schema]) if option not in options]
+    if len(options) > 1 and NULL in options:
+        options = [option | {"nullable": True} for option in options if option != NULL]
+    if len(options) > 1:
+        return {"anyOf": options}
+    return next(iter(options), None)
+
+
+def join_objects(options: Iterable[Json]) -> Json:
+    """One object for a choice among objects, of which no property is required.
+
+    Vertex takes nothing else as a function's parameters.
+    Source: https://github.com/BerriAI/litellm/issues/41639
+    """
+    objects = [option.get("properties", {}) for option in options]
+    names = dict.fromkeys(itertools.chain.from_iterable(objects))
+    properties = {name: one_of(members.get(name) for members in objects) for name in names}
+    return {"type": "OBJECT", "properties": properties}
+
+
+# ==============================================================================
+# 11. To Gemini
 # ==============================================================================
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
@@ -3623,7 +3849,6 @@ SAMPLING = (
 )
 CALLING_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
 PLACEHOLDER = "…"
-Json = dict[str, Any]  # an object that is being built
 Schema = Mapping[str, Any]
 
 
@@ -4178,228 +4403,6 @@ def unsigned(part: Part) -> Part:
     return replace(part, signature=None) if isinstance(part, ToolCall | Text) else part
 
 
-# ---- schemas
-
-# A function whose schema has none of these words takes no arguments.
-SCHEMA_CONTENT = (
-    *("properties", "$ref", "anyOf", "oneOf", "allOf"),
-    *("patternProperties", "additionalProperties"),
-)
-# Words whose values are no schemas, and those whose values are schemas by name.
-SCHEMA_DATA = {"const", "default", "enum", "example", "examples", "required"}
-SCHEMA_DEFINITIONS = {"$defs", "definitions"}
-SCHEMA_MAPS = {"properties", "patternProperties", "dependentSchemas"} | SCHEMA_DEFINITIONS
-# Deeper parts are left as they are, for a walk must not exhaust the stack.
-LONE_REFS_DEPTH_MAX = 128
-
-
-def lone_refs(schema: Any, depth: int = 0) -> Any:
-    """A JSON Schema with each `$ref` that has company moved into an anyOf of its own.
-
-    Google takes only words with a `$` beside a `$ref`.
-    Source: https://ai.google.dev/api/generate-content#GenerationConfig,
-    https://github.com/google-gemini/gemini-cli/issues/4758
-    """
-    if depth > LONE_REFS_DEPTH_MAX:
-        return schema
-    if isinstance(schema, list):
-        return [lone_refs(item, depth + 1) for item in schema]
-    # A walk of all tools' schemas would double the time of a request.
-    if not isinstance(schema, dict) or not (depth or schema.keys() & SCHEMA_DEFINITIONS):
-        return schema
-    moved = schema.copy()
-    for word, value in schema.items():
-        if word in SCHEMA_MAPS and isinstance(value, dict):
-            moved[word] = {name: lone_refs(member, depth + 2) for name, member in value.items()}
-        elif word not in SCHEMA_DATA:
-            moved[word] = lone_refs(value, depth + 1)
-    if "$ref" in moved and "anyOf" not in moved and any(word[:1] != "$" for word in moved):
-        moved["anyOf"] = [{"$ref": moved.pop("$ref")}]
-    return moved
-
-
-JSON_TYPES = dict(
-    zip(
-        (str, float, int, bool, list, dict, type(None)),
-        ("string", "number", "integer", "boolean", "array", "object", "null"),
-        strict=True,
-    )
-)
-IMPLIED_TYPES = {"properties": "object", "items": "array", "prefixItems": "array"}
-# Google takes these as JSON Schema has them. It has limits of sizes too, but they are what many
-# a schema is refused for. Source: https://github.com/googleapis/python-genai/issues/2170
-SCHEMA_WORDS = {"title": str, "description": str, "nullable": bool}
-# Words that are translated, or that say nothing of a value.
-SCHEMA_HANDLED = {
-    *("type", "properties", "required", "items", "default"),
-    *("$schema", "$id", "$comment", *SCHEMA_DEFINITIONS),
-}
-# Of other shapes these words say nothing.
-SCHEMA_SHAPES = {"enum": list, "properties": dict, "required": list}
-NULL = {"type": "NULL"}
-# OpenAI takes ten levels of objects, each of which may be null or stand in a list.
-SCHEMA_DEPTH_MAX = 32
-# References that are written out again and again would make a body of any size.
-SCHEMA_NODES_MAX = 2000
-Steps = tuple[str, ...]
-
-
-@dataclass
-class SchemaReduction:
-    """Writes a JSON Schema in Google's own form; `losses` are the words that are lost by it.
-
-    A part that has no such form is left out: an object without properties (as a map is), and a
-    reference that leads nowhere or back to where it stands. Other references are written out.
-    Anything is taken, also what is no schema. Source: https://ai.google.dev/api/caching#Schema
-    """
-
-    root: Schema
-    losses: set[str] = field(default_factory=set)
-    nodes_left: int = SCHEMA_NODES_MAX
-
-    def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
-        """The schema in Google's form, None where it has none."""
-        flat, steps = self.flatten(schema, steps)
-        if flat is None:
-            return None
-        types = types_of(flat)
-        options = objects_in(flat.pop("anyOf", None)) or objects_in(flat.pop("oneOf", None))
-        if len(types) > 1:
-            options = options or [{"type": kind} for kind in types]
-        if options:
-            return one_of(self.reduce({"allOf": [option, flat]}, steps) for option in options)
-        if not types:
-            self.losses.add("type")
-        return self.reduce_typed(flat, [*types, "string"][0], steps)
-
-    def reduce_typed(self, flat: Json, kind: str, steps: Steps) -> Json | None:
-        if kind == "null":
-            return NULL
-        reduced = self.reduce_words(flat, kind)
-        if kind == "array":
-            items = flat.get("items")
-            options = objects_in(flat.get("prefixItems")) + (objects_in(items) or [items])
-            item = self.reduce({"anyOf": options}, steps)
-            return item and reduced | {"items": item}
-        if kind == "object":
-            members = self.reduce_members(flat, steps)
-            return members and reduced | members
-        return reduced
-
-    def flatten(self, schema: Any, steps: Steps) -> tuple[Json | None, Steps]:
-        """A schema with what it refers to and its allOf laid under it; None where it is endless.
-
-        `steps` are the references that lead there, and an empty one for each level.
-        """
-        flat: Json = {}
-        layers, reached = objects_in([schema]), [""]
-        for layer in map(dict, layers):
-            self.nodes_left -= 1
-            if self.nodes_left < 0 or len(steps) > SCHEMA_DEPTH_MAX:
-                self.losses.add("depth")
-                return None, steps
-            ref = str(layer.pop("$ref", ""))
-            layers += objects_in(layer.pop("allOf", None))
-            lay_under(flat, layer)
-            if ref in reached:
-                continue
-            target = find_ref(self.root, ref)
-            if target is None or ref in steps:
-                self.losses.add("$ref")
-                return None, steps
-            reached.append(ref)
-            layers.append(target)
-        return flat, (*steps, *reached)
-
-    def reduce_words(self, flat: Json, kind: str) -> Json:
-        """The type and the words that Google has too; of enums it takes those of texts."""
-        words: Json = {"type": kind.upper()}
-        for word, shape in SCHEMA_WORDS.items():
-            if isinstance(flat.get(word), shape):
-                words[word] = flat[word]
-        texts = [value for value in flat.get("enum", ()) if isinstance(value, str)]
-        if kind == "string" and texts and all(texts):
-            words["enum"] = list(dict.fromkeys(texts))
-        self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
-        return words
-
-    def reduce_members(self, flat: Json, steps: Steps) -> Json | None:
-        """The properties of an object, and which of them are required."""
-        properties: Json = {}
-        for name, schema in flat.get("properties", {}).items():
-            if member := self.reduce(schema, steps):
-                properties[name] = member
-        if not properties:
-            self.losses.add("object")
-            return None
-        wanted = set(map(str, flat.get("required", ())))
-        return {"properties": properties, "required": [n for n in properties if n in wanted]}
-
-
-def find_ref(root: Schema, ref: str) -> Schema | None:
-    """The schema that a reference inside of `root` leads to."""
-    found: Any = root
-    try:
-        for step in ref.removeprefix("#/").split("/"):
-            name = unquote(step).replace("~1", "/").replace("~0", "~")
-            found = found[int(name) if isinstance(found, list) else name]
-    except (LookupError, TypeError, ValueError):
-        return None
-    return found if isinstance(found, Mapping) else None
-
-
-def lay_under(flat: Json, layer: Schema) -> None:
-    """Adds to a schema the words that it inherits; its own words win."""
-    for word, value in layer.items():
-        if word == "const":
-            flat.setdefault("enum", [value])
-        elif isinstance(value, SCHEMA_SHAPES.get(word, object)):
-            own = flat.setdefault(word, value)
-            if word == "properties":
-                flat[word] = own | value | own
-            elif word == "required":
-                flat[word] = own + value
-
-
-def types_of(flat: Schema) -> list[str]:
-    """The types that a schema names, or else those that it says something of."""
-    named = flat.get("type")
-    if not isinstance(named, list):
-        named = [named]
-    types = [kind for kind in map(str.lower, map(str, named)) if kind in JSON_TYPES.values()]
-    types = types or [JSON_TYPES.get(type(value), "string") for value in flat.get("enum", ())]
-    types = types or [kind for word, kind in IMPLIED_TYPES.items() if word in flat]
-    return list(dict.fromkeys(types))
-
-
-def one_of(schemas: Iterable[Json | None]) -> Json | None:
-    """One schema in Google's form for any of several; null among them is said by `nullable`.
-
-    Vertex refuses a declaration that says anything beside anyOf.
-    Source: https://github.com/akitaonrails/ai-memory/issues/735
-    """
-    options: list[Json] = []
-    for schema in filter(None, schemas):
-        options += [option for option in schema.get("anyOf", [schema]) if option not in options]
-    if len(options) > 1 and NULL in options:
-        options = [option | {"nullable": True} for option in options if option != NULL]
-    if len(options) > 1:
-        return {"anyOf": options}
-    return next(iter(options), None)
-
-
-def join_objects(options: Iterable[Json]) -> Json:
-    """One object for a choice among objects, of which no property is required.
-
-    Vertex takes nothing else as a function's parameters.
-    Source: https://github.com/BerriAI/litellm/issues/41639
-    """
-    objects = [option.get("properties", {}) for option in options]
-    names = dict.fromkeys(itertools.chain.from_iterable(objects))
-    properties = {name: one_of(members.get(name) for members in objects) for name in names}
-    return {"type": "OBJECT", "properties": properties}
-
-
 # ---- beside generateContent
 
 
@@ -4454,7 +4457,7 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 
 
 # ==============================================================================
-# 11. From Gemini
+# 12. From Gemini
 # ==============================================================================
 
 # What is not here counts as "stop", and is an error where nothing was said.
@@ -5160,7 +5163,7 @@ def duration_s(text: Any) -> float | None:
 
 
 # ==============================================================================
-# 12. Signatures
+# 13. Signatures
 # ==============================================================================
 
 # A signature has some 1,000 characters: this many take about 20 MB, and hold a day of several
@@ -5252,7 +5255,7 @@ def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request
 
 
 # ==============================================================================
-# 13. Accounts
+# 14. Accounts
 # ==============================================================================
 
 ATTEMPTS_MAX = 3  # of one request: more would only hold the client up
@@ -5859,7 +5862,7 @@ class AccountPool:
 
 
 # ==============================================================================
-# 14. Journal
+# 15. Journal
 # ==============================================================================
 
 JOURNAL_MAX = 1000  # requests that `agproxy why` can explain: the last minutes of a busy day
@@ -5991,7 +5994,7 @@ def log_text(fields: Mapping[str, Any]) -> str:
 
 
 # ==============================================================================
-# 15. Store
+# 16. Store
 # ==============================================================================
 
 POOL_SAVE_S = 5.0
@@ -6336,7 +6339,7 @@ class PoolStore:
 
 
 # ==============================================================================
-# 16. Credentials
+# 17. Credentials
 # ==============================================================================
 
 LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
@@ -6677,7 +6680,7 @@ def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> Ups
 
 
 # ==============================================================================
-# 17. Transport
+# 18. Transport
 # ==============================================================================
 
 HEAD_BYTES_MAX = 64 << 10  # a server sends a few KiB; more is not the head of an answer
@@ -7194,7 +7197,7 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
 
 
 # ==============================================================================
-# 18. Media
+# 19. Media
 # ==============================================================================
 
 MEDIA_BYTES_MAX = 20 << 20
@@ -7334,7 +7337,7 @@ def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[A
 
 
 # ==============================================================================
-# 19. Upstream
+# 20. Upstream
 # ==============================================================================
 
 MODELS_FRESH_S = 3600.0  # new models are seen within an hour
@@ -8187,7 +8190,7 @@ class Upstream:
 
 
 # ==============================================================================
-# 20. Kept responses
+# 21. Kept responses
 # ==============================================================================
 
 # An item's id, by which the response that it belongs to is found.
@@ -8405,7 +8408,7 @@ def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
 
 
 # ==============================================================================
-# 21. Exchanges
+# 22. Exchanges
 # ==============================================================================
 
 BACKGROUND_MAX = 64  # responses in the background, each of which holds all its frames
@@ -8745,7 +8748,7 @@ def without_words(error: BaseException) -> Any:
 
 
 # ==============================================================================
-# 22. Web
+# 23. Web
 # ==============================================================================
 
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
@@ -9381,7 +9384,7 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
 
 
 # ==============================================================================
-# 23. Admin
+# 24. Admin
 # ==============================================================================
 
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -9499,7 +9502,7 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 
 
 # ==============================================================================
-# 24. Server
+# 25. Server
 # ==============================================================================
 
 KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
@@ -9708,7 +9711,7 @@ async def listen(
 
 
 # ==============================================================================
-# 25. Demo
+# 26. Demo
 # ==============================================================================
 
 DemoJson = dict[str, Any]
@@ -9996,7 +9999,7 @@ def demo_embedding(request: DemoJson) -> DemoJson:
 
 
 # ==============================================================================
-# 26. Command line
+# 27. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -10467,7 +10470,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 
 
 # ==============================================================================
-# 27. Setup
+# 28. Setup
 # ==============================================================================
 
 CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it may be refused
@@ -10823,7 +10826,7 @@ def print_recipe(client: str, base_url: str, key: str) -> None:
 
 
 # ==============================================================================
-# 28. Operator
+# 29. Operator
 # ==============================================================================
 
 NO_GATEWAY = (
