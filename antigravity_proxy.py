@@ -5729,7 +5729,8 @@ INSERT_SECRET = "INSERT OR IGNORE INTO secrets VALUES ('seal', ?)"
 SELECT_SECRET = "SELECT value FROM secrets WHERE name = 'seal'"
 INSERT_RESPONSE = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 UPDATE_RESPONSE = """UPDATE responses
-    SET response = ?, signatures = ?, events = ?, keeper = ?, used = ? WHERE id = ? AND keeper = ?"""
+    SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
+    WHERE id = ? AND keeper = ?"""
 SELECT_RESPONSE = """SELECT used, id, previous, input, response, signatures, events, keeper
     FROM responses WHERE id = ? AND client = ?"""
 SWEEP_RESPONSES = """DELETE FROM responses WHERE id IN (
@@ -5744,11 +5745,11 @@ Clock = Callable[[], float]
 
 
 class Database:
-    """One SQLite file, used by one thread of its own, so that the event loop never waits for a disk.
+    """One SQLite file, used by a thread of its own, so that the event loop never waits for a disk.
 
     It is opened at its first use. Where another gateway uses it, or it cannot be opened, that is
-    told in the log and everything is kept in memory, as without a path. Other programs may read the file meanwhile.
-    What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
+    told in the log and everything is kept in memory, as without a path. Other programs may read
+    the file meanwhile. What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -5780,8 +5781,9 @@ class Database:
         except sqlite3.Error as error:
             if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
                 self._busy_until = time.monotonic() + DATABASE_BUSY_S
-            text = f"The store cannot be used ({error})."
-            raise StoreTrouble(f"{text} Try again, or look at proxy.store.") from None
+            raise StoreTrouble(
+                f"The store cannot be used ({error}). Try again, or look at proxy.store."
+            ) from None
 
     def _open(self) -> sqlite3.Connection:
         if self.path is None:
@@ -5794,8 +5796,11 @@ class Database:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # for nobody else to read
             return self._connect(self.path)
         except (OSError, sqlite3.Error) as error:
-            text = "%s cannot be used (%s); until the next start everything is kept in memory"
-            log.warning(text, self.path, error)
+            log.warning(
+                "%s cannot be used (%s); until the next start everything is kept in memory",
+                self.path,
+                error,
+            )
             self._files.close()
             self.path = None
             return self._connect(":memory:")
@@ -5903,15 +5908,12 @@ class ResponseStore:
     def _sweep(self, connection: sqlite3.Connection) -> None:
         """Forgets what is too much or too old, now and then; what runs is spared."""
         self._saves += 1
-        bytes_max = RESPONSES_BYTES_MAX
-        if self._database.path is None:
-            bytes_max = RESPONSES_MEMORY_MAX
-        if self._saves % SWEEP_SAVES != 1 and self._unswept <= bytes_max // 16:
-            return
-        self._unswept = 0
-        oldest = time.time() - RESPONSES_AGE_S
-        limits = (RESPONSES_MAX, bytes_max, oldest, self._database.process)
-        connection.execute(SWEEP_RESPONSES, limits)
+        bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
+        if self._saves % SWEEP_SAVES == 1 or self._unswept > bytes_max // 16:
+            self._unswept = 0
+            oldest = time.time() - RESPONSES_AGE_S
+            limits = (RESPONSES_MAX, bytes_max, oldest, self._database.process)
+            connection.execute(SWEEP_RESPONSES, limits)
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
         return next(iter(await self.chain(id, client, 1)), None)
@@ -5930,14 +5932,10 @@ class ResponseStore:
             wanted: str | None = encoded(id).decode()  # a lone surrogate is in no id
             while wanted and len(found) < length_max:
                 row = connection.execute(SELECT_RESPONSE, (wanted, client)).fetchone()
-                if row is None:
-                    break
-                used, *columns = row
-                stored = self._stored(*columns)
-                if stored.state == "running" and wanted not in self._running:
+                if row is None or (stored := self._stored(*row[1:])) is None:
                     break
                 found.append(stored)
-                if used < now - USED_S:
+                if row[0] < now - USED_S:
                     unused.append((now, wanted))
                 wanted = stored.previous
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk can be read
@@ -5946,18 +5944,15 @@ class ResponseStore:
 
         return await self._database.run(read)
 
-    def _stored(self, id: str, previous: str | None, input: bytes, *columns: Any) -> StoredResponse:
-        response, signatures, events, keeper = columns
+    def _stored(self, id: str, *columns: Any) -> StoredResponse | None:
+        """None for a response whose end could not be written."""
+        previous, input, response, signatures, events, keeper = columns
         states: dict[str | None, StoredState] = {None: "over", self._database.process: "running"}
-        return StoredResponse(
-            id,
-            previous,
-            input,
-            parse_json(response),
-            parse_json(signatures),
-            zlib.decompress(events),
-            states.get(keeper, "lost"),
-        )
+        state = states.get(keeper, "lost")
+        if state == "running" and id not in self._running:
+            return None
+        parsed = (parse_json(response), parse_json(signatures), zlib.decompress(events))
+        return StoredResponse(id, previous, input, *parsed, state)
 
     async def delete(self, id: str) -> None:
         """Raises StoreTrouble."""
@@ -6157,8 +6152,9 @@ class Credentials:
             grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
             form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
-            advice = f"Run `agproxy login {account.name}`."
-            raise AccountBarred(f"{account.name} has no login yet. {advice}")
+            raise AccountBarred(
+                f"{account.name} has no login yet. Run `agproxy login {account.name}`."
+            )
         answer = await self._ask_token(account, form, "access_token")
         token.header = f"Bearer {answer['access_token']}"
         token.until = now + (count_of(answer.get("expires_in")) or TOKEN_S)
@@ -6182,14 +6178,14 @@ class Credentials:
         try:
             status, answer = await self._call(account, "POST", account.token_url, data=form)
         except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-            text = "The token endpoint could not be reached in time."
-            advice = "Check the network and token_url."
-            raise TokenTrouble(f"{text} {advice}", retry_after_s=TOKEN_RETRY_S) from None
-        if not isinstance(answer, dict):
-            answer = {}
-        if status != 200 or not isinstance(answer.get(wanted), str):
-            raise token_error(account, status, answer)
-        return answer
+            raise TokenTrouble(
+                "The token endpoint could not be reached in time. Check the network and token_url.",
+                retry_after_s=TOKEN_RETRY_S,
+            ) from None
+        fields = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(fields.get(wanted), str):
+            raise token_error(account, status, fields)
+        return fields
 
     # ---- projects
 
@@ -6225,8 +6221,9 @@ class Credentials:
             if not isinstance(project, str) or not project:
                 raise no_project(account, answer)
         except (AttributeError, TypeError):
-            text = "What answers at base_url is not Code Assist. Check base_url."
-            raise UpstreamBroken(text) from None
+            raise UpstreamBroken(
+                "What answers at base_url is not Code Assist. Check base_url."
+            ) from None
         return project
 
     async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
@@ -6251,12 +6248,14 @@ class Credentials:
                 header = await self.header(account, header["Authorization"])
                 status, answer = await self._call(account, method, url, json=body, headers=header)
         except TimeoutError:
-            text = "Code Assist did not name a project in time. Try again."
-            raise UpstreamTimeout(text) from None
+            raise UpstreamTimeout(
+                "Code Assist did not name a project in time. Try again."
+            ) from None
         except (aiohttp.ClientError, OSError):
-            text = "Code Assist could not be reached."
-            advice = "Check the network, base_url and whether a proxy is needed."
-            raise UpstreamBroken(f"{text} {advice}") from None
+            raise UpstreamBroken(
+                "Code Assist could not be reached. "
+                "Check the network, base_url and whether a proxy is needed."
+            ) from None
         if status != 200 or not isinstance(answer, dict):
             raise classify_error(status, answer)
         return answer
@@ -6267,8 +6266,7 @@ def no_project(account: Account, answer: Mapping[str, Any]) -> CredentialRefused
     fields = ("reasonCode", "reasonMessage", "validationUrl", "message")
     refusals = (*(answer.get("ineligibleTiers") or ()), answer.get("error") or {})
     reasons = [" ".join(str(one[key]) for key in fields if one.get(key)) for one in refusals]
-    why = "; ".join(filter(None, reasons))
-    why = why and f" ({why})"
+    why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
     return CredentialRefused(
         f"The service has no project for {account.name}{why}. Set its `project`."
     )
@@ -6339,8 +6337,9 @@ def signed_assertion(account: Account, now: float) -> str:
     try:
         crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
     except ImportError:
-        text = "A service account needs google-auth. Run `pip install google-auth`."
-        raise CredentialRefused(text) from None
+        raise CredentialRefused(
+            "A service account needs google-auth. Run `pip install google-auth`."
+        ) from None
     key = json.loads(account.service_account)
     claims = {
         "iss": key["client_email"],
@@ -6353,8 +6352,9 @@ def signed_assertion(account: Account, now: float) -> str:
         signer = crypt.RSASigner.from_service_account_info(key)
         return bytes(jwt.encode(signer, claims)).decode()
     except ValueError:
-        text = f"The private key in {account.credentials} is none. Make a new one."
-        raise CredentialRefused(text) from None
+        raise CredentialRefused(
+            f"The private key in {account.credentials} is none. Make a new one."
+        ) from None
 
 
 def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> UpstreamError:
@@ -6363,17 +6363,21 @@ def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> Ups
     Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
     """
     code = why = str(answer.get("error") or f"HTTP {status}")
-    if description := answer.get("error_description"):
-        why = f"{code}: {description}"
+    if answer.get("error_description"):
+        why = f"{code}: {answer['error_description']}"
     if code == "invalid_grant":
-        text = f"The login of {account.name} is no longer good ({why})."
-        advice = f"Run `agproxy login {account.name}`, or renew its credentials."
-        return AccountBarred(f"{text} {advice}")
+        return AccountBarred(
+            f"The login of {account.name} is no longer good ({why}). "
+            f"Run `agproxy login {account.name}`, or renew its credentials."
+        )
     if code in OAUTH_CLIENT_ERRORS:
-        text = f"The token endpoint refuses the OAuth client ({why})."
-        return CredentialRefused(f"{text} Check client_id and client_secret.")
-    text = f"The token endpoint fails ({why}). Try again."
-    return TokenTrouble(text, retry_after_s=TOKEN_RETRY_S)
+        return CredentialRefused(
+            f"The token endpoint refuses the OAuth client ({why}). "
+            "Check client_id and client_secret."
+        )
+    return TokenTrouble(
+        f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S
+    )
 
 
 # ==============================================================================
@@ -6423,8 +6427,9 @@ def too_slow(first: bool) -> UpstreamTimeout:
     """The error of an answer that does not begin, or does not go on."""
     if first:
         return UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.")
-    text = "Gemini fell silent in the middle of its answer."
-    return UpstreamTimeout(f"{text} Try again, or raise proxy.timeouts.idle_s.")
+    return UpstreamTimeout(
+        "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
+    )
 
 
 def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
@@ -6439,8 +6444,10 @@ def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
     elif isinstance(cause, ConnectionError) and not isinstance(cause, ConnectionRefusedError):
         text = f"{where} broke the connection before an answer began. Try again."
     else:
-        advice = "Check the network, base_url and whether a proxy is needed."
-        text = f"Gemini could not be reached. {advice}"
+        text = (
+            "Gemini could not be reached. "
+            "Check the network, base_url and whether a proxy is needed."
+        )
     return UpstreamBroken(text)
 
 
@@ -6681,7 +6688,7 @@ class Connection:
             incoming.abort(broken_by(ConnectionError("what came is not HTTP")))
 
     def _read_head(self, incoming: DirectIncoming, data: bytes) -> bytes:
-        """Reads status and headers. What follows them is returned. Raises ValueError, IndexError."""
+        """Reads status and headers, and returns what follows. Raises ValueError, IndexError."""
         head, found, body = (self._head + data).partition(b"\r\n\r\n")
         if not found:
             self._head = head
@@ -6831,7 +6838,7 @@ class ProxiedIncoming(Incoming):
         data = b""
         try:
             async with asyncio.timeout_at(moment):
-                data = await self._response.content.readany()
+                data = await self._response.content.readany()  # b"" at the end
         except TimeoutError:
             self.abort(too_slow(first))
         except (aiohttp.ClientError, OSError) as error:
@@ -6885,8 +6892,9 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
     at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
     of_proxy = (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)
     if at_proxy or isinstance(error, of_proxy):
-        text = "The proxy to Gemini could not be used."
-        return UpstreamBroken(f"{text} Check proxy.upstream_proxy or HTTPS_PROXY.")
+        return UpstreamBroken(
+            "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
+        )
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
     if not isinstance(cause, OSError):
         cause = ConnectionError()  # an answer that was cut or is not HTTP
