@@ -3606,6 +3606,7 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # ==============================================================================
 
 # A function whose schema has none of these words takes no arguments.
+Schema = Mapping[str, Any]
 SCHEMA_CONTENT = (
     *("properties", "$ref", "anyOf", "oneOf", "allOf"),
     *("patternProperties", "additionalProperties"),
@@ -3849,7 +3850,6 @@ SAMPLING = (
 )
 CALLING_MODES = {"auto": "AUTO", "none": "NONE", "required": "ANY"}
 PLACEHOLDER = "…"
-Schema = Mapping[str, Any]
 
 
 @value
@@ -5997,145 +5997,137 @@ def log_text(fields: Mapping[str, Any]) -> str:
 # 16. Store
 # ==============================================================================
 
-POOL_SAVE_S = 5.0
-DATABASE_BUSY_S = 5.0
+POOL_SAVE_S = 5.0  # what a killed process forgets of its counts
+DATABASE_BUSY_S = 5.0  # SQLite's own default; a program that reads a backup takes less
 RESPONSES_MAX = 10_000
-RESPONSES_BYTES_MAX = 256 << 20
-RESPONSES_MEMORY_MAX = 64 << 20
+RESPONSES_BYTES_MAX = 256 << 20  # of a disk
+RESPONSES_MEMORY_MAX = 64 << 20  # of memory, where there is no file
 RESPONSES_AGE_S = 30 * 24 * 3600.0  # since they were last used, as OpenAI keeps them
 USED_S = 24 * 3600.0  # how exactly it is known when a response was used
+SWEEP_SAVES = 100  # a sweep reads all sizes; so often it costs next to nothing
+
+# Of `responses`, `keeper` names the process that still writes one. It is null where the response
+# is over, and "" where nobody goes on with it. The tables are those of 0.1.0.
+DATABASE_TABLES = """
+PRAGMA auto_vacuum = FULL; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL;
+PRAGMA secure_delete = ON;
+CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value BLOB);
+CREATE TABLE IF NOT EXISTS responses (
+    id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB,
+    events BLOB, keeper TEXT, used REAL);
+CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
+CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+"""
+INSERT_SECRET = "INSERT OR IGNORE INTO secrets VALUES ('seal', ?)"
+SELECT_SECRET = "SELECT value FROM secrets WHERE name = 'seal'"
+INSERT_RESPONSE = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+UPDATE_RESPONSE = """UPDATE responses
+    SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
+    WHERE id = ? AND keeper = ?"""
+SELECT_RESPONSE = """SELECT used, id, previous, input, response, signatures, events, keeper
+    FROM responses WHERE id = ? AND client = ?"""
+SWEEP_RESPONSES = """DELETE FROM responses WHERE id IN (
+    SELECT id FROM (
+        SELECT id, used, row_number() OVER latest AS number,
+            sum(length(input) + length(response) + length(events)) OVER latest AS size
+        FROM responses WINDOW latest AS (ORDER BY used DESC, id))
+    WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?"""
+
+StoredState = Literal["over", "running", "lost"]
+Clock = Callable[[], float]
 
 
 class Database:
-    """One SQLite file, used by one thread of its own, so that the event loop never waits for a disk.
+    """One SQLite file, used by a thread of its own, so that the event loop never waits for a disk.
 
-    Opened at its first use and then closed to other users; None keeps everything in memory, as long as the process
-    lives. Several gateways may share a file: readers never wait, a writer waits for another one up to DATABASE_BUSY_S.
-    What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
+    It is opened at its first use. Where another gateway uses it, or it cannot be opened, that is
+    told in the log and everything is kept in memory, as without a path. Other programs may read
+    the file meanwhile. What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
     """
 
     def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.keeper = secrets.token_hex(
-            8
-        )  # the name of this gateway among those that share the file
         from concurrent.futures import ThreadPoolExecutor
 
+        self.path = path
+        self.process = secrets.token_hex(8)  # tells the rows of this process from older ones
         self._thread = ThreadPoolExecutor(1, "agproxy-store")
-        self._opened: sqlite3.Connection | None = None
-        self._held: sqlite3.Connection | None = None
+        self._files = contextlib.ExitStack()
+        self._connection: sqlite3.Connection | None = None
         self._busy_until = 0.0
 
     async def run(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        """What `step` returns, once all that it wrote is committed; nothing of it is where it raised. Raises StoreTrouble.
+        """The result of `step`, in a transaction that is committed then. Raises StoreTrouble.
 
-        It is done even where nobody waits for it any more.
+        The step is done even where nobody waits for it any more.
         """
         done = asyncio.get_running_loop().run_in_executor(self._thread, self._transact, step)
         done.add_done_callback(lambda future: future.cancelled() or future.exception())
         return await asyncio.shield(done)
 
     def _transact(self, step: Callable[[sqlite3.Connection], T]) -> T:
-        if time.monotonic() < self._busy_until:
-            raise StoreTrouble(
-                "The store is busy. Try again in some seconds."
-            )  # else each would wait in turn
+        if time.monotonic() < self._busy_until:  # else all would wait, one after the other
+            raise StoreTrouble("The store is busy. Try again in some seconds.")
         try:
-            if self._opened is None:
-                self._opened = self._open()
-            with self._opened as connection:
+            self._connection = self._connection or self._open()
+            with self._connection as connection:
                 return step(connection)
         except sqlite3.Error as error:
-            waited = (
-                getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY
-            )  # a full disk is told at once
-            self._busy_until = time.monotonic() + DATABASE_BUSY_S * waited
+            if getattr(error, "sqlite_errorcode", 0) == sqlite3.SQLITE_BUSY:
+                self._busy_until = time.monotonic() + DATABASE_BUSY_S
             raise StoreTrouble(
                 f"The store cannot be used ({error}). Try again, or look at proxy.store."
             ) from None
 
     def _open(self) -> sqlite3.Connection:
+        if self.path is None:
+            return self._connect(":memory:")
         try:
-            opened = open_database(self.path)
+            self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._files.enter_context(file_held(self.path.with_name(f"{self.path.name}.lock")))
+            for left in self.path.parent.glob(f"{self.path.name}.*.life"):
+                left.unlink()  # by 0.1.0
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))  # for nobody else to read
+            return self._connect(self.path)
         except (OSError, sqlite3.Error) as error:
             log.warning(
                 "%s cannot be used (%s); until the next start everything is kept in memory",
                 self.path,
                 error,
             )
+            self._files.close()
             self.path = None
-            return open_database(None)
-        if self.path is not None:
-            for left in self.path.parent.glob(f"{self.path.name}.*.life"):
-                self.is_lost(left.name.split(".")[-2])
-            self._held = hold_file(self._life(self.keeper))
-        return opened
+            return self._connect(":memory:")
 
-    def _life(self, keeper: str) -> Path:
-        """The file that a gateway holds while it lives."""
-        assert self.path is not None
-        return self.path.with_name(f"{self.path.name}.{keeper}.life")
-
-    def is_lost(self, keeper: str) -> bool:
-        """Whether a gateway is gone; the file that it held goes too."""
-        if keeper in ("", self.keeper):
-            return not keeper
-        life = self._life(keeper)
-        if life.exists() and (held := hold_file(life)):
-            held.close()
-            life.unlink(missing_ok=True)
-        return not life.exists()
+    def _connect(self, path: Path | str) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, timeout=DATABASE_BUSY_S, check_same_thread=False)
+        self._files.enter_context(contextlib.closing(connection))
+        connection.executescript(DATABASE_TABLES)
+        return connection
 
     async def close(self) -> None:
-        for connection in filter(None, (self._opened, self._held)):
-            await asyncio.get_running_loop().run_in_executor(self._thread, connection.close)
-        if self._held is not None:
-            self._life(self.keeper).unlink(missing_ok=True)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self._files.close)
         self._thread.shutdown()
 
 
-def open_database(path: Path | None) -> sqlite3.Connection:
-    """The file with its tables, made where it is not there yet. Raises OSError and sqlite3.Error."""
-    if path is not None:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-    connection = sqlite3.connect(
-        path or ":memory:", timeout=DATABASE_BUSY_S, check_same_thread=False
-    )
-    try:
-        connection.executescript(DATABASE_TABLES)
-    except BaseException:
-        connection.close()
-        raise
-    return connection
+@contextlib.contextmanager
+def file_held(path: Path) -> Iterator[None]:
+    """Holds a file that the gateway of a store holds; in a killed process that ends, too.
 
-
-# Of `responses`, `keeper` is the gateway that makes one, or nothing where it is over.
-DATABASE_TABLES = """
-PRAGMA auto_vacuum = FULL; PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; PRAGMA secure_delete = ON;
-CREATE TABLE IF NOT EXISTS secrets (name TEXT PRIMARY KEY, value BLOB);
-CREATE TABLE IF NOT EXISTS responses (
-    id TEXT PRIMARY KEY, client TEXT, previous TEXT, input BLOB, response BLOB, signatures BLOB, events BLOB,
-    keeper TEXT, used REAL);
-CREATE INDEX IF NOT EXISTS responses_used ON responses (used);
-CREATE TABLE IF NOT EXISTS pool (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-"""
-
-
-def hold_file(path: Path) -> sqlite3.Connection | None:
-    """Holds a file for as long as this process lives, however that ends; None where another one holds it."""
-    held = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    try:
-        held.execute("PRAGMA journal_mode = OFF")  # else a file would stay behind a killed process
-        held.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        held.close()
-        return None
-    return held
-
-
-StoredState = Literal["over", "running", "lost"]
-Clock = Callable[[], float]
+    SQLite's lock is the one that all systems have. Raises OSError, and sqlite3.Error.
+    """
+    connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+    with contextlib.closing(connection):
+        try:
+            connection.execute("PRAGMA journal_mode = OFF")  # it would be left behind
+            connection.execute("BEGIN EXCLUSIVE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+                raise OSError("another gateway uses it") from None
+            raise
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @value
@@ -6148,38 +6140,28 @@ class StoredResponse:
     response: Any
     signatures: Any
     events: bytes
-    state: StoredState  # lost is what was running in a process that is gone
+    state: StoredState  # lost: it was running in a process that ended
 
 
 class ResponseStore:
-    """The responses that are kept, bounded in number, size and age; those least lately used give way.
+    """The responses that are kept, bounded in number, size and age.
 
-    `client` is the name of the key that one was made for: nobody else is told of it.
+    Those least lately used give way. Each belongs to a client, by the name of its key, and nobody
+    else is told of it.
     """
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._secret, self._spare = b"", secrets.token_bytes(32)
         self._saves = self._unswept = 0  # how many, and how many bytes since the last sweep
-        self.made: set[str] = set()
-
-    def leave(self, id: str) -> None:
-        self.made.discard(id)
-
-    def _x(self) -> None:
-        ...
-        #  # which responses this gateway makes just now
+        self._running: set[str] = set()  # of those that are written as running
 
     async def secret(self) -> bytes:
-        """The key for what clients carry for this gateway, and for all others with the same file."""
+        """The key for what clients carry for all gateways that ever have this file."""
 
         def read(connection: sqlite3.Connection) -> bytes:
-            connection.execute(
-                "INSERT OR IGNORE INTO secrets VALUES ('seal', ?)", (secrets.token_bytes(32),)
-            )
-            return bytes(
-                connection.execute("SELECT value FROM secrets WHERE name = 'seal'").fetchone()[0]
-            )
+            connection.execute(INSERT_SECRET, (secrets.token_bytes(32),))
+            return bytes(connection.execute(SELECT_SECRET).fetchone()[0])
 
         try:
             self._secret = self._secret or await self._database.run(read)
@@ -6189,43 +6171,42 @@ class ResponseStore:
         return self._secret
 
     async def save(
-        self, id: str, state: StoredState, made: Sequence[bytes], given: Sequence[Any] = ()
+        self, id: str, state: StoredState, texts: Sequence[bytes], first: Sequence[Any] = ()
     ) -> None:
-        """Writes response, signatures and events, as they were `made`: of a new one with the client, the previous id and
-        the input that were `given`, else of one that runs here, unless it was deleted meanwhile."""
-        self.made.add(id)
-        keeper = {"running": self._database.keeper, "over": None, "lost": ""}[state]
-        insert = "INSERT INTO responses VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
-        update = """UPDATE responses SET response = ?, signatures = ?, events = ?, keeper = ?, used = ?
-            WHERE id = ? AND keeper = ?"""
+        """Writes a response, its signatures and its events, which are the `texts`.
+
+        A new one comes with its client, previous id and input as `first`. Without them one that
+        runs is written, unless it was deleted meanwhile. Raises StoreTrouble.
+        """
+        if state == "running":
+            self._running.add(id)
+        keeper = {"running": self._database.process, "over": None, "lost": ""}[state]
 
         def write(connection: sqlite3.Connection) -> None:
-            *texts, events = made
-            values = (*texts, zlib.compress(events, 1), keeper, time.time())
-            if given:
-                connection.execute(insert, (id, *given, *values))
+            response, signatures, events = texts
+            values = (response, signatures, zlib.compress(events, 1), keeper, time.time())
+            if first:
+                connection.execute(INSERT_RESPONSE, (id, *first, *values))
             else:
-                connection.execute(update, (*values, id, self._database.keeper))
-            self._unswept += sum(map(len, made)) + sum(len(part or "") for part in given)
-            self._saves += 1
-            bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
-            if self._saves % 100 == 1 or self._unswept > bytes_max // 16:
-                self._unswept = 0
-                self._forget(connection, bytes_max)
+                connection.execute(UPDATE_RESPONSE, (*values, id, self._database.process))
+            self._unswept += sum(len(text or "") for text in (*texts, *first))
+            self._sweep(connection)
 
         await self._database.run(write)
 
-    def _forget(self, connection: sqlite3.Connection, bytes_max: int) -> None:
-        """What this gateway makes just now is spared."""
-        sql = """DELETE FROM responses WHERE id IN (
-            SELECT id FROM (
-                SELECT id, used, row_number() OVER latest AS number,
-                    sum(length(input) + length(response) + length(events)) OVER latest AS size
-                FROM responses WINDOW latest AS (ORDER BY used DESC, id))
-            WHERE number > ? OR size > ? OR used < ?) AND keeper IS NOT ?"""
-        connection.execute(
-            sql, (RESPONSES_MAX, bytes_max, time.time() - RESPONSES_AGE_S, self._database.keeper)
-        )
+    def leave(self, id: str) -> None:
+        """Nobody goes on with a response. Where its end could not be written, it is not told."""
+        self._running.discard(id)
+
+    def _sweep(self, connection: sqlite3.Connection) -> None:
+        """Forgets what is too much or too old, now and then; what runs is spared."""
+        self._saves += 1
+        bytes_max = RESPONSES_BYTES_MAX if self._database.path else RESPONSES_MEMORY_MAX
+        if self._saves % SWEEP_SAVES == 1 or self._unswept > bytes_max // 16:
+            self._unswept = 0
+            oldest = time.time() - RESPONSES_AGE_S
+            limits = (RESPONSES_MAX, bytes_max, oldest, self._database.process)
+            connection.execute(SWEEP_RESPONSES, limits)
 
     async def get(self, id: str, client: str) -> StoredResponse | None:
         return next(iter(await self.chain(id, client, 1)), None)
@@ -6233,98 +6214,102 @@ class ResponseStore:
     async def chain(
         self, id: str, client: str, length_max: int = RESPONSES_MAX
     ) -> list[StoredResponse]:
-        """A response and all that it goes on with, the first one first; it ends early where one is not kept any more."""
-        sql = """SELECT used, id, previous, input, response, signatures, events, keeper FROM responses
-            WHERE id = ? AND client = ?"""
+        """A response and all that it goes on with, the first one first.
+
+        It begins later where one is not kept any more. Raises StoreTrouble.
+        """
 
         def read(connection: sqlite3.Connection) -> list[StoredResponse]:
             found: list[StoredResponse] = []
             now, unused = time.time(), []
-            wanted: str | None = encoded(id).decode()
-            while (
-                wanted
-                and len(found) < length_max
-                and (row := connection.execute(sql, (wanted, client)).fetchone())
-            ):
-                if row[-1] == self._database.keeper and wanted not in self.made:
-                    break  # its end could not be written
-                found.append(self._stored(row[1:]))
-                wanted = found[-1].previous
-                unused += [(now, found[-1].id)] if row[0] < now - USED_S else []
-            with contextlib.suppress(
-                sqlite3.OperationalError
-            ):  # what can be read is told where nothing can be written
+            wanted: str | None = encoded(id).decode()  # a lone surrogate is in no id
+            while wanted and len(found) < length_max:
+                row = connection.execute(SELECT_RESPONSE, (wanted, client)).fetchone()
+                if row is None or (stored := self._stored(*row[1:])) is None:
+                    break
+                found.append(stored)
+                if row[0] < now - USED_S:
+                    unused.append((now, wanted))
+                wanted = stored.previous
+            with contextlib.suppress(sqlite3.OperationalError):  # a full disk can be read
                 connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
 
         return await self._database.run(read)
 
-    def _stored(self, row: Sequence[Any]) -> StoredResponse:
-        id, previous, input, response, signatures, events, keeper = row
-        state: StoredState = (
-            "over" if keeper is None else "lost" if self._database.is_lost(keeper) else "running"
-        )
-        made = (parse_json(response), parse_json(signatures), zlib.decompress(events))
-        return StoredResponse(id, previous, input, *made, state)
+    def _stored(self, id: str, *columns: Any) -> StoredResponse | None:
+        """None for a response whose end could not be written."""
+        previous, input, response, signatures, events, keeper = columns
+        states: dict[str | None, StoredState] = {None: "over", self._database.process: "running"}
+        state = states.get(keeper, "lost")
+        if state == "running" and id not in self._running:
+            return None
+        parsed = (parse_json(response), parse_json(signatures), zlib.decompress(events))
+        return StoredResponse(id, previous, input, *parsed, state)
 
     async def delete(self, id: str) -> None:
-        await self._database.run(
-            lambda kept: kept.execute("DELETE FROM responses WHERE id = ?", (id,))
-        )
+        """Raises StoreTrouble."""
 
-        def truncate(connection: sqlite3.Connection) -> None:
-            """Nor is it in the journal then, unless another program goes on reading that; nobody waits for it."""
-            pragmas = (
-                "busy_timeout = 100",
-                "wal_checkpoint(TRUNCATE)",
-                f"busy_timeout = {1000 * DATABASE_BUSY_S:.0f}",
-            )
-            for pragma in pragmas:
-                connection.execute(
-                    f"PRAGMA {pragma}"
-                ).fetchall()  # read to its end, or no other can commit
+        def delete(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM responses WHERE id = ?", (id,))
 
-        await self._database.run(truncate)
+        await self._database.run(delete)
+        await self._database.run(empty_journal)
+
+
+def empty_journal(connection: sqlite3.Connection) -> None:
+    """What was deleted is not in the journal then, unless another program goes on reading that.
+
+    Nobody waits for such a program.
+    """
+    pragmas = (
+        "busy_timeout = 100",
+        "wal_checkpoint(TRUNCATE)",
+        f"busy_timeout = {1000 * DATABASE_BUSY_S:.0f}",
+    )
+    for pragma in pragmas:  # each is read to its end, or no other program can commit
+        connection.execute(f"PRAGMA {pragma}").fetchall()
 
 
 @dataclass(slots=True)
 class PoolStore:
-    """What the account pool knows beyond the process: written every few seconds, and at once when an account is to rest
-    for long; of its rows only those that changed. Without its file the pool still serves."""
+    """The state of the account pool beyond the process, of which changed rows are written.
+
+    They are written every few seconds, and at once when an account goes into cooldown for long.
+    Without its file the pool still serves.
+    """
 
     _database: Database
     _pool: AccountPool
     _written: dict[str, str] = field(default_factory=dict)
 
     async def load(self, now: float) -> None:
-        self._written = (
-            await self._run(lambda database: dict(database.execute("SELECT name, value FROM pool")))
-            or {}
-        )
-        self._pool.restore(self._written, now)
-        known = self._pool.rows()
-        self._written = {
-            name: value for name, value in self._written.items() if name in known
-        }  # others' stay
+        """Rows of accounts that are not in the config stay in the file."""
 
-    async def keep(self, rested: asyncio.Event) -> None:
+        def read(connection: sqlite3.Connection) -> dict[str, str]:
+            return dict(connection.execute("SELECT name, value FROM pool"))
+
+        stored = await self._run(read) or {}
+        self._pool.restore(stored, now)
+        known = self._pool.rows()
+        self._written = {name: text for name, text in stored.items() if name in known}
+
+    async def keep(self, urgent: asyncio.Event) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POOL_SAVE_S):
-                    await rested.wait()
-            rested.clear()
+                    await urgent.wait()
+            urgent.clear()
             await self.save()
 
     async def save(self) -> None:
         rows = self._pool.rows()
-        changed = [
-            (name, value) for name, value in rows.items() if self._written.get(name) != value
-        ]
-        gone = [(name,) for name in self._written.keys() - rows.keys()]
+        changed = rows.items() - self._written.items()
+        gone = self._written.keys() - rows.keys()
 
-        def write(database: sqlite3.Connection) -> bool:
-            database.executemany("INSERT OR REPLACE INTO pool VALUES (?, ?)", changed)
-            database.executemany("DELETE FROM pool WHERE name = ?", gone)
+        def write(connection: sqlite3.Connection) -> bool:
+            connection.executemany("INSERT OR REPLACE INTO pool VALUES (?, ?)", changed)
+            connection.executemany("DELETE FROM pool WHERE name = ?", [(name,) for name in gone])
             return True
 
         if changed or gone:
@@ -6460,8 +6445,9 @@ class Credentials:
             grant = "urn:ietf:params:oauth:grant-type:jwt-bearer"
             form = {"grant_type": grant, "assertion": signed_assertion(account, now)}
         elif not form["refresh_token"]:
-            advice = f"Run `agproxy login {account.name}`."
-            raise AccountBarred(f"{account.name} has no login yet. {advice}")
+            raise AccountBarred(
+                f"{account.name} has no login yet. Run `agproxy login {account.name}`."
+            )
         answer = await self._ask_token(account, form, "access_token")
         token.header = f"Bearer {answer['access_token']}"
         token.until = now + (count_of(answer.get("expires_in")) or TOKEN_S)
@@ -6485,14 +6471,14 @@ class Credentials:
         try:
             status, answer = await self._call(account, "POST", account.token_url, data=form)
         except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
-            text = "The token endpoint could not be reached in time."
-            advice = "Check the network and token_url."
-            raise TokenTrouble(f"{text} {advice}", retry_after_s=TOKEN_RETRY_S) from None
-        if not isinstance(answer, dict):
-            answer = {}
-        if status != 200 or not isinstance(answer.get(wanted), str):
-            raise token_error(account, status, answer)
-        return answer
+            raise TokenTrouble(
+                "The token endpoint could not be reached in time. Check the network and token_url.",
+                retry_after_s=TOKEN_RETRY_S,
+            ) from None
+        fields = answer if isinstance(answer, dict) else {}
+        if status != 200 or not isinstance(fields.get(wanted), str):
+            raise token_error(account, status, fields)
+        return fields
 
     # ---- projects
 
@@ -6528,8 +6514,9 @@ class Credentials:
             if not isinstance(project, str) or not project:
                 raise no_project(account, answer)
         except (AttributeError, TypeError):
-            text = "What answers at base_url is not Code Assist. Check base_url."
-            raise UpstreamBroken(text) from None
+            raise UpstreamBroken(
+                "What answers at base_url is not Code Assist. Check base_url."
+            ) from None
         return project
 
     async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
@@ -6554,12 +6541,14 @@ class Credentials:
                 header = await self.header(account, header["Authorization"])
                 status, answer = await self._call(account, method, url, json=body, headers=header)
         except TimeoutError:
-            text = "Code Assist did not name a project in time. Try again."
-            raise UpstreamTimeout(text) from None
+            raise UpstreamTimeout(
+                "Code Assist did not name a project in time. Try again."
+            ) from None
         except (aiohttp.ClientError, OSError):
-            text = "Code Assist could not be reached."
-            advice = "Check the network, base_url and whether a proxy is needed."
-            raise UpstreamBroken(f"{text} {advice}") from None
+            raise UpstreamBroken(
+                "Code Assist could not be reached. "
+                "Check the network, base_url and whether a proxy is needed."
+            ) from None
         if status != 200 or not isinstance(answer, dict):
             raise classify_error(status, answer)
         return answer
@@ -6570,8 +6559,7 @@ def no_project(account: Account, answer: Mapping[str, Any]) -> CredentialRefused
     fields = ("reasonCode", "reasonMessage", "validationUrl", "message")
     refusals = (*(answer.get("ineligibleTiers") or ()), answer.get("error") or {})
     reasons = [" ".join(str(one[key]) for key in fields if one.get(key)) for one in refusals]
-    why = "; ".join(filter(None, reasons))
-    why = why and f" ({why})"
+    why = f" ({'; '.join(filter(None, reasons))})" if any(reasons) else ""
     return CredentialRefused(
         f"The service has no project for {account.name}{why}. Set its `project`."
     )
@@ -6642,8 +6630,9 @@ def signed_assertion(account: Account, now: float) -> str:
     try:
         crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
     except ImportError:
-        text = "A service account needs google-auth. Run `pip install google-auth`."
-        raise CredentialRefused(text) from None
+        raise CredentialRefused(
+            "A service account needs google-auth. Run `pip install google-auth`."
+        ) from None
     key = json.loads(account.service_account)
     claims = {
         "iss": key["client_email"],
@@ -6656,8 +6645,9 @@ def signed_assertion(account: Account, now: float) -> str:
         signer = crypt.RSASigner.from_service_account_info(key)
         return bytes(jwt.encode(signer, claims)).decode()
     except ValueError:
-        text = f"The private key in {account.credentials} is none. Make a new one."
-        raise CredentialRefused(text) from None
+        raise CredentialRefused(
+            f"The private key in {account.credentials} is none. Make a new one."
+        ) from None
 
 
 def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> UpstreamError:
@@ -6666,17 +6656,21 @@ def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> Ups
     Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
     """
     code = why = str(answer.get("error") or f"HTTP {status}")
-    if description := answer.get("error_description"):
-        why = f"{code}: {description}"
+    if answer.get("error_description"):
+        why = f"{code}: {answer['error_description']}"
     if code == "invalid_grant":
-        text = f"The login of {account.name} is no longer good ({why})."
-        advice = f"Run `agproxy login {account.name}`, or renew its credentials."
-        return AccountBarred(f"{text} {advice}")
+        return AccountBarred(
+            f"The login of {account.name} is no longer good ({why}). "
+            f"Run `agproxy login {account.name}`, or renew its credentials."
+        )
     if code in OAUTH_CLIENT_ERRORS:
-        text = f"The token endpoint refuses the OAuth client ({why})."
-        return CredentialRefused(f"{text} Check client_id and client_secret.")
-    text = f"The token endpoint fails ({why}). Try again."
-    return TokenTrouble(text, retry_after_s=TOKEN_RETRY_S)
+        return CredentialRefused(
+            f"The token endpoint refuses the OAuth client ({why}). "
+            "Check client_id and client_secret."
+        )
+    return TokenTrouble(
+        f"The token endpoint fails ({why}). Try again.", retry_after_s=TOKEN_RETRY_S
+    )
 
 
 # ==============================================================================
@@ -6726,8 +6720,9 @@ def too_slow(first: bool) -> UpstreamTimeout:
     """The error of an answer that does not begin, or does not go on."""
     if first:
         return UpstreamTimeout("Gemini did not answer in time. Try again, or raise proxy.timeouts.")
-    text = "Gemini fell silent in the middle of its answer."
-    return UpstreamTimeout(f"{text} Try again, or raise proxy.timeouts.idle_s.")
+    return UpstreamTimeout(
+        "Gemini fell silent in the middle of its answer. Try again, or raise proxy.timeouts.idle_s."
+    )
 
 
 def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
@@ -6742,8 +6737,10 @@ def broken_by(cause: BaseException, where: str = "Gemini") -> UpstreamBroken:
     elif isinstance(cause, ConnectionError) and not isinstance(cause, ConnectionRefusedError):
         text = f"{where} broke the connection before an answer began. Try again."
     else:
-        advice = "Check the network, base_url and whether a proxy is needed."
-        text = f"Gemini could not be reached. {advice}"
+        text = (
+            "Gemini could not be reached. "
+            "Check the network, base_url and whether a proxy is needed."
+        )
     return UpstreamBroken(text)
 
 
@@ -6984,7 +6981,7 @@ class Connection:
             incoming.abort(broken_by(ConnectionError("what came is not HTTP")))
 
     def _read_head(self, incoming: DirectIncoming, data: bytes) -> bytes:
-        """Reads status and headers. What follows them is returned. Raises ValueError, IndexError."""
+        """Reads status and headers, and returns what follows. Raises ValueError, IndexError."""
         head, found, body = (self._head + data).partition(b"\r\n\r\n")
         if not found:
             self._head = head
@@ -7134,7 +7131,7 @@ class ProxiedIncoming(Incoming):
         data = b""
         try:
             async with asyncio.timeout_at(moment):
-                data = await self._response.content.readany()
+                data = await self._response.content.readany()  # b"" at the end
         except TimeoutError:
             self.abort(too_slow(first))
         except (aiohttp.ClientError, OSError) as error:
@@ -7188,8 +7185,9 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
     at_proxy = proxy is not None and getattr(error, "host", "") == host_of(proxy)
     of_proxy = (aiohttp.ClientProxyConnectionError, aiohttp.ClientHttpProxyError)
     if at_proxy or isinstance(error, of_proxy):
-        text = "The proxy to Gemini could not be used."
-        return UpstreamBroken(f"{text} Check proxy.upstream_proxy or HTTPS_PROXY.")
+        return UpstreamBroken(
+            "The proxy to Gemini could not be used. Check proxy.upstream_proxy or HTTPS_PROXY."
+        )
     cause = getattr(error, "os_error", None) or getattr(error, "certificate_error", None) or error
     if not isinstance(cause, OSError):
         cause = ConnectionError()  # an answer that was cut or is not HTTP

@@ -500,13 +500,14 @@ async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini)
 
 async def test_text_so_far_stays_where_the_gateway_stops(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
     store = str(tmp_path / "s")
-    one, other = await start(drain_s=0.3, store=store), await start(store=store)
+    one = await start(drain_s=0.3, store=store)
     gemini.script, gemini.pause_s = [said("so ", "far ", *"abcdefgh")], 0.2
     made = await ask(one, background=True)
     async with aiohttp.ClientSession() as session:
         followed = await session.get(one.make_url(f"/v1/responses/{made['id']}?stream=true"))
         await one.close()
         assert b"response.failed" in await followed.read()
+    other = await start(store=store)
     kept = (await fetch(other, made["id"]))[1]
     assert (kept["status"], kept["output"][0]["content"][0]["text"][:3]) == ("failed", "so ")
 

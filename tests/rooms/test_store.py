@@ -2,19 +2,32 @@
 
 import asyncio
 import contextlib
+import json
 import os
+import shutil
 import sqlite3
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import until
+from conftest import DATA, until
 from fake_gemini import FakeGemini, said
 from kept import ASK, Start, ask, ask_stream, fetch, starter
 
 import antigravity_proxy as agproxy
+
+KEEPS_ONE = """
+import asyncio, pathlib, sys, antigravity_proxy as agproxy
+async def run():
+    store = agproxy.ResponseStore(agproxy.Database(pathlib.Path(sys.argv[1])))
+    await store.save("resp_1", "running", (b"{}", b"[]", b""), ("", None, b"[]"))
+    print("saved", flush=True)
+    await asyncio.sleep(60)
+asyncio.run(run())
+"""
 
 
 @pytest.fixture
@@ -25,25 +38,6 @@ def start(gemini: FakeGemini, aiohttp_client: Any) -> Start:
 @pytest.fixture
 async def client(start: Start) -> TestClient:
     return await start(max_wait_s=0)
-
-
-async def test_two_gateways_share_a_file(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
-    store = str(tmp_path / "deep" / "state.sqlite3")
-    one, other = await start(drain_s=5.0, store=store), await start(store=store)
-    gemini.script, gemini.pause_s = [said(f"{i}") for i in range(9)], 0.1
-    made = await ask(one)
-    assert (await fetch(other, made["id"]))[1]["id"] == made["id"]
-    running = await ask(one, background=True)
-    await asyncio.sleep(0.05)
-    assert (await fetch(other, running["id"]))[1]["status"] in ("queued", "in_progress")
-    assert (await ask(other, previous_response_id=running["id"]))["error"]["code"] == "invalid_value"
-    assert (await fetch(other, f"{running['id']}/cancel", "POST"))[0] == 400
-    assert (await fetch(other, f"{running['id']}?stream=true"))[0] == 400
-    await one.close()
-    assert (await fetch(other, running["id"]))[1]["status"] == "completed"
-    assert [os.stat(path).st_mode & 0o777 for path in (store, os.path.dirname(store))] == [0o600, 0o700]
-    await other.close()
-    assert os.listdir(os.path.dirname(store)) == ["state.sqlite3"]
 
 
 async def test_a_file_that_cannot_be_used_is_told_and_replaced_by_memory(
@@ -215,3 +209,82 @@ async def test_some_are_deleted_while_others_are_kept(client: TestClient, gemini
     new = await asyncio.gather(*(ask(client) for _ in old))
     assert [status for status, _ in await deleted] == [200] * 8
     assert [(await fetch(client, one["id"]))[0] for one in new] == [200] * 8
+
+
+async def test_a_second_gateway_on_a_file_keeps_in_memory_and_says_so(
+    start: Start, gemini: FakeGemini, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = str(tmp_path / "deep" / "state.sqlite3")
+    one = await start(store=store)
+    gemini.echo = True
+    made = await ask(one)
+    assert "cannot be used" not in caplog.text
+    other = await start(store=store)
+    assert f"{store} cannot be used (another gateway uses it); until the next start everything is kept" in caplog.text
+    assert (await fetch(other, made["id"]))[0] == 404
+    own = await ask(other)
+    assert (await ask(other, previous_response_id=own["id"]))["status"] == "completed"
+    assert (await fetch(one, own["id"]))[0] == 404
+    with contextlib.closing(sqlite3.connect(f"file:{store}?mode=ro", uri=True)) as reader:
+        assert reader.execute("SELECT id FROM responses").fetchall() == [(made["id"],)]
+    await other.close()
+    assert [os.stat(path).st_mode & 0o777 for path in (store, os.path.dirname(store))] == [0o600, 0o700]
+    assert (await fetch(one, made["id"]))[0] == 200
+    await one.close()
+    assert os.listdir(os.path.dirname(store)) == ["state.sqlite3"]
+    again = await start(store=store)
+    assert (await fetch(again, made["id"]))[0] == 200
+
+
+async def test_a_killed_gateway_leaves_no_lock_and_what_it_made_is_lost(tmp_path: Path) -> None:
+    program = (sys.executable, "-c", KEEPS_ONE, str(tmp_path / "s"))
+    process = await asyncio.create_subprocess_exec(*program, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout and await process.stdout.readline() == b"saved\n"
+    (tmp_path / "s.0123456789abcdef.life").touch()  # left behind by 0.1.0
+    second = agproxy.Database(tmp_path / "s")
+    await second.run(lambda _: None)
+    assert second.path is None
+    await second.close()
+    process.kill()
+    await process.wait()
+    database = agproxy.Database(tmp_path / "s")
+    stored = await agproxy.ResponseStore(database).get("resp_1", "")
+    assert (database.path, stored and stored.state) == (tmp_path / "s", "lost")
+    await database.close()
+    assert os.listdir(tmp_path) == ["s"]
+
+
+async def test_the_file_of_0_1_0_opens_and_all_is_there(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
+    """Two turns with a tool, a response of the background, one that was running, a cooldown and the counts."""
+    shutil.copy(DATA / "state-0.1.0.sqlite3", tmp_path / "s")
+    base = "resp_a9fd17529d2e7271000000"
+    now = 1796094300.0  # the day of the file
+    database = agproxy.Database(tmp_path / "s")
+    store = agproxy.ResponseStore(database)
+    chain = await store.chain(f"{base}03", "")
+    assert [(one.id, one.previous, one.state) for one in chain] == [
+        (f"{base}01", None, "over"),
+        (f"{base}03", f"{base}01", "over"),
+    ]
+    assert json.loads(chain[0].input)[0]["content"] == [{"type": "input_text", "text": "What is here?"}]
+    assert [item["type"] for one in chain for item in one.response["output"]] == ["function_call", "message"]
+    assert chain[0].signatures == [["call_a9fd17529d2e727100000002", "gemini-2.5-flash", "c2ln"]]
+    background = await store.get(f"{base}04", "")
+    assert background and background.state == "over" and b"response.completed" in background.events
+    running = await store.get(f"{base}07", "")
+    assert running and running.state == "lost"
+    pool = agproxy.AccountPool([agproxy.Account(name, f"key-{name}") for name in "ab"])
+    await agproxy.PoolStore(database, pool).load(now)
+    counts = [one["models"][0]["requests_per_day"] for one in pool.status(now)]
+    assert counts == [3, 2]
+    lease = pool.acquire("gemini-2.5-flash", (), 0, now, [])
+    assert lease and lease.account.name == "b"
+    assert 5 * 3600 > pool.wait_s("gemini-2.5-flash", {"b"}, now) > 4 * 3600
+    await database.close()
+    client = await start(store=str(tmp_path / "s"))
+    gemini.script = [said("So it is.")]
+    assert (await ask(client, previous_response_id=f"{base}03"))["status"] == "completed"
+    turns = gemini.bodies[0]["contents"]
+    assert [turn["role"] for turn in turns] == ["user", "model", "user", "model", "user"]
+    assert turns[1]["parts"][0]["thoughtSignature"] == "c2ln"
+    assert (await fetch(client, f"{base}07"))[1]["status"] == "failed"
