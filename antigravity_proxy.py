@@ -8410,7 +8410,6 @@ def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
 # ==============================================================================
 
 BACKGROUND_MAX = 64  # responses in the background, each of which holds all its frames
-STORE_RETRY_S = 5.0  # for the end of a background response that could not be written
 STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 
 # As Codex, Claude Code and OpenCode send them.
@@ -8663,7 +8662,7 @@ class Background:
             while (
                 self.kept.written and not self.kept.saved
             ):  # else it would read as running for ever
-                await asyncio.sleep(STORE_RETRY_S)
+                await asyncio.sleep(DATABASE_BUSY_S)
                 await self.kept.save()
         finally:
             await exchange.close()
