@@ -16,8 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from conftest import until
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
-from gateway_server import GatewayServer
 from openai_schema import findings
+from own_listener import OwnListener
 
 import antigravity_proxy as agproxy
 
@@ -50,7 +50,7 @@ async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any, transport: 
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(transport, name, gemini[1]) for name in accounts)
         given = {"strategy": "round_robin", "max_wait_s": 0, **settings}
-        return await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(made, **given))))
+        return await aiohttp_client(agproxy.create_app(agproxy.Config(made, **given)))
 
     return start
 
@@ -244,7 +244,7 @@ async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
     async with upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
         app = agproxy.create_app(agproxy.Config((account,)))
-        server = GatewayServer(app)
+        server = OwnListener(app)
         await server.start_server()
         async with TestClient(server) as client:
             response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
@@ -349,7 +349,7 @@ async def test_the_account_is_shown_as_configured(
     show: str, shown: str | None, gemini: Any, aiohttp_client: Any
 ) -> None:
     account = agproxy.Account("a", "k", gemini[1], email="me@example.com")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config((account,), show_account=show))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config((account,), show_account=show)))
     gemini[0].script = [said("x")]
     response = await client.post("/v1/chat/completions", json=HELLO)
     assert response.headers.get("X-Account-Email") == shown
@@ -528,7 +528,7 @@ def test_what_only_looks_like_a_field_in_a_text_is_none(said: str) -> None:
 @both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(dataclasses.replace(config, max_requests=1))))
+    client = await aiohttp_client(agproxy.create_app(dataclasses.replace(config, max_requests=1)))
     gemini[0].script = [said("x")]
     gemini[0].silence_s = 20
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
@@ -556,7 +556,7 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
     endless.router.add_post("/{tail:.*}", never_ends)
     async with TestServer(endless) as upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
-        async with GatewayServer(agproxy.create_app(agproxy.Config((account,)))) as server:
+        async with OwnListener(agproxy.create_app(agproxy.Config((account,)))) as server:
             reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 12)
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
