@@ -27,8 +27,7 @@ def ours() -> Counter[str]:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="Exchange.run holds the events of the last read while it waits for the next (Started, PartStart, Text), "
-    "and each Trace makes a Usage of its own, which is equal for all until the end",
+    reason="Exchange.run holds the events of the last read, and the usage in them, while it waits for the next",
 )
 async def test_an_open_stream_holds_few_objects(gemini: FakeGemini) -> None:
     """What one plain streamed chat holds while it lasts, through the product's own listener:
