@@ -299,6 +299,14 @@ def test_run_gives_a_command_its_own_gateway(tmp_path: Path) -> None:
     assert re.search(r"agproxy: 1 request \(0 failed\), \d+ tokens in, \d+ out; accounts: demo 1", run.stderr)
 
 
+def test_run_ends_as_its_command_ended_by_a_signal(tmp_path: Path) -> None:
+    import subprocess
+
+    program, env = command_of(tmp_path, "run", "--demo", "--", "sh", "-c", "kill -9 $$")
+    run = subprocess.run(program, check=False, capture_output=True, cwd=tmp_path, env=env, timeout=30)
+    assert run.returncode == 128 + 9
+
+
 # ---- README's table
 
 
