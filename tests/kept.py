@@ -5,7 +5,6 @@ from typing import Any
 
 from aiohttp.test_utils import TestClient
 from fake_gemini import FakeGemini
-from gateway_server import GatewayServer
 from golden import frames
 
 import antigravity_proxy as agproxy
@@ -21,9 +20,7 @@ def starter(gemini: FakeGemini, aiohttp_client: Any) -> Start:
 
     async def start(drain_s: float = 0.0, **settings: Any) -> TestClient:
         account = agproxy.Account("a", "k", gemini.url)
-        return await aiohttp_client(
-            GatewayServer(agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
-        )
+        return await aiohttp_client(agproxy.create_app(agproxy.Config((account,), **settings), drain_s=drain_s))
 
     return start
 

@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 from fake_gemini import FakeGemini, answer, call, said
-from gateway_server import GatewayServer
+from own_listener import OwnListener
 from pydantic import BaseModel
 
 import antigravity_proxy as agproxy
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the SDK's own deprecations
 async def model(gemini: FakeGemini) -> AsyncIterator[Any]:
     app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
     agents.set_tracing_disabled(True)
-    async with GatewayServer(app) as server:
+    async with OwnListener(app) as server:
         base_url = str(server.make_url("/v1"))
         async with openai.AsyncOpenAI(base_url=base_url, api_key="unused", max_retries=0) as client:
             yield agents.OpenAIResponsesModel(model="gemini-3-pro-preview", openai_client=client)

@@ -6,7 +6,7 @@ from typing import Any
 import openai
 import pytest
 from fake_gemini import FakeGemini, answer, call, said
-from gateway_server import GatewayServer
+from own_listener import OwnListener
 from pydantic import BaseModel
 
 import antigravity_proxy as agproxy
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # LangChain's own deprecation
 @pytest.fixture
 async def settings(gemini: FakeGemini) -> AsyncIterator[dict[str, Any]]:
     app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
-    async with GatewayServer(app) as server, openai.DefaultAsyncHttpxClient() as http:
+    async with OwnListener(app) as server, openai.DefaultAsyncHttpxClient() as http:
         yield {"base_url": str(server.make_url("/v1")), "api_key": "unused", "http_async_client": http}
 
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 from conftest import HELLO, sdk
 from fake_gemini import KINDS, FakeGemini, account_of, answer, call, error, said
-from gateway_server import GatewayServer
+from own_listener import OwnListener
 from pydantic import BaseModel
 
 import antigravity_proxy as agproxy
@@ -20,7 +20,7 @@ import antigravity_proxy as agproxy
 async def ai(gemini: FakeGemini, request: pytest.FixtureRequest) -> AsyncIterator[openai.AsyncOpenAI]:
     """A client of a gateway with one account, of each kind."""
     app = agproxy.create_app(agproxy.Config((account_of(request.param, "a", gemini.url),), max_wait_s=0))
-    async with GatewayServer(app) as server:
+    async with OwnListener(app) as server:
         base_url = str(server.make_url("/v1"))
         async with sdk(base_url) as client:
             yield client

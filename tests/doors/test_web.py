@@ -16,8 +16,9 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from conftest import until
 from fake_gemini import KINDS, FakeGemini, account_of, error, said
-from gateway_server import GatewayServer
 from openai_schema import findings
+from own_listener import OwnListener
+from yarl import URL
 
 import antigravity_proxy as agproxy
 
@@ -50,7 +51,7 @@ async def start(gemini: tuple[FakeGemini, str], aiohttp_client: Any, transport: 
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(transport, name, gemini[1]) for name in accounts)
         given = {"strategy": "round_robin", "max_wait_s": 0, **settings}
-        return await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(made, **given))))
+        return await aiohttp_client(agproxy.create_app(agproxy.Config(made, **given)))
 
     return start
 
@@ -244,7 +245,7 @@ async def test_a_client_that_leaves_closes_the_upstream(gemini: Any) -> None:
     async with upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
         app = agproxy.create_app(agproxy.Config((account,)))
-        server = GatewayServer(app)
+        server = OwnListener(app)
         await server.start_server()
         async with TestClient(server) as client:
             response = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})
@@ -349,7 +350,7 @@ async def test_the_account_is_shown_as_configured(
     show: str, shown: str | None, gemini: Any, aiohttp_client: Any
 ) -> None:
     account = agproxy.Account("a", "k", gemini[1], email="me@example.com")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config((account,), show_account=show))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config((account,), show_account=show)))
     gemini[0].script = [said("x")]
     response = await client.post("/v1/chat/completions", json=HELLO)
     assert response.headers.get("X-Account-Email") == shown
@@ -367,6 +368,76 @@ async def test_methods_that_browsers_and_probes_use(start: Start) -> None:
     assert (await client.head("/v1/models", headers=key)).status == 200
     named = await client.get("/v1/chat/nothing", headers=key)
     assert "/v1" in (await named.json())["error"]["message"]
+
+
+@both_transports
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/chat/completions", "/v1/nothing", "/healthz"])
+async def test_a_page_may_ask_before_it_has_a_key(path: str, start: Start) -> None:
+    client = await start(auth_mode="strict", api_key=(agproxy.ClientKey("a", "right"),))
+    preflight = await client.options(path, headers={"Origin": "https://page.example"})
+    assert (preflight.status, await preflight.read()) == (204, b"")
+    told = {name: preflight.headers[f"Access-Control-{name}"] for name in ("Allow-Methods", "Max-Age", "Allow-Headers")}
+    assert told == {
+        "Allow-Methods": "GET, POST, DELETE, OPTIONS",
+        "Max-Age": "600",
+        "Allow-Headers": "authorization",
+    }
+    assert preflight.headers["Vary"] == "Origin"
+
+
+@both_transports
+async def test_a_page_that_may_not_call_is_told_nothing(start: Start) -> None:
+    preflight = await (await start()).options("/v1/models", headers={"Origin": "https://page.example"})
+    assert (preflight.status, "Access-Control-Allow-Origin" in preflight.headers) == (403, False)
+
+
+@both_transports
+@pytest.mark.parametrize("path", ["/healthz", "/models", "/v1/v1/models/", "/v1/models/gemini-2.5-pro"])
+async def test_head_tells_what_get_would(path: str, start: Start) -> None:
+    client = await start()
+    got, head = await client.get(path), await client.head(path)
+    assert (head.status, await head.read()) == (200, b"")
+    for name in ("Content-Type", "Content-Length"):
+        assert head.headers[name] == got.headers[name]
+
+
+@both_transports
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/models/team%2Ffast", "team/fast"),
+        ("/models/team%2Ffast", "team/fast"),
+        ("/v1//models/team%2ffast/", "team/fast"),
+        ("/v1/models/team/fast", "team/fast"),
+        ("/v1/models/a%20b%3Fc%25d%23e", "a b?c%d#e"),
+        ("/models/a%20b%3Fc%25d%23e", "a b?c%d#e"),
+        ("/v1/models/team%252Ffast", None),
+        ("/v1/models/models%2Fnone", None),
+    ],
+)
+async def test_a_model_is_named_by_an_escaped_path(path: str, name: str | None, start: Start) -> None:
+    client = await start(aliases={"team/fast": "gemini-2.5-flash", "a b?c%d#e": "gemini-2.5-flash"})
+    answer = await client.get(URL(path, encoded=True))
+    assert (answer.status, (await answer.json()).get("id")) == (200 if name else 404, name)
+
+
+@both_transports
+async def test_an_error_too_tells_what_was_changed(start: Start, gemini: Any) -> None:
+    client = await start()
+    body = HELLO | {"logit_bias": {"1": 1}, "odd": 1}
+    gemini[0].script = [error(400, "INVALID_ARGUMENT", "bad"), RATE_LIMITED, RATE_LIMITED]
+    for status in (400, 429):
+        answer = await client.post("/v1/chat/completions", json=body)
+        assert (answer.status, answer.headers["X-Agproxy-Changes"]) == (status, "2")
+        assert answer.headers["X-Request-Id"].startswith("req_")
+
+
+@both_transports
+async def test_when_to_try_again_is_told_twice(start: Start, gemini: Any) -> None:
+    gemini[0].script = [RATE_LIMITED, RATE_LIMITED]
+    headers = (await (await start()).post("/v1/chat/completions", json=HELLO)).headers
+    wait_s, wait_ms = int(headers["Retry-After"]), int(headers["Retry-After-Ms"])
+    assert wait_s - 1 <= wait_ms / 1000 <= wait_s
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions/responses", "/responses/", "/v1/v1//responses?x=1"])
@@ -528,7 +599,7 @@ def test_what_only_looks_like_a_field_in_a_text_is_none(said: str) -> None:
 @both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(dataclasses.replace(config, max_requests=1))))
+    client = await aiohttp_client(agproxy.create_app(dataclasses.replace(config, max_requests=1)))
     gemini[0].script = [said("x")]
     gemini[0].silence_s = 20
     first = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
@@ -556,7 +627,7 @@ async def test_a_client_that_does_not_read_holds_the_upstream_back() -> None:
     endless.router.add_post("/{tail:.*}", never_ends)
     async with TestServer(endless) as upstream:
         account = agproxy.Account("a", "k", str(upstream.make_url("")).rstrip("/"))
-        async with GatewayServer(agproxy.create_app(agproxy.Config((account,)))) as server:
+        async with OwnListener(agproxy.create_app(agproxy.Config((account,)))) as server:
             reader, writer = await asyncio.open_connection(server.host, server.port, limit=1 << 12)
             body = json.dumps(HELLO | {"stream": True}).encode()
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"

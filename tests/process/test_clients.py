@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 from conftest import ROOT, TESTS
 from fake_gemini import FakeGemini, answer, call, said
-from gateway_server import GatewayServer
+from own_listener import OwnListener
 
 import antigravity_proxy as agproxy
 
@@ -33,7 +33,7 @@ needs_codex = pytest.mark.skipif(not (MODULES / ".bin/codex").exists(), reason="
 @pytest.fixture
 async def base_url(gemini: FakeGemini) -> AsyncIterator[str]:
     app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
-    async with GatewayServer(app) as server:
+    async with OwnListener(app) as server:
         yield str(server.make_url("/v1"))
 
 

@@ -16,7 +16,6 @@ from aiohttp import web
 from click.testing import CliRunner, Result
 from conftest import DATA, HELLO, Serve, read_yaml, until
 from fake_gemini import KINDS, FakeGemini, error, said
-from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -246,7 +245,7 @@ async def test_nobody_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 async def test_the_state_is_shown_to_this_machine_alone(gemini: FakeGemini, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "secret-key", gemini.url),))
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(config)))
+    client = await aiohttp_client(agproxy.create_app(config))
     shown = await client.get("/agproxy/status")
     assert (shown.status, "secret" in await shown.text()) == (200, False)
     page = await client.get("/agproxy/status", headers={"Origin": "http://localhost:3000"})
@@ -265,7 +264,7 @@ async def test_who_calls_from_the_address_that_is_listened_on_is_this_machine(
 ) -> None:
     monkeypatch.setattr(web.BaseRequest, "remote", "192.0.2.7")
     config = agproxy.Config((agproxy.Account("a", "k"),), host=host, allow_lan_access=True, auth_mode="off")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(config)))
+    client = await aiohttp_client(agproxy.create_app(config))
     assert (await client.get("/agproxy/status")).status == status
 
 
@@ -334,7 +333,7 @@ async def test_the_next_model_of_the_chain_is_asked_where_nobody_has_the_first(
     accounts = tuple(agproxy.Account(f"a{i}", "k", gemini.url) for i in range(settings.pop("count")))
     chain = {"gemini-2.5-pro": ("nobody-knows-it", "gemini-2.5-flash")}
     config = agproxy.Config(accounts, fallback=chain, strategy="fill_first", **settings)
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(config)))
+    client = await aiohttp_client(agproxy.create_app(config))
     gemini.script = list(script)
     response = await client.post("/v1/chat/completions", json=PRO)
     headers = response.headers
@@ -346,7 +345,7 @@ async def test_a_wait_is_given_up_when_it_is_long_and_the_limit_is_kept(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=1),)
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts, max_wait_s=2))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, max_wait_s=2)))
     gemini.script = [said("x")] * 3
     gemini.silence_s = 0.1
     answers = await asyncio.gather(*(client.post("/v1/chat/completions", json=HELLO) for _ in range(3)))
@@ -361,7 +360,7 @@ async def test_choices_do_not_wait_for_those_that_wait_for_them(
     stream: bool, gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     accounts = (agproxy.Account("a", "k", gemini.url, max_concurrency=2),)
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts, max_wait_s=0))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, max_wait_s=0)))
     gemini.script = [said("word") for _ in range(5)]
     response = await client.post("/v1/chat/completions", json=HELLO | {"n": 5, "stream": stream})
     assert (response.status, (await response.text()).count('"word"')) == (200, 5)
@@ -378,7 +377,7 @@ async def test_a_request_waits_no_longer_where_models_fall_back(
     chain = {"gemini-2.5-pro": ("gemini-2.5-flash",)}
     app = agproxy.create_app(agproxy.Config(accounts, fallback=chain, max_wait_s=0.05))
     assert app[agproxy.gateway_key()].upstream.pool.acquire("m", (), 0, 0, [])  # and nobody gives it back
-    client = await aiohttp_client(GatewayServer(app))
+    client = await aiohttp_client(app)
     response = await client.post("/v1/chat/completions", json=PRO)
     waits = [step["waited_s"] for step in (await response.json())["error"]["decisions"]]
     assert (response.status, waits) == (503, [0.04, 0])
@@ -390,7 +389,7 @@ async def test_who_waits_for_a_rest_sees_that_it_was_ended(
     monkeypatch.setattr(agproxy, "RELOAD_CHECK_S", 0.01)
     account = agproxy.Account("a", "k", gemini.url)
     app = agproxy.create_app(agproxy.Config((account,), max_wait_s=600))
-    client, pool = await aiohttp_client(GatewayServer(app)), app[agproxy.gateway_key()].upstream.pool
+    client, pool = await aiohttp_client(app), app[agproxy.gateway_key()].upstream.pool
     for end in (lambda: pool.steer("reset", "a", ""), lambda: pool.update([replace(account, weight=2)], "affinity", 0)):
         gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Please retry in 300s."), said("x")]
         asked = asyncio.create_task(client.post("/v1/chat/completions", json=HELLO))
@@ -404,7 +403,7 @@ async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_ov
 ) -> None:
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "abcd")
     app = agproxy.create_app(agproxy.Config(accounts, strategy="fill_first"))
-    client, now = await aiohttp_client(GatewayServer(app)), 1768507200.0
+    client, now = await aiohttp_client(app), 1768507200.0
     app[agproxy.gateway_key()].upstream.clock = lambda: now
     gemini.script = [FORBIDDEN] * 3
     assert (await client.post("/v1/chat/completions", json=HELLO)).status == 429
@@ -416,7 +415,7 @@ async def test_three_dead_keys_fail_no_request_each_time_that_their_rests_are_ov
 
 async def test_what_no_prompt_cache_knows_is_spread_over_the_accounts(gemini: FakeGemini, aiohttp_client: Any) -> None:
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts)))
     for route in ("embeddings", "responses/input_tokens"):
         gemini.keys.clear()
         for _ in range(30):
@@ -428,7 +427,7 @@ async def test_a_mixed_pool_gets_the_schema_as_it_is(gemini: FakeGemini, aiohttp
     from fake_gemini import account_of
 
     accounts = tuple(account_of(kind, kind, gemini.url) for kind in KINDS)
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first"))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
     gemini.script = [error(429, "RESOURCE_EXHAUSTED", "Slow.")] * 2 + [said('{"a": 1}')]
     schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     form = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
@@ -441,7 +440,7 @@ async def test_a_stream_that_ends_by_a_refusal_sends_the_account_to_rest(
     gemini: FakeGemini, aiohttp_client: Any
 ) -> None:
     accounts = tuple(agproxy.Account(name, f"key-{name}", gemini.url) for name in "ab")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first"))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
     gemini.script = [[*said("half", reason=None), USED_UP[1]], said("b")]
     gemini.pause_s = 0.05  # so that the answer has begun
     cut = await client.post("/v1/chat/completions", json=HELLO | {"stream": True})

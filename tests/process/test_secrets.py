@@ -15,7 +15,6 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from click.testing import CliRunner
 from conftest import HELLO, Served, serving
-from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -196,7 +195,7 @@ async def test_a_mistake_of_the_gateways_is_logged_without_words(
 
     monkeypatch.setattr(agproxy, "build_generate_content", mistake)
     app = agproxy.create_app(agproxy.Config((agproxy.Account("a", "k", gemini.url),)))
-    response = await (await aiohttp_client(GatewayServer(app))).post(CHAT, json=SAID | {"model": HELLO["model"]})
+    response = await (await aiohttp_client(app)).post(CHAT, json=SAID | {"model": HELLO["model"]})
     assert (response.status, WORDS in await response.text()) == (500, False)
     assert "KeyError" in caplog.text and "in mistake" in caplog.text
     assert WORDS not in caplog.text

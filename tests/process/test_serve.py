@@ -19,6 +19,8 @@ import pytest
 from conftest import HELLO, Serve, until, write_accounts
 from fake_gemini import FakeGemini, said
 
+import antigravity_proxy as agproxy
+
 
 @pytest.fixture
 def file(tmp_path: Path, gemini: FakeGemini) -> str:
@@ -142,6 +144,51 @@ async def test_a_signal_before_it_listens_ends_it_in_order(
     assert "Traceback" not in served.said and "cannot be used" not in served.said
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
+@pytest.mark.xfail(
+    strict=importlib.util.find_spec("uvloop") is None,
+    reason="asyncio accepts again after a second, on a listener that is closed by then: a traceback for each try",
+)
+async def test_a_stop_after_no_file_was_left_is_in_order(serve: Serve, file: str, gemini: FakeGemini) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"OPENAI_BASE_URL=(\S+)")
+    gemini.script, gemini.pause_s = [said("a", "b")], 20
+    async with aiohttp.ClientSession() as session:
+        response = await session.post(f"{base_url}/chat/completions", json=HELLO | {"stream": True})
+        await response.content.readline()
+        resource.prlimit(served.process.pid, resource.RLIMIT_NOFILE, (40, 40))
+        port = int(base_url.split(":")[2].removesuffix("/v1"))
+        crowd = [await asyncio.open_connection("127.0.0.1", port) for _ in range(60)]
+        await asyncio.sleep(0.3)
+        for _, writer in crowd:
+            writer.close()
+        served.process.terminate()
+        ended = asyncio.create_task(served.ended())
+        await asyncio.sleep(1.5)
+        gemini.go_on.set()
+        assert (await response.text()).endswith("data: [DONE]\n\n")
+        assert await ended == 0
+    assert "Traceback" not in served.said
+
+
+async def test_the_start_says_where_and_for_whom_it_serves(serve: Serve, file: str, tmp_path: Path) -> None:
+    os.chmod(file, 0o600)
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"OPENAI_BASE_URL=(\S+)")
+    host = base_url.removeprefix("http://").removesuffix("/v1")
+    assert int(host.removeprefix("127.0.0.1:")) > 0
+    assert served.said.splitlines() == [
+        f"agproxy {agproxy.__version__} listens on {host}",
+        f"  base URL  {base_url}",
+        "  accounts  2 (a, b)",
+        "  auth      off",
+        "  default   none: unknown model names are a 404",
+        "  at once   1000 requests (proxy.max_requests)",
+        f"  store     {tmp_path}/agproxy/state.sqlite3 (responses; proxy.store)",
+        f'  export OPENAI_BASE_URL={base_url} OPENAI_API_KEY="unused"',
+    ]
+
+
 async def test_systemd_is_told(serve: Serve, file: str, tmp_path: Path) -> None:
     with contextlib.closing(socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)) as systemd:
         systemd.bind(str(tmp_path / "notify"))
@@ -164,6 +211,27 @@ async def test_the_log_as_json(serve: Serve, file: str, gemini: FakeGemini) -> N
     assert (line["route"], line["mapped_model"], line["account"]) == ("chat/completions", "gemini-2.5-flash", "a")
     assert (line["status"], line["attempts"], line["tokens"]) == (200, 1, "3+4")
     assert 0 <= line["first_ms"] <= line["ms"]
+    assert list(line) == [
+        *("time", "level", "id", "client_id", "route", "model", "mapped_model", "account", "attempts", "status"),
+        *("first_ms", "ms", "tokens"),
+    ]
+
+
+async def test_the_log_line_begins_with_the_id_that_the_client_is_told(
+    serve: Serve, file: str, gemini: FakeGemini
+) -> None:
+    served = await serve("--accounts", file, "--port", "0")
+    base_url = await served.wait_for(r"base URL +(\S+)")
+    gemini.script = [said("x")]
+    async with aiohttp.ClientSession() as session:
+        answer = await session.post(f"{base_url}/chat/completions", json=HELLO)
+        refused = await session.post(f"{base_url}/chat/completions", json={})
+        await answer.read()
+    for id, rest in (
+        (answer.headers["X-Request-Id"], r"gpt-4o -> gemini-2\.5-flash account=a attempts=1 status=200"),
+        (refused.headers["X-Request-Id"], r"attempts=0 status=400"),
+    ):
+        assert await served.wait_for(rf"\d ({id} chat/completions {rest}) ")
 
 
 async def test_nothing_of_a_server_is_loaded_once_it_listens(serve: Serve) -> None:

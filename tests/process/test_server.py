@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 
 import pytest
 from aiohttp import web
+from conftest import HELLO
+from fake_gemini import FakeGemini, said
 
 import antigravity_proxy as agproxy
 
@@ -58,6 +60,15 @@ async def gateway() -> AsyncIterator[int]:
     """The port of a gateway without accounts."""
     async with contextlib.AsyncExitStack() as stack:
         yield await agproxy.listen(agproxy.create_app(agproxy.Config(())), "127.0.0.1", 0, stack)
+
+
+@pytest.fixture
+async def guarded(gemini: FakeGemini) -> AsyncIterator[int]:
+    """The port of a gateway that wants the key `right`, before a scripted Gemini."""
+    keys = (agproxy.ClientKey("laptop", "right"),)
+    config = agproxy.Config((agproxy.Account("a", "k", gemini.url),), auth_mode="strict", api_key=keys)
+    async with contextlib.AsyncExitStack() as stack:
+        yield await agproxy.listen(agproxy.create_app(config), "127.0.0.1", 0, stack)
 
 
 async def wire(port: int, *pieces: bytes, end: bool = False) -> bytes:
@@ -255,3 +266,68 @@ async def test_an_old_client_is_not_told_to_continue(echo: tuple[Echo, int]) -> 
 async def test_an_unknown_packing_is_named(echo: tuple[Echo, int]) -> None:
     with pytest.raises(agproxy.BadRequest, match=r"'br' is not served\. Send the body as it is"):
         agproxy.unpacked(b"x", "br")
+
+
+# ---- a body is asked for, read and waited for only where somebody is let in
+
+CHAT, ASKED = "/v1/chat/completions", json.dumps(HELLO).encode()
+
+
+def posted(path: str, *headers: str, length: int = len(ASKED)) -> bytes:
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *headers, "", ""]
+    return "\r\n".join(lines).encode()
+
+
+@pytest.mark.parametrize("path", [CHAT, "/chat/completions", "/v1/nothing", "/healthz", "/v1/responses/resp_1"])
+@pytest.mark.parametrize("expected", ["100-continue", "100-Continue", "something else"])
+async def test_whoever_shows_no_key_is_not_told_to_continue(expected: str, path: str, guarded: int) -> None:
+    answer = await wire(guarded, posted(path, f"Expect: {expected}"))
+    assert (answer[:13], json.loads(body_of(answer))["error"]["code"]) == (b"HTTP/1.1 401 ", "invalid_api_key")
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1//chat/completions/"])
+async def test_whoever_shows_a_key_is_told_to_continue(path: str, guarded: int, gemini: FakeGemini) -> None:
+    gemini.script = [said("x")]
+    reader, writer = await asyncio.open_connection("127.0.0.1", guarded)
+    writer.write(posted(path, "Authorization: Bearer right", "Expect: 100-continue"))
+    assert await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(ASKED)
+    assert (await asyncio.wait_for(reader.readuntil(b"\r\n"), 5)) == b"HTTP/1.1 200 OK\r\n"
+    writer.transport.abort()
+
+
+async def test_a_path_that_is_not_served_asks_for_no_body(guarded: int) -> None:
+    answer = await wire(guarded, posted("/v1/nothing", "Authorization: Bearer right", "Expect: 100-continue"))
+    assert (answer[:13], json.loads(body_of(answer))["error"]["code"]) == (b"HTTP/1.1 404 ", "unknown_url")
+
+
+async def test_another_expectation_is_passed_over(guarded: int, gemini: FakeGemini) -> None:
+    gemini.script = [said("x")]
+    answer = await wire(guarded, posted(CHAT, "x-api-key: right", "Expect: tea") + ASKED)
+    assert answer.startswith(b"HTTP/1.1 200 ")
+
+
+async def test_a_key_is_asked_for_while_a_body_still_comes(guarded: int) -> None:
+    answer = await wire(guarded, posted(CHAT, length=9_000_000), *[bytes(1_000_000)] * 9)
+    assert (answer[:13], json.loads(body_of(answer))["error"]["code"]) == (b"HTTP/1.1 401 ", "invalid_api_key")
+
+
+@pytest.mark.parametrize("second", ["right", "wrong"])
+async def test_two_keys_in_one_head_are_refused(second: str, guarded: int) -> None:
+    keys = ("Authorization: Bearer right", f"authorization: Bearer {second}")
+    answer = await wire(guarded, posted(CHAT, *keys) + ASKED, end=True)
+    assert (answer[:13], b"Authorization is given twice" in answer) == (b"HTTP/1.1 400 ", True)
+
+
+@pytest.mark.parametrize("broken", [b"zz\r\n", b"5\r\nhelloXX", b"-1\r\n"])
+async def test_a_body_that_breaks_while_it_is_read_is_refused_soon(broken: bytes, guarded: int) -> None:
+    lines = [f"POST {CHAT} HTTP/1.1", "Host: localhost", "x-api-key: right", "Transfer-Encoding: chunked", "", ""]
+    reader, writer = await asyncio.open_connection("127.0.0.1", guarded)
+    writer.write("\r\n".join(lines).encode() + b"1\r\n{\r\n")
+    await asyncio.sleep(0.1)
+    writer.write(broken)
+    async with asyncio.timeout(1):
+        answer = await reader.read()
+    assert (answer[:13], b"Connection: close" in answer) == (b"HTTP/1.1 400 ", True)
+    assert json.loads(body_of(answer))["error"]["type"] == "invalid_request_error"
+    writer.close()

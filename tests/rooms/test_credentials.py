@@ -16,7 +16,6 @@ from aiohttp.test_utils import TestClient
 from click.testing import CliRunner
 from conftest import HELLO, command_of
 from fake_gemini import FakeGemini, account_of
-from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -37,7 +36,7 @@ async def start(gemini: FakeGemini, aiohttp_client: Any, kind: str) -> Start:
     async def start(accounts: str = "ab", **settings: Any) -> TestClient:
         made = tuple(account_of(kind, name, gemini.url) for name in accounts)
         config = agproxy.Config(made, strategy="fill_first", **settings)
-        return await aiohttp_client(GatewayServer(agproxy.create_app(config)))
+        return await aiohttp_client(agproxy.create_app(config))
 
     gemini.echo = True
     return start
@@ -153,7 +152,7 @@ async def test_no_secret_that_the_token_endpoint_repeats_is_told(
     gemini: FakeGemini, aiohttp_client: Any, kind: str
 ) -> None:
     account = replace(account_of(kind, "a", gemini.url), client_secret="GOCSPX-planted", refresh_token="planted-too")
-    client = await aiohttp_client(GatewayServer(agproxy.create_app(agproxy.Config((account,), max_wait_s=0))))
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config((account,), max_wait_s=0)))
     gemini.tokens = [(400, {"error": "invalid_grant", "error_description": "planted-too of GOCSPX-planted is no good"})]
     text = await (await client.post(CHAT, json=HELLO)).text()
     assert ("is no longer good" in text, "planted" in text) == (True, False)
@@ -177,7 +176,7 @@ async def test_a_token_that_is_refused_where_the_project_is_asked_for_is_renewed
     app = agproxy.create_app(agproxy.Config((account,), max_wait_s=0))
     await app[agproxy.gateway_key()].upstream.wire.credentials.header(account)
     gemini.revoked = {"key-a:1"}
-    client = await aiohttp_client(GatewayServer(app))
+    client = await aiohttp_client(app)
     assert ((await client.post(CHAT, json=HELLO)).status, len(gemini.forms)) == (200, 2)
 
 
@@ -224,9 +223,7 @@ async def test_embeddings_are_asked_of_those_that_make_them(gemini: FakeGemini, 
     body = {"model": "text-embedding-3-small", "input": ["x"]}
     for kinds, status in (((kind, "gemini"), 200), ((kind,), 404)):
         accounts = tuple(account_of(one, one, gemini.url) for one in kinds)
-        client = await aiohttp_client(
-            GatewayServer(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
-        )
+        client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, strategy="fill_first")))
         response = await client.post("/v1/embeddings", json=body)
         assert response.status == status, await response.text()
     assert "only accounts of kind gemini do" in (await response.json())["error"]["message"]

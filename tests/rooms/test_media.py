@@ -11,7 +11,6 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from fake_gemini import FakeGemini, Step, error, said
-from gateway_server import GatewayServer
 
 import antigravity_proxy as agproxy
 
@@ -57,9 +56,7 @@ async def ask(gemini: FakeGemini, aiohttp_client: Any) -> Ask:
     ) -> tuple[int, Any]:
         """`edit` changes the written body; `step` is Gemini's answer."""
         accounts = (agproxy.Account("a", "k", gemini.url),)
-        client: TestClient[Any, Any] = await aiohttp_client(
-            GatewayServer(agproxy.create_app(agproxy.Config(accounts, **settings)))
-        )
+        client: TestClient[Any, Any] = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, **settings)))
         gemini.script = [step or said("ok")]
         turns = "input" if door == "responses" else "messages"
         body = {"model": "gpt-4o", turns: [{"role": "user", "content": list(parts)}]}
@@ -185,9 +182,7 @@ async def test_what_gemini_follows_itself_is_passed_on(url: str, ask: Ask, gemin
 
 async def test_an_image_in_a_tool_result_is_fetched_too(gemini: FakeGemini, media: str, aiohttp_client: Any) -> None:
     accounts = (agproxy.Account("a", "k", gemini.url),)
-    client = await aiohttp_client(
-        GatewayServer(agproxy.create_app(agproxy.Config(accounts, media_hosts=("127.0.0.1",))))
-    )
+    client = await aiohttp_client(agproxy.create_app(agproxy.Config(accounts, media_hosts=("127.0.0.1",))))
     gemini.script = [said("ok")]
     call = {"id": "c1", "type": "function", "function": {"name": "shot", "arguments": "{}"}}
     messages = [

@@ -1,4 +1,4 @@
-"""A gateway on a real socket, for aiohttp's test client."""
+"""The product's own listener, for what aiohttp's test server does otherwise: who leaves, packed bodies, broken HTTP, a base URL."""
 
 import contextlib
 from typing import Any
@@ -9,7 +9,7 @@ from yarl import URL
 import antigravity_proxy as agproxy
 
 
-class GatewayServer(BaseTestServer):
+class OwnListener(BaseTestServer):
     def __init__(self, app: Any) -> None:
         super().__init__()
         self._app = app
