@@ -5965,7 +5965,7 @@ class ResponseStore:
 
 
 def empty_journal(connection: sqlite3.Connection) -> None:
-    """What was deleted is not in the journal then, unless another program goes on reading that.
+    """The journal holds nothing deleted then, unless another program goes on reading it.
 
     Nobody waits for such a program.
     """
@@ -6227,7 +6227,7 @@ class Credentials:
         return project
 
     async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
-        """What a user's first login does elsewhere; the service makes a project."""
+        """A user's first login, as Google's own clients do it: the service makes a project."""
         answer = await ask(":onboardUser", {"tierId": tier, **CODE_ASSIST_CLIENT})
         for _ in range(ONBOARD_POLLS_MAX):
             if answer.get("done"):
