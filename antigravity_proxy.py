@@ -6225,12 +6225,12 @@ class ResponseStore:
             wanted: str | None = encoded(id).decode()  # a lone surrogate is in no id
             while wanted and len(found) < length_max:
                 row = connection.execute(SELECT_RESPONSE, (wanted, client)).fetchone()
-                if row is None or (stored := self._stored(*row[1:])) is None:
+                if row is None or (response := self._stored(*row[1:])) is None:
                     break
-                found.append(stored)
+                found.append(response)
                 if row[0] < now - USED_S:
                     unused.append((now, wanted))
-                wanted = stored.previous
+                wanted = response.previous
             with contextlib.suppress(sqlite3.OperationalError):  # a full disk can be read
                 connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
@@ -6258,7 +6258,7 @@ class ResponseStore:
 
 
 def empty_journal(connection: sqlite3.Connection) -> None:
-    """What was deleted is not in the journal then, unless another program goes on reading that.
+    """The journal holds nothing deleted then, unless another program goes on reading it.
 
     Nobody waits for such a program.
     """
@@ -6289,10 +6289,10 @@ class PoolStore:
         def read(connection: sqlite3.Connection) -> dict[str, str]:
             return dict(connection.execute("SELECT name, value FROM pool"))
 
-        stored = await self._run(read) or {}
-        self._pool.restore(stored, now)
+        texts = await self._run(read) or {}
+        self._pool.restore(texts, now)
         known = self._pool.rows()
-        self._written = {name: text for name, text in stored.items() if name in known}
+        self._written = {name: text for name, text in texts.items() if name in known}
 
     async def keep(self, urgent: asyncio.Event) -> None:
         while True:
@@ -6520,7 +6520,7 @@ class Credentials:
         return project
 
     async def _onboard(self, ask: Callable[..., Awaitable[Any]], tier: Any) -> Any:
-        """What a user's first login does elsewhere; the service makes a project."""
+        """A user's first login, as Google's own clients do it: the service makes a project."""
         answer = await ask(":onboardUser", {"tierId": tier, **CODE_ASSIST_CLIENT})
         for _ in range(ONBOARD_POLLS_MAX):
             if answer.get("done"):
@@ -6574,8 +6574,8 @@ def open_session(wait: Timeouts) -> aiohttp.ClientSession:
     )
 
 
-def proxy_for(url: str, chosen: str | None) -> str | None:
-    """The proxy to a URL: the chosen one, else the environment's unless NO_PROXY excepts it.
+def proxy_for(url: str, own: str | None) -> str | None:
+    """The proxy to a URL: the configured one, else the environment's unless NO_PROXY excepts it.
 
     There is none to loopback.
     """
@@ -6584,8 +6584,8 @@ def proxy_for(url: str, chosen: str | None) -> str | None:
     parts = urlsplit(url)
     if is_loopback(parts.hostname or ""):
         return None
-    if chosen:
-        return chosen
+    if own:
+        return own
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
     if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
