@@ -71,7 +71,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
@@ -141,72 +141,53 @@ USER_AGENT = f"agproxy/{__version__}"
 # 1. Errors
 # ==============================================================================
 # GatewayError
-# ├── BadRequest            the client's mistake, with the field's path where it is in one
+# ├── BadRequest            the client's mistake, with the field's path if it is in one
 # │   ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl
 # │   └── MethodNotAllowed, BodyTooLarge, BodyTooSlow
-# ├── StoreTrouble          what is kept cannot be read or written for now
-# ├── PoolExhausted         every account was asked or rests
+# ├── StoreTrouble          stored responses cannot be read or written for now
+# ├── PoolExhausted         no account is left to ask: each failed or is in cooldown
 # └── UpstreamError         one attempt at Gemini failed
-#     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
+#     ├── UpstreamRefused   Gemini calls the request itself wrong: no account would take it
 #     │   ├── ContextTooLong, TooLarge, FileRefused
 #     │   ├── ModelGone     this account does not have the model
-#     │   ├── SignatureRefused  worth one more try without the thought signatures
-#     │   └── SchemaRefused     the same, with schemas in Google's own subset
-#     ├── RateLimited       this account or its project, for now
-#     │   └── QuotaGone     the same, for the day
-#     ├── CredentialRefused this account, until a try succeeds
-#     │   └── AccountBarred this account, until its owner acts
+#     │   ├── SignatureRefused  worth one more attempt without the thought signatures
+#     │   └── SchemaRefused     worth one more attempt with reduced schemas
+#     ├── RateLimited       a minute's quota of the account or its project is used up
+#     │   └── QuotaGone     a day's quota
+#     ├── CredentialRefused the account cannot be used, until a probe succeeds
+#     │   └── AccountBarred until its owner acts
 #     ├── TokenTrouble      no token for this account, for some seconds
-#     ├── Overloaded        not the account's fault
-#     │   └── Paused        its owner wants it not to be asked
+#     ├── Overloaded        Gemini's fault, not the account's
+#     │   └── Paused        a person wants the account not to be asked
 #     ├── UpstreamTimeout   no answer in time
-#     ├── Cancelled         the client did not want the rest
+#     ├── Cancelled         the client does not want the answer any more
 #     └── UpstreamBroken    cut, empty or unreadable
 
-RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
-ERROR_CHARS_MAX = 2000
-TOKEN_RETRY_S = 5.0
-# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
-SECRET_FORMS = re.compile(  # each way to begin is a literal, which makes it six times as fast
-    r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
+RETRY_AFTER_S_MAX = 24 * 3600.0  # daily quotas are renewed by then; a longer wait is a mistake
+ERROR_CHARS_MAX = 2000  # a message is for people and a log's line, whatever Gemini put into it
+TOKEN_RETRY_S = 5.0  # a token endpoint that fails is mostly back by then
+# Whatever looks like a key or a token: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
+SECRET_FORMS = re.compile(  # each alternative begins with a literal: that is six times as fast
+    r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}"
+    r"|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
     r"|\?key=[^&\s\"']+|&key=[^&\s\"']+|://[^/@\s]+@"
 )
-Remedy = Literal["give_up", "next_account", "same_account"]
 
 
 class GatewayError(Exception):
-    """A failure that the client is told about; the class answers status, type, code and remedy. It tells no secret."""
+    """A failure that a client reads about; its message holds no secret. A class sets what differs
+    from its parent's: what clients are sent, and what the retry loop does."""
 
     status: int = 500
     type: str = "server_error"
-    default_code: str = "server_error"
-    default_param: str | None = None  # the field of the body that is to blame
-    remedy: Remedy = "give_up"
+    code: str | None = "server_error"
+    failed_code: str = "server_error"  # of `response.failed`, which knows few codes
+    param: str | None = None  # the path of the field that is to blame
     advice: str = "Try again."
-    waits: bool = False  # Retry-After is told
-    retry_helps: bool = True
-
-    @property
-    def failed_code(self) -> str:
-        """The code of a Responses stream's response.failed event."""
-        if self.code in ("context_length_exceeded", "insufficient_quota"):
-            return str(self.code)
-        if self.status == 429:
-            return "rate_limit_exceeded"
-        return "server_error" if self.status >= 500 else "invalid_prompt"
-
+    waits: bool = False  # Retry-After is sent
+    retry_helps: bool = True  # else X-Should-Retry: false is sent
     falls_back: bool = False  # another model of models.fallback may answer
-
-    def __init_subclass__(
-        cls, *, status: int = 0, type: str = "", code: str | None = None, **flags: bool
-    ) -> None:
-        """What clients read stands beside the class's name, where its parent says otherwise; the code "" is null."""
-        cls.status, cls.type = status or cls.status, type or cls.type
-        cls.waits, cls.falls_back = (
-            flags.get("waits", cls.waits),
-            flags.get("falls_back", cls.falls_back),
-        )
-        cls.default_code = cls.default_code if code is None else code
+    remedy: Literal["give_up", "next_account", "same_account"] = "give_up"
 
     def __init__(
         self,
@@ -219,80 +200,113 @@ class GatewayError(Exception):
     ) -> None:
         self.message = SECRET_FORMS.sub("…", message)
         super().__init__(self.message)
-        self.code = code or self.default_code or None
-        self.param = param or self.default_param
+        self.code = code or self.code
+        self.param = param or self.param
         self.retry_after_s = retry_after_s
         self.headers = headers or {}
 
 
-class BadRequest(GatewayError, status=400, type="invalid_request_error", code=""): ...
+class BadRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    failed_code = "invalid_prompt"
 
 
-class Unauthorized(BadRequest, status=401, code="invalid_api_key"): ...
+class Unauthorized(BadRequest):
+    status = 401
+    code = "invalid_api_key"
 
 
-class Forbidden(BadRequest, status=403, type="permission_error"): ...
+class Forbidden(BadRequest):
+    status = 403
+    type = "permission_error"
 
 
-class ModelNotFound(BadRequest, status=404, code="model_not_found"): ...
+class ModelNotFound(BadRequest):
+    status = 404
+    code = "model_not_found"
 
 
-class ResponseNotFound(BadRequest, status=404): ...
+class ResponseNotFound(BadRequest):
+    status = 404
 
 
-class StoreTrouble(GatewayError, status=503, code="server_is_overloaded", waits=True): ...
+class UnknownUrl(BadRequest):
+    status = 404
+    code = "unknown_url"
 
 
-class UnknownUrl(BadRequest, status=404, code="unknown_url"): ...
+class MethodNotAllowed(BadRequest):
+    status = 405
+    code = "method_not_supported"
 
 
-class MethodNotAllowed(BadRequest, status=405, code="method_not_supported"): ...
+class BodyTooLarge(BadRequest):
+    status = 413
+    code = "request_too_large"
 
 
-class BodyTooLarge(BadRequest, status=413, code="request_too_large"): ...
+class BodyTooSlow(BadRequest):
+    status = 408
+    code = "request_timeout"
 
 
-class BodyTooSlow(BadRequest, status=408, code="request_timeout"): ...
+class StoreTrouble(GatewayError):
+    status = 503
+    code = "server_is_overloaded"
+    waits = True
 
 
-class UpstreamError(GatewayError, status=502, code="upstream_error"):
-    """One attempt failed. Who `rests` after it: the whole account, or for this model the account, or all of its project."""
+class UpstreamError(GatewayError):
+    """One attempt failed. In cooldown after it is its `scope`: the whole account, the model on
+    this account, or the model in the account's whole project."""
 
+    status = 502
+    code: str | None = "upstream_error"
     scope: Literal["nobody", "account", "model", "project"] = "nobody"
-    cooldown_s: float = (
-        0.0  # where the upstream does not say; twice as long after each probe that fails
-    )
-    reset_at: float | None = (
-        None  # when the upstream says that the quota is new, in seconds since 1970
-    )
-    quota: str = ""  # what kind of quota is used up
-    limit: int | None = None  # how large that quota is
-    lasting: int = 0  # of several accounts' refusals a client is told one with the least
+    cooldown_s: float = 0.0  # if Gemini names no wait; doubled by each probe that fails
+    reset_at: float | None = None  # when the quota is renewed, in seconds since 1970
+    quota: str = ""  # the quota that is used up
+    limit: int | None = None  # its size
+    lasting: int = 0  # of several accounts' errors, one with the lowest number is sent
 
 
-class Cancelled(UpstreamError, code=""): ...
+class Cancelled(UpstreamError):
+    code = None
 
 
-class UpstreamRefused(UpstreamError, status=400, type="invalid_request_error", code=""): ...
+class UpstreamRefused(UpstreamError):
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    failed_code = "invalid_prompt"
 
 
-class ModelGone(UpstreamRefused, status=404, code="model_not_found", falls_back=True):
+class ModelGone(UpstreamRefused):
+    status = 404
+    code = "model_not_found"
+    param = "model"
+    falls_back = True
     remedy = "next_account"
     scope = "model"
     cooldown_s = 600.0
     quota = "model"
-    default_param = "model"
     lasting = 3
     advice = "Use a name of `agproxy models`, or map it in models.map."
 
 
-class ContextTooLong(UpstreamRefused, code="context_length_exceeded"): ...
+class ContextTooLong(UpstreamRefused):
+    code = failed_code = "context_length_exceeded"
 
 
-class TooLarge(UpstreamRefused, status=413, code="request_too_large"): ...
+class TooLarge(UpstreamRefused):
+    status = 413
+    code = "request_too_large"
 
 
-class FileRefused(UpstreamRefused, code="invalid_value"): ...
+class FileRefused(UpstreamRefused):
+    code = "invalid_value"
 
 
 class SignatureRefused(UpstreamRefused):
@@ -300,20 +314,18 @@ class SignatureRefused(UpstreamRefused):
 
 
 class SchemaRefused(UpstreamRefused):
-    """Gemini takes less of JSON Schema than it says: no `required` without its property, no `$ref` to what is not there.
+    """Gemini takes less of JSON Schema than it promises: no `required` without its property, no
+    `$ref` without its definition.
 
     Source: https://github.com/google-gemini/gemini-cli/issues/4607, .../13326
     """
 
 
-class RateLimited(
-    UpstreamError,
-    status=429,
-    type="rate_limit_error",
-    code="rate_limit_exceeded",
-    waits=True,
-    falls_back=True,
-):
+class RateLimited(UpstreamError):
+    status = 429
+    type = "rate_limit_error"
+    code = failed_code = "rate_limit_exceeded"
+    waits = falls_back = True
     remedy = "next_account"
     scope = "project"
     cooldown_s = 5.0
@@ -321,9 +333,11 @@ class RateLimited(
     advice = "Wait, or add an account of another project."
 
 
-class QuotaGone(RateLimited, type="insufficient_quota", code="insufficient_quota"):
-    """Without a word of the upstream's, until the new day of its quotas begins."""
+class QuotaGone(RateLimited):
+    """If Gemini names no wait, the cooldown lasts until the next day of its quotas."""
 
+    type = code = failed_code = "insufficient_quota"
+    retry_helps = False
     quota = "day"
     lasting = 1
     advice = "Wait for the new day, turn on billing, or add an account of another project."
@@ -352,9 +366,10 @@ class TokenTrouble(UpstreamError):
     advice = "Check the network and token_url."
 
 
-class Overloaded(
-    UpstreamError, status=503, code="server_is_overloaded", waits=True, falls_back=True
-):
+class Overloaded(UpstreamError):
+    status = 503
+    code = "server_is_overloaded"
+    waits = falls_back = True
     remedy = "same_account"
     advice = "Try again later, or ask another model."
 
@@ -367,7 +382,9 @@ class Paused(Overloaded):
     advice = "Resume it by `agproxy pool resume NAME`."
 
 
-class UpstreamTimeout(UpstreamError, status=504, code="timeout"):
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "timeout"
     remedy = "same_account"
     advice = "Try again, or raise proxy.timeouts."
 
@@ -376,115 +393,133 @@ class UpstreamBroken(UpstreamError):
     remedy = "same_account"
 
 
-def without_secret(text: str, secret: str) -> str:
-    """The text without a key that somebody repeats in it; one so short that it is a word would be no key."""
-    return text.replace(secret, "…") if len(secret) >= 8 else text
-
-
 class PoolExhausted(GatewayError):
-    """Nobody could answer: the class of the last refusal, and why each account could not."""
+    """No account could answer. Clients are told so as of the last refusal."""
 
     def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
         super().__init__(message, code=last.code, param=last.param, retry_after_s=retry_after_s)
-        self.status, self.type = last.status, last.type
+        self.status, self.type, self.failed_code = last.status, last.type, last.failed_code
         self.waits, self.falls_back = last.waits, last.falls_back
+        self.retry_helps = last.retry_helps
+
+
+def without_secret(text: str, secret: str) -> str:
+    """The text without a key that it repeats. Under 8 characters a key may be a common word."""
+    if len(secret) < 8:
+        return text
+    return text.replace(secret, "…")
 
 
 # ==============================================================================
 # 2. JSON
 # ==============================================================================
 
-BODY_BYTES_MAX = 64 << 20
-LARGE_BYTES = 1 << 20
-BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
+JsonObject = dict[str, Any]
+JsonMap = Mapping[str, Any]  # an object that is only read
 
+BODY_BYTES_MAX = 64 << 20  # three of Gemini's largest requests of 20 MB
+LARGE_BYTES = 1 << 20  # bodies from here on are few at a time: each needs several times its size
+# Levels of nesting. orjson writes 254 of them, and the standard library at least 500 whoever
+# calls it; around a body's levels come those of Gemini's.
+DEPTH_MAX = 200
+BOM = b"\xef\xbb\xbf"
 
-def dumps(value: Any) -> str:
-    """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
-    return "".join(json_pieces(value, 0))
-
-
-def json_encoder() -> Callable[[Any, int], Iterable[str]]:
-    """The library's encoder, made once: its `encode` makes one a call, which costs more than a small text itself."""
-    one = json.JSONEncoder(
-        ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
-    )
-    make: Any = getattr(importlib.import_module("json.encoder"), "c_make_encoder", None)
-    if make is None:  # in a Python that is not CPython
-        return lambda value, _: one.iterencode(value)
-    made: Callable[[Any, int], Iterable[str]] = make(
-        None, one.default, encode_basestring, None, ":", ",", False, False, False
-    )
-    return made
-
-
-json_pieces = json_encoder()
+dumps = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
+"""Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
+fast_loads: Callable[[str | bytes], Any] = json.loads
+"""The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
+if orjson is not None:
+    fast_loads = orjson.loads
 
 
 def dump_bytes(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Raises ValueError as `dumps`, and BadRequest for what is nested too deep."""
+    """Compact JSON in UTF-8. Raises ValueError as `dumps` does."""
     if orjson is not None:
-        with contextlib.suppress(
-            TypeError
-        ):  # half a surrogate pair, a number of more than 64 bits, 254 levels
-            return b"%b" % orjson.dumps(value)  # which holds several times what it needs
-    try:
-        return encoded(dumps(value))
-    except RecursionError:
-        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+        with contextlib.suppress(TypeError):  # half a surrogate pair, more than 64 bits, 254 levels
+            return b"%b" % orjson.dumps(value)  # a copy: its own holds several times what it needs
+    return encoded(dumps(value))
 
 
 def encoded(text: str) -> bytes:
-    """The text in UTF-8; half a surrogate pair, as clients send it that cut an emoji in two, becomes '?'."""
+    """The text in UTF-8. Half a surrogate pair becomes '?': some clients cut an emoji in two."""
     return text.encode("utf-8", "replace")
 
 
-def fast_loads(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
-    if orjson is not None:
-        return orjson.loads(text)
-    if isinstance(text, bytes):
-        text = (
-            text.decode()
-        )  # json.loads would guess the encoding first, which costs as much as the parsing
-    try:
-        value, end = scan_json(text, 0)
-    except StopIteration:
-        raise ValueError("no JSON value") from None
-    if end != len(text) and text[end:].strip():
-        raise ValueError("something follows the value")
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text, None if it is none."""
+    for loads in (fast_loads, json.loads):
+        with contextlib.suppress(ValueError, RecursionError):
+            return loads(text)
+    return None
+
+
+def finite(number: str) -> float:
+    """A number that JSON can hold. Raises ValueError for NaN, and beyond a float's range."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no JSON number")
     return value
 
 
-scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
-
-
-def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, None where it is none."""
-    for read in (fast_loads, json.loads):
-        with contextlib.suppress(ValueError, RecursionError):
-            return read(text)
-    return None
+STRICT = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def parse_strict(text: str) -> Any:
-    """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
-    if not ODD_NUMBER.search(text):
-        return parse_json(text)
+    """The value of a JSON text that is sent on. None if it is none, holds a number that JSON cannot
+    hold, or is nested deeper than DEPTH_MAX. Keeps all digits of integers, as orjson does not."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-        return value
+        value = STRICT.decode(text)
+        if not is_deep(value):
+            return value
     return None
 
 
-ODD_NUMBER = re.compile(
-    r"NaN|Infinity|[eE]\+?\d{3}|\d{17}"
-)  # which is none, or which orjson would round
+def parse_body(data: bytes) -> Any:
+    """The value of a body. Raises BadRequest for what is no strict JSON in UTF-8, and for one that
+    is nested deeper than DEPTH_MAX."""
+    try:
+        body = load_body(data)
+        if is_deep(body):
+            raise RecursionError
+    except RecursionError:
+        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+    except ValueError as error:
+        text = f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
+        raise BadRequest(text) from None
+    return body
+
+
+def load_body(data: bytes) -> Any:
+    if orjson is not None:
+        with contextlib.suppress(ValueError):  # the standard library takes it, or says more
+            return orjson.loads(data)
+    return STRICT.decode(data.removeprefix(BOM).decode())
+
+
+def is_deep(value: Any) -> bool:
+    """True if a JSON value has more than DEPTH_MAX levels, from wherever it is asked: no recursion
+    could promise that."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        lists = [item for item in level if isinstance(item, list)]
+        lists += [list(item.values()) for item in level if isinstance(item, dict)]
+        level = [*itertools.chain.from_iterable(lists)]
+        if not level:
+            return False
+    return True
+
+
+def objects_in(value: Any) -> list[Any]:
+    """The objects of a list; none of anything else."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, Mapping)]
 
 
 def escaped(key: str) -> str:
-    """A key as a JSON pointer has it. Source: https://www.rfc-editor.org/rfc/rfc6901#section-3"""
+    """A key in a JSON pointer. Source: https://www.rfc-editor.org/rfc/rfc6901#section-3"""
     return key.replace("~", "~0").replace("/", "~1")
 
 
@@ -493,121 +528,56 @@ def pointer_of(path: str) -> str:
     return "/" + re.sub(r"\[(\d+)\]", r".\1", path).replace(".", "/")
 
 
-LOOKED_AT = 4 << 10  # bytes; a multiple of 4
+# ---- long base64, which no JSON parser need read
+
+BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
+PAYLOAD_BYTES_MIN = 16 << 10  # below, cutting costs as much as parsing
+ENDS_BYTES = 4 << 10  # a multiple of 4
 
 
 def is_base64(data: str | bytes) -> bool:
-    payload = (data.encode("ascii", "replace") if isinstance(data, str) else data).rstrip(b"=")
+    if isinstance(data, str):
+        data = encoded(data)
+    payload = data.rstrip(b"=")
     return bool(payload) and not payload.translate(None, BASE64_ALPHABET) and len(payload) % 4 != 1
 
 
 def seems_base64(data: bytes) -> bool:
-    """The same by its ends alone, where nothing in it could end a JSON string: to read 4 MB costs a third of sending them."""
-    ends = data[:LOOKED_AT] + data[-LOOKED_AT - len(data) % 4 :]
+    """True if both ends are base64, and nothing between could end a JSON string: to read 4 MB
+    costs a third of sending them."""
+    ends = data[:ENDS_BYTES] + data[-ENDS_BYTES - len(data) % 4 :]
     return data.isascii() and b"\\" not in data and is_base64(ends)
 
 
-def objects_in(value: Any) -> list[Any]:
-    """The objects of a list; of anything else none."""
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-
-
-def put_back(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
-    """The body with the base64 that was cut out of it."""
-    if not payloads:
-        return body
-    first = next(iter(payloads))
-    pattern = re.compile(b"(%b)" % re.sub(rb"\d{8}$", rb"\\d{8}", first.encode()))
-    return b"".join(payloads.get(piece.decode("latin-1"), piece) for piece in pattern.split(body))
-
-
-def finite(number: str) -> float:
-    """A number that JSON can hold. Raises ValueError for NaN, and for one beyond a float's range."""
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is no JSON number")
-    return value
-
-
-LOOKED_THROUGH_MAX = 64 << 10
-BOM = b"\xef\xbb\xbf"
-BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-PAYLOAD_BYTES_MIN = 16 << 10
-PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
-
-
 def cut_payloads(
-    data: bytes, seems: Callable[[bytes], bool] = is_base64
+    data: bytes, mark: str, seems: Callable[[bytes], bool] = is_base64
 ) -> tuple[bytes, dict[str, bytes]]:
-    """The body without the base64 of its data: URLs, and what was cut out: no JSON parser need read megabytes of it."""
+    """The body without the long base64 of its data: URLs, and each of these by the text that stands
+    in its place: the mark, which must be hexadecimal and unknown to clients, and a number."""
     payloads: dict[str, bytes] = {}
     pieces = []
     at = 0
     while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
         payload = data[start:end]
         pieces.append(data[at:start])
-        typed = (
-            data[start - 20 : start] != b"octet-stream;base64,"
-        )  # else its content has to tell what it is
+        # Of an octet-stream the content has to tell its type.
+        typed = data[start - 20 : start] != b"octet-stream;base64,"
         if len(payload) >= PAYLOAD_BYTES_MIN and typed and seems(payload):
-            payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
-            payload = next(reversed(payloads)).encode()
+            place = f"{mark}{len(payloads):08d}"
+            payloads[place] = payload
+            payload = place.encode()
         pieces.append(payload)
         at = end
-    return b"".join([*pieces, data[at:]]) if payloads else data, payloads
+    return b"".join([*pieces, data[at:]]), payloads
 
 
-def parse_body(data: bytes) -> Any:
-    """A JSON body. Raises BadRequest, also for NaN, for bytes that are not UTF-8, and for one nested too deep.
-
-    That a field is given twice is seen in bodies of common size; to look through a large one would cost a tenth of all.
-    """
-    try:
-        body = load_body(data)
-        if len(data) <= LOOKED_THROUGH_MAX and not surely_single(data, body):
-            json.loads(data, object_pairs_hook=object_of)
-    except RecursionError:
-        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
-    except ValueError as error:
-        raise BadRequest(
-            f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
-        ) from None
-    return body
-
-
-def load_body(data: bytes) -> Any:
-    if orjson is not None:
-        with contextlib.suppress(
-            ValueError
-        ):  # what it refuses is told by the standard library, or taken
-            return orjson.loads(data)
-    return BODY_DECODER.decode(data.removeprefix(BOM).decode())
-
-
-def surely_single(data: bytes, body: Any) -> bool:
-    """Whether no object of a body has two fields of one name: each has its colon, and there are no more than fields."""
-    found, fields = [body], 0
-    for value in found:  # which grows
-        if value.__class__ is dict:
-            fields += len(value)
-            found += value.values()
-        elif value.__class__ is list:
-            found += value
-    apart = b" :" in data or b"\n:" in data or b"\r:" in data or b"\t:" in data
-    return data.count(b'":') == fields and not apart
-
-
-def object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields. Raises BadRequest where two have one name: some programs take the first, some the last."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:MODEL_CHARS_MAX]
-        raise BadRequest(
-            f"'{twice}' is given twice in one object. Send it once.",
-            code="invalid_value",
-            param=twice,
-        )
-    return made
+def put_back(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
+    """The body with the base64 that was cut out of it."""
+    if not payloads:
+        return body
+    mark = next(iter(payloads))[:-8].encode()
+    pieces = re.split(rb"(%b\d{8})" % mark, body)
+    return b"".join(payloads.get(piece.decode("latin-1"), piece) for piece in pieces)
 
 
 # ==============================================================================
@@ -926,67 +896,100 @@ def collect(events: Iterable[Event]) -> Reply:
 QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
 STRATEGIES = ("affinity", "round_robin", "fill_first")
 GEMINI_URL = "https://generativelanguage.googleapis.com"
-# A region's Vertex has a host of its own. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
+# A region's Vertex has its own host. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
 VERTEX_URL = "https://{}aiplatform.googleapis.com"
 CLOUDCODE_URL = "https://cloudcode-pa.googleapis.com"
 TOKEN_URL = "https://oauth2.googleapis.com/token"
+YAML_NULL, YAML_MAP, YAML_LIST = (f"tag:yaml.org,2002:{tag}" for tag in ("null", "map", "seq"))
 Read = Callable[[Path], str]  # the text of a credentials file; raises OSError or UnicodeDecodeError
 
 
 class ConfigError(Exception):
-    """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
+    """The accounts file, a flag or the environment cannot be used: a line a problem, with its remedy."""
 
 
-@dataclass(slots=True)
-class ConfigFile:
-    """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
+@value
+class Node:
+    """A YAML node of the accounts file, at a path such as proxy.port. Problems are noted with their
+    lines, so that all are shown at once; a method raises ValueError with the end of a sentence that
+    begins with the path."""
 
+    yaml: Any
+    path: str
     source: str
     env: Mapping[str, str]
-    read: Read
-    problems: list[str] = field(default_factory=list)
+    load: Read
+    problems: list[str]
 
-    def note(self, node: Any, problem: str) -> None:
-        self.problems.append(f"{self.source}:{node.start_mark.line + 1}: {problem}")
+    def note(self, problem: str) -> None:
+        self.problems.append(f"{self.source}:{self.yaml.start_mark.line + 1}: {problem}")
 
-    def value(self, kind: Kind, node: Any, where: str) -> Any:
-        """The value of a node; None where a problem was noted."""
+    def at(self, yaml: Any, step: str) -> Node:
+        return replace(self, yaml=yaml, path=f"{self.path}{step}".lstrip("."))
+
+    def read(self, kind: Kind) -> Any:
+        """The value of the node; None if a problem was noted."""
         try:
-            return kind(self, node, where)
+            return kind(self)
         except ValueError as error:
-            return self.note(node, f"'{where}' {error}")
+            return self.note(f"'{self.path}' {error}")
 
-    def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
-        """The values given in a mapping, each read by its kind; null is as if the key were not there."""
-        values: dict[str, Any] = {}
-        if node is None or node.tag == YAML_NULL:
+    def section(self, kinds: Mapping[str, Kind]) -> JsonObject:
+        """The values of a mapping, each read by its kind. A key with null counts as absent."""
+        values: JsonObject = {}
+        if self.yaml is None or self.yaml.tag == YAML_NULL:
             return values
-        if node.tag != YAML_MAP:
-            self.note(
-                node,
-                f"{path or 'the file'} must hold 'key: value' lines (keys: {', '.join(kinds)}).",
-            )
+        if self.yaml.tag != YAML_MAP:
+            name = self.path or "the file"
+            self.note(f"{name} must hold 'key: value' lines (keys: {', '.join(kinds)}).")
             return values
-        for key, value in node.value:
-            if not isinstance(key.value, str):
-                self.note(key, "a key must be a word.")
-                continue
-            where = f"{path}.{key.value}".lstrip(".")
-            if key.value not in kinds:
-                self.note(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}")
-            elif key.value in values:
-                self.note(key, f"'{where}' stands here twice; remove one.")
-            elif (
-                value.tag != YAML_NULL
-                and (read := self.value(kinds[key.value], value, where)) is not None
-            ):
-                values[key.value] = read
+        for key, yaml in self.yaml.value:
+            name, here = key.value, self.at(key, f".{key.value}")
+            if not isinstance(name, str):
+                here.note("a key must be a word.")
+            elif name not in kinds:
+                here.note(f"unknown key '{name}' {nearest(name, kinds)}")
+            elif name in values:
+                here.note(f"'{here.path}' stands here twice; remove one.")
+            elif yaml.tag != YAML_NULL:
+                found = replace(here, yaml=yaml).read(kinds[name])
+                if found is not None:
+                    values[name] = found
         return values
 
+    def items(self) -> list[Node]:
+        return [self.at(item, f"[{i}]") for i, item in enumerate(self.yaml.value)]
 
-Kind = Callable[[ConfigFile, Any, str], Any]
-"""Reads one YAML node. Raises ValueError with the end of the sentence that begins with the key."""
-YAML_NULL, YAML_MAP, YAML_LIST = (f"tag:yaml.org,2002:{tag}" for tag in ("null", "map", "seq"))
+    def text(self) -> str:
+        text = self.yaml.value
+        if not isinstance(text, str) or not text or not text.isprintable():
+            raise ValueError("must be a text without control characters.")
+        return text
+
+    def texts(self) -> tuple[str, ...]:
+        """The texts of a list, or a single one."""
+        if self.yaml.tag != YAML_LIST:
+            return (self.text(),)
+        return tuple(item.text() for item in self.items())
+
+    def secret(self) -> str:
+        """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
+        text = self.text()
+        match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", text)
+        if not match:
+            return text
+        name = match[1] or match[2]
+        found = self.env.get(name, "").strip()
+        if not found:
+            needed = f"needs the environment variable {name}, which is not set."
+            raise ValueError(f"{needed} Export it first.")
+        if not found.isprintable():
+            wrong = f"is read from {name}, which holds control characters."
+            raise ValueError(f"{wrong} Export it anew.")
+        return found
+
+
+Kind = Callable[[Node], Any]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -995,68 +998,42 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"({near[0]}?)" if near else f"(known: {', '.join(known)})"
 
 
-def read_text(file: ConfigFile, node: Any, where: str) -> str:
-    if not isinstance(node.value, str) or not node.value or not node.value.isprintable():
-        raise ValueError("must be a text without control characters.")
-    return node.value
-
-
-def read_secret(file: ConfigFile, node: Any, where: str) -> str:
-    """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
-    value = read_text(file, node, where)
-    if not (match := re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)):
-        return value
-    name = match[1] or match[2]
-    found = file.env.get(name, "").strip()
-    if not found:
-        raise ValueError(
-            f"needs the environment variable {name}, which is not set. Export it first."
-        )
-    if not found.isprintable():
-        raise ValueError(f"is read from {name}, which holds control characters. Export it anew.")
-    return found
-
-
-def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
-    value = read_text(file, node, where).lower()
-    if value not in ("true", "yes", "on", "false", "no", "off"):
+def read_flag(node: Node) -> bool:
+    word = node.text().lower()
+    flag = word in ("true", "yes", "on")
+    if not flag and word not in ("false", "no", "off"):
         raise ValueError("must be true or false.")
-    return value in ("true", "yes", "on")
+    return flag
 
 
-def read_path(file: ConfigFile, node: Any, where: str) -> str:
+def read_path(node: Node) -> str:
     """A file, from where the accounts file stands; ~ is the user's home."""
-    value = re.sub(r"^~(?=/)", file.env.get("HOME", "~"), read_secret(file, node, where))
-    return str(Path(file.source).parent / value)
+    path = re.sub(r"^~(?=/)", node.env.get("HOME", "~"), node.secret())
+    return str(Path(node.source).parent / path)
 
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> float:
+    def read(node: Node) -> float:
         with contextlib.suppress(TypeError, ValueError):
-            if low <= (value := kind(node.value)) <= high:
-                return value
+            if low <= (number := kind(node.yaml.value)) <= high:
+                return number
         raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
 
     return read
 
 
 def read_word(*words: str) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> str:
-        if node.value not in words:
+    def read(node: Node) -> str:
+        if node.yaml.value not in words:
             raise ValueError(f"must be one of {', '.join(words)}.")
-        return str(node.value)
+        return str(node.yaml.value)
 
     return read
 
 
-def read_texts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    nodes = node.value if node.tag == YAML_LIST else [node]
-    return tuple(read_text(file, item, where) for item in nodes)
-
-
 def read_words(*words: str) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-        found = tuple(text.upper() for text in read_texts(file, node, where))
+    def read(node: Node) -> tuple[str, ...]:
+        found = tuple(text.upper() for text in node.texts())
         if not found or not set(found) <= set(words):
             raise ValueError(f"must be some of {', '.join(words)}.")
         return found
@@ -1064,293 +1041,276 @@ def read_words(*words: str) -> Kind:
     return read
 
 
-def read_range(file: ConfigFile, node: Any, where: str) -> tuple[int, int]:
-    ends = read_texts(file, node, where)
-    if (
-        len(ends) != 2
-        or not all(re.fullmatch(r"\d{1,9}", end) for end in ends)
-        or int(ends[0]) > int(ends[1])
-    ):
+def read_range(node: Node) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9}) (\d{1,9})", " ".join(node.texts()))
+    if not match or int(match[1]) > int(match[2]):
         raise ValueError("must be two whole numbers, [least, most].")
-    return int(ends[0]), int(ends[1])
+    return int(match[1]), int(match[2])
 
 
-def read_url(file: ConfigFile, node: Any, where: str) -> str:
-    value = read_secret(file, node, where).rstrip("/")
-    labels = host_of(value).split(".")
-    if not re.fullmatch(r"https?://\S+", value) or not all(0 < len(label) < 64 for label in labels):
+def read_url(node: Node) -> str:
+    url = node.secret().rstrip("/")
+    labels = host_of(url).split(".")
+    if not re.fullmatch(r"https?://\S+", url) or not all(0 < len(label) < 64 for label in labels):
         raise ValueError("must be a URL that begins with http:// or https://.")
-    return value
+    return url
 
 
-def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+def read_hosts(node: Node) -> tuple[str, ...]:
     """Host names as they are compared with those of URLs: without port, brackets and capitals."""
-    given = read_texts(file, node, where)
-    hosts = tuple(
-        host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}")
-        for host in given
-    )
-    if not all(hosts) or any(re.search(r"[/*\s]", host) for host in given):
+    texts = node.texts()
+    # An IPv6 address without brackets has two colons and more.
+    hosts = tuple(host_of("//" + re.sub(r"^(?!\[).*:.*:.*", r"[\g<0>]", text)) for text in texts)
+    if not all(hosts) or re.search(r"[/*\s]", "".join(texts)):
         raise ValueError("must be host names without scheme and *, such as box.lan.")
     return hosts
 
 
-def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    origins = tuple(origin.rstrip("/").lower() for origin in read_texts(file, node, where))
+def read_origins(node: Node) -> tuple[str, ...]:
+    origins = tuple(origin.rstrip("/").lower() for origin in node.texts())
     if not all(re.fullmatch(r"null|[a-z][\w+.-]*://[^/*\s]+", origin) for origin in origins):
-        raise ValueError(
-            "must be origins with a scheme and without *, such as https://chat.example.com."
-        )
+        example = "such as https://chat.example.com"
+        raise ValueError(f"must be origins with a scheme and without *, {example}.")
     return origins
 
 
-def read_store(file: ConfigFile, node: Any, where: str) -> str:
-    """Where responses are kept: `memory`, `off`, or a file; a bare word is more likely a slip than a file's name."""
-    value = read_text(file, node, where)
-    if value not in ("memory", "off") and not re.search(r"[/\\]", value):
+def read_store(node: Node) -> str:
+    """The place of stored responses: `memory`, `off`, or a file. A bare word is more likely a slip
+    than a file's name."""
+    place = node.text()
+    if not re.search(r"^(memory|off)$|[/\\]", place):
         raise ValueError("must be memory, off or the path of a file, such as ~/agproxy.sqlite3.")
-    return value
+    return place
 
 
 def read_map(kind: Kind) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> dict[str, Any]:
-        names = (
-            [key.value for key, _ in node.value if isinstance(key.value, str)]
-            if node.tag == YAML_MAP
-            else ["NAME"]
-        )
-        return file.section(node, where, dict.fromkeys(names, kind))
+    """A mapping with names of the user's as its keys."""
+
+    def read(node: Node) -> JsonObject:
+        names = ["NAME"]
+        if node.yaml.tag == YAML_MAP:
+            names = [key.value for key, _ in node.yaml.value if isinstance(key.value, str)]
+        return node.section(dict.fromkeys(names, kind))
 
     return read
 
 
 def read_section(kinds: Mapping[str, Kind], make: Callable[..., Any] = dict) -> Kind:
-    return lambda file, node, where: make(**file.section(node, where, kinds))
+    return lambda node: make(**node.section(kinds))
 
 
-def setting(read: Kind, **more: Any) -> Any:
-    """A field that the accounts file may give under its name, and how it is read there."""
-    return field(metadata={"read": read}, **more)
+def setting(read: Kind, default: Any = MISSING, **more: Any) -> Any:
+    """A field that the accounts file may set under its name, and the kind that reads it."""
+    return field(default=default, metadata={"read": read}, **more)
 
 
 def keys_of(kind: type[Any]) -> dict[str, Kind]:
-    return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
+    return {key.name: key.metadata["read"] for key in fields_of(kind) if key.metadata}
 
 
 read_seconds = read_number(0.001, 86400)
-# By model or pattern, and by quota, what a project may be asked.
+# For each model or pattern and each quota, how much a project may use.
 read_limits = read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int))))
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+# The keys that an account of each kind cannot have.
+FOREIGN_KEYS = {"gemini": OAUTH_KEYS, "vertex": ("api_key",), "cloudcode": ("api_key",)}
 
 
 @value
 class Account:
     name: str
-    api_key: str = setting(read_secret, default="", repr=False)
-    base_url: str = setting(read_url, default=GEMINI_URL)
-    kind: str = setting(read_word("gemini", "vertex", "cloudcode"), default="gemini")
-    email: str | None = setting(read_text, default=None)
-    weight: float = setting(
-        read_number(0.01, 1000), default=1.0
-    )  # by how much more it is asked than one of weight 1
-    max_concurrency: int | None = setting(read_number(1, 100000, int), default=None)
-    quota_group: str | None = setting(
-        read_text, default=None
-    )  # accounts of one Google project share its quota
+    api_key: str = setting(Node.secret, "", repr=False)
+    base_url: str = setting(read_url, GEMINI_URL)
+    kind: str = setting(read_word(*FOREIGN_KEYS), "gemini")
+    email: str | None = setting(Node.text, None)
+    weight: float = setting(read_number(0.01, 1000), 1.0)  # its share of requests
+    max_concurrency: int | None = setting(read_number(1, 100000, int), None)
+    quota_group: str | None = setting(Node.text, None)  # accounts of one project share its quota
     limits: Mapping[str, Mapping[str, int]] = setting(read_limits, default_factory=dict)
-    proxy: str | None = setting(read_url, default=None, repr=False)
-    credentials: str = setting(
-        read_path, default=""
-    )  # holds the tokens; `agproxy login` makes it if none is named
-    client_id: str = setting(read_secret, default="")
-    client_secret: str = setting(read_secret, default="", repr=False)
-    refresh_token: str = setting(read_secret, default="", repr=False)
+    proxy: str | None = setting(read_url, None, repr=False)
+    credentials: str = setting(read_path, "")  # holds the tokens; `agproxy login` makes it
+    client_id: str = setting(Node.secret, "")
+    client_secret: str = setting(Node.secret, "", repr=False)
+    refresh_token: str = setting(Node.secret, "", repr=False)
     service_account: str = field(default="", repr=False)  # the JSON of a service account's file
-    token_url: str = setting(read_url, default=TOKEN_URL)
-    project: str = setting(read_secret, default="")
-    location: str = setting(read_text, default="global")
+    token_url: str = setting(read_url, TOKEN_URL)
+    project: str = setting(Node.secret, "")
+    location: str = setting(Node.text, "global")
 
 
-ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
-USER_KEYS = ("client_id", "client_secret", "refresh_token")
-OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+ACCOUNT_KEYS = {"name": Node.text, "enabled": read_flag, **keys_of(Account)}
 
 
 @value
 class ClientKey:
-    """A key that lets a client in, and the name by which the log knows that client."""
+    """A key that lets a client in, and the client's name in the log."""
 
-    name: str = setting(read_text)
-    key: str = setting(read_secret, repr=False)
+    name: str = setting(Node.text)
+    key: str = setting(Node.secret, repr=False)
 
 
 def secrets_of(owner: Any) -> list[str]:
-    """What of an account or a client's key is shown to nobody."""
-    return [getattr(owner, one.name) or "" for one in fields_of(owner) if not one.repr]
+    """The values of an account or a client's key that are shown to nobody."""
+    return [getattr(owner, key.name) or "" for key in fields_of(owner) if not key.repr]
 
 
-def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
+def read_keys(node: Node) -> tuple[ClientKey, ...]:
     """One key, or a list of `{name, key}`."""
-    if node.tag != YAML_LIST:
-        return (ClientKey("client", read_secret(file, node, where)),)
-    keys = keys_of(ClientKey)
-    found = [file.section(item, f"{where}[{i}]", keys) for i, item in enumerate(node.value)]
-    if not all(len(one) == len(keys) for one in found):
+    if node.yaml.tag != YAML_LIST:
+        return (ClientKey("client", node.secret()),)
+    kinds = keys_of(ClientKey)
+    keys = [item.section(kinds) for item in node.items()]
+    if not all(len(key) == len(kinds) for key in keys):
         raise ValueError("must be one key, or a list of entries with a `name` and a `key` each.")
-    return tuple(ClientKey(**one) for one in found)
+    return tuple(ClientKey(**key) for key in keys)
 
 
 @value
 class Timeouts:
-    connect_s: float = setting(read_seconds, default=10.0)
-    first_event_s: float = setting(read_seconds, default=300.0)
-    idle_s: float = setting(read_seconds, default=300.0)
-    total_s: float | None = setting(read_seconds, default=None)  # None: as long as it takes
-    stall_s: float = setting(read_seconds, default=120.0)
+    connect_s: float = setting(read_seconds, 10.0)
+    first_event_s: float = setting(read_seconds, 300.0)
+    idle_s: float = setting(read_seconds, 300.0)
+    total_s: float | None = setting(read_seconds, None)  # None: as long as it takes
+    stall_s: float = setting(read_seconds, 120.0)
 
 
 @value
 class Config:
     accounts: tuple[Account, ...]
-    host: str | None = setting(read_text, default=None)
-    port: int = setting(read_number(0, 65535, int), default=8045)
-    auth_mode: str = setting(
-        read_word("off", "strict", "all_except_health", "auto"), default="auto"
-    )
-    api_key: tuple[ClientKey, ...] = setting(read_keys, default=())
-    allow_lan_access: bool = setting(read_flag, default=False)
-    allowed_hosts: tuple[str, ...] = setting(read_hosts, default=())
-    cors_origins: tuple[str, ...] = setting(read_origins, default=())
-    show_account: str = setting(read_word("full", "masked", "off"), default="masked")
-    upstream_proxy: str | None = setting(read_url, default=None, repr=False)
-    strict: bool = setting(read_flag, default=False)
-    strategy: str = setting(read_word(*STRATEGIES), default="affinity")
-    max_wait_s: float = setting(read_number(0, 3600), default=10.0)
-    reserve: float = setting(
-        read_number(0, 0.9), default=0.0
-    )  # share of each limit left alone while others can answer
-    max_requests: int = setting(read_number(1, 1 << 20, int), default=1000)
-    store: str | None = setting(read_store, default=None)
-    fetch_media: bool = setting(read_flag, default=True)
-    media_hosts: tuple[str, ...] = setting(read_hosts, default=())
-    images_in_text: bool = setting(read_flag, default=False)
-    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), default=Timeouts())
-    heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
+    host: str | None = setting(Node.text, None)
+    port: int = setting(read_number(0, 65535, int), 8045)
+    auth_mode: str = setting(read_word("off", "strict", "all_except_health", "auto"), "auto")
+    api_key: tuple[ClientKey, ...] = setting(read_keys, ())
+    allow_lan_access: bool = setting(read_flag, False)
+    allowed_hosts: tuple[str, ...] = setting(read_hosts, ())
+    cors_origins: tuple[str, ...] = setting(read_origins, ())
+    show_account: str = setting(read_word("full", "masked", "off"), "masked")
+    upstream_proxy: str | None = setting(read_url, None, repr=False)
+    strict: bool = setting(read_flag, False)
+    strategy: str = setting(read_word(*STRATEGIES), "affinity")
+    max_wait_s: float = setting(read_number(0, 3600), 10.0)
+    reserve: float = setting(read_number(0, 0.9), 0.0)  # share of each limit that is spared
+    max_requests: int = setting(read_number(1, 1 << 20, int), 1000)
+    store: str | None = setting(read_store, None)
+    fetch_media: bool = setting(read_flag, True)
+    media_hosts: tuple[str, ...] = setting(read_hosts, ())
+    images_in_text: bool = setting(read_flag, False)
+    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), Timeouts())
+    heartbeat_s: float = setting(read_number(0, 3600), 15.0)
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    traits: Mapping[str, JsonMap] = field(default_factory=dict)
     demo: bool = False
 
     @property
     def auth(self) -> str:
         """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
-        fitting = "all_except_health" if self.allow_lan_access else "off"
-        return fitting if self.auth_mode == "auto" else self.auth_mode
+        if self.auth_mode != "auto":
+            return self.auth_mode
+        return "all_except_health" if self.allow_lan_access else "off"
 
     @property
     def bind(self) -> str:
-        """The address to listen on; one of IPv6 may be given in brackets, as URLs have it."""
-        return (
-            (self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")).strip("[]").lower()
-        )
+        """The address to listen on. IPv6 may be given in brackets, as in URLs."""
+        default = "0.0.0.0" if self.allow_lan_access else "127.0.0.1"
+        return (self.host or default).strip("[]").lower()
 
     @property
     def base_url(self) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.port}/v1"
 
 
-def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
-    if node.tag != YAML_LIST:
+def read_accounts(node: Node) -> tuple[Account, ...]:
+    if node.yaml.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
     accounts: dict[str, Account] = {}
-    for i, item in enumerate(node.value):
-        if account := file.value(read_account, item, f"{where}[{i}]"):
+    for item in node.items():
+        if account := item.read(read_account):
             if account.name in accounts:
-                file.note(
-                    item, f"two accounts are named '{account.name}'; give each its own `name`."
-                )
+                item.note(f"two accounts are named '{account.name}'; give each its own `name`.")
             accounts[account.name] = account
     return tuple(accounts.values())
 
 
-def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
-    """The account; None where it is disabled or a problem was noted."""
-    known = len(file.problems)
-    given = file.section(node, where, ACCOUNT_KEYS)
+def read_account(node: Node) -> Account | None:
+    """The account; None if it is disabled or a problem was noted."""
+    known = len(node.problems)
+    given = node.section(ACCOUNT_KEYS)
     if not given.pop("enabled", True):
-        del file.problems[known:]  # its variables need not be set
+        del node.problems[known:]  # its variables need not be set
         return None
-    if len(file.problems) > known:
+    if len(node.problems) > known:
         return None
     if not given.setdefault("name", given.get("email")):
         raise ValueError("needs a `name` or an `email`.")
     kind = given.setdefault("kind", "gemini")
-    if strange := [
-        key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))
-    ]:
-        raise ValueError(
-            f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."
-        )
+    for key in given:
+        if key in FOREIGN_KEYS[kind]:
+            remedy = "Remove it, or name another kind."
+            raise ValueError(f"is of kind {kind}, which has no use for `{key}`. {remedy}")
     if kind != "gemini":
-        add_login(file, given, kind)
+        given.setdefault("base_url", google_url(given))
+        find_credentials(node, given)
     elif "api_key" not in given:
         raise ValueError("needs an `api_key`.")
     return Account(**given)
 
 
-def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
-    """Fills in what the kind of the account implies and what its credentials file holds. Raises ValueError."""
-    if kind == "vertex" and not given.get("project"):
+def google_url(given: JsonMap) -> str:
+    """The URL of an account's kind and location. Raises ValueError."""
+    if given["kind"] == "vertex" and "project" not in given:
         raise ValueError("needs a `project`.")
     region = given.get("location", "global")
     if not re.fullmatch(r"[a-z0-9-]+", region):
-        raise ValueError(
-            f"has the location '{region}'. Use a region's name such as europe-west1, or global."
-        )
-    vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
-    given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
+        remedy = "Use a region's name such as europe-west1, or global."
+        raise ValueError(f"has the location '{region}'. {remedy}")
+    if given["kind"] != "vertex":
+        return CLOUDCODE_URL
+    return VERTEX_URL.format("" if region == "global" else f"{region}-")
+
+
+def find_credentials(node: Node, given: JsonObject) -> None:
+    """Adds to an account what its credentials file holds. Raises ValueError."""
     named = "credentials" in given
-    if not named and not (given.get("client_id") and given.get("client_secret")):
-        client = "the `client_id` and `client_secret` of an OAuth client of yours"
-        raise ValueError(f"needs `credentials: FILE`, or {client}.")
-    if not named and not given.get("refresh_token"):
+    if not named:
+        if not given.keys() >= {"client_id", "client_secret"}:
+            client = "the `client_id` and `client_secret` of an OAuth client of yours"
+            raise ValueError(f"needs `credentials: FILE`, or {client}.")
+        if "refresh_token" in given:
+            return
         word = re.sub(r"[^\w.@-]", "_", given["name"])
-        given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
+        given["credentials"] = str(Path(node.source).parent / f"{word}.token.json")
     try:
-        if "credentials" in given:
-            read_credentials(file.read(Path(given["credentials"])), given)
+        read_credentials(node.load(Path(given["credentials"])), given)
     except (OSError, UnicodeDecodeError):
         if named:
-            raise ValueError(
-                f"names {given['credentials']}, which cannot be read. Check `credentials`."
-            ) from None
+            text = f"names {given['credentials']}, which cannot be read. Check `credentials`."
+            raise ValueError(text) from None
 
 
-def read_credentials(text: str, given: dict[str, Any]) -> None:
-    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
-    found: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-    texts = (
-        {key: value for key, value in found.items() if isinstance(value, str)}
-        if isinstance(found, dict)
-        else {}
-    )
+def read_credentials(text: str, given: JsonObject) -> None:
+    """Takes over a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        found = {}
+    texts = {key: value for key, value in found.items() if isinstance(value, str)}
     if texts.get("type") == "service_account" and texts.keys() >= {"client_email", "private_key"}:
         given["service_account"] = text
         given.setdefault("token_url", texts.get("token_uri", TOKEN_URL))
     elif texts.keys() >= set(USER_KEYS):
         given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
     else:
-        name = given["credentials"]
-        raise ValueError(
-            f"has {name}, which is no authorized_user and no service_account file. Make it anew."
-        )
+        wrong = "which is no authorized_user and no service_account file. Make it anew."
+        raise ValueError(f"has {given['credentials']}, {wrong}")
 
 
 TRAIT_KEYS: Mapping[str, Kind] = {
-    **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
+    **{trait.name: read_flag for trait in fields_of(Traits) if trait.type == "bool"},
     "thinking": read_word("none", "budget", "level"),
     "levels": read_words(*(effort.upper() for effort in EFFORTS)),
     "answers": read_words("TEXT", "IMAGE", "AUDIO"),
@@ -1358,9 +1318,9 @@ TRAIT_KEYS: Mapping[str, Kind] = {
     "output_tokens_max": read_number(1, 1 << 30, int),
 }
 MODELS_KEYS: Mapping[str, Kind] = {
-    "default": read_text,
-    "map": read_map(read_text),
-    "fallback": read_map(read_texts),
+    "default": Node.text,
+    "map": read_map(Node.text),
+    "fallback": read_map(Node.texts),
     "traits": read_map(read_section(TRAIT_KEYS)),
 }
 SECTIONS: Mapping[str, Kind] = {
@@ -1371,64 +1331,60 @@ SECTIONS: Mapping[str, Kind] = {
 
 
 def load_config(
-    text: str, source: str, env: Mapping[str, str], read: Read, *, accounts: bool = True
+    text: str, source: str, env: Mapping[str, str], load: Read, *, accounts: bool = True
 ) -> Config:
     """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
 
     Without `accounts` that section is not read, so that its keys need not be there.
     """
-    import yaml
-
-    file = ConfigFile(source, env, read)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
-        raise ConfigError(
-            f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line."
-        ) from None
-    except (
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # a character beyond Unicode; no end of brackets
-        raise ConfigError(f"{source}: not valid YAML ({error}). Write it anew.") from None
-    given = file.section(
-        node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()}
-    )
-    proxy, models = given.get("proxy", {}), given.get("models", {})
-    renamed = {"default": "default_model", "map": "aliases"}
-    chosen = {renamed.get(key, key): value for key, value in models.items()}
-    config = Config(given.get("accounts", ()), **proxy, **chosen)
-    problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
+    problems: list[str] = []
+    kinds = dict(SECTIONS)
+    if not accounts:
+        kinds["accounts"] = lambda _: ()
+    given = Node(compose_yaml(text, source), "", source, env, load, problems).section(kinds)
+    models = given.get("models", {})
+    names = {"default": "default_model", "map": "aliases"}
+    models = {names.get(key, key): value for key, value in models.items()}
+    config = Config(given.get("accounts", ()), **given.get("proxy", {}), **models)
+    problems += [f"{source}: {problem}" for problem in config_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
+def compose_yaml(text: str, source: str) -> Any:
+    """The root node of a YAML text, None if it is empty. Raises ConfigError."""
+    import yaml
+
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+        place, remedy = f"{source}:{line + 1}", "Mend this line."
+    except (ValueError, OverflowError, RecursionError) as error:
+        # A character beyond Unicode, or no end of brackets.
+        place, problem, remedy = source, error, "Write it anew."
+    raise ConfigError(f"{place}: not valid YAML ({problem}). {remedy}")
+
+
 def config_problems(config: Config) -> list[str]:
-    """What cannot be right or safe in values that are each right on their own."""
+    """The problems of values that are each right on their own, but not safe together."""
     if config.allow_lan_access or is_loopback(config.bind):
         return []
-    return [
-        f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it."
-    ]
+    remedy = "set proxy.allow_lan_access: true to allow it."
+    return [f"host {config.bind} is reachable from outside; {remedy}"]
 
 
 @functools.lru_cache(256)
 def host_of(url: str) -> str:
-    """The host of a URL in lower case, without a final dot; nothing where it is malformed."""
-    try:
+    """The host of a URL in lower case, without a final dot; empty if the URL is malformed."""
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        return (
-            (parts.hostname or "").removesuffix(".")
-            if parts.port is None or parts.port >= 0
-            else ""
-        )
-    except ValueError:
-        return ""
+        host, _ = parts.hostname or "", parts.port  # a bad port raises too
+        return host.removesuffix(".")
+    return ""
 
 
 @functools.lru_cache(256)
@@ -1437,7 +1393,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public(host: str) -> bool:
-    """Whether an address belongs to the internet; one that carries another inside counts as that one."""
+    """True for an address of the internet. One that carries another inside counts as that one."""
     address = ip_address(host.strip("[]").partition("%")[0])
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
@@ -1445,10 +1401,9 @@ def is_public(host: str) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    given_out = isinstance(address, IPv4Address) or address in ip_network(
-        "2000::/3"
-    )  # of IPv6 nothing else is
-    return given_out and address.is_global and not address.is_multicast
+        if address not in ip_network("2000::/3"):  # of IPv6 nothing else is assigned
+            return False
+    return address.is_global and not address.is_multicast
 
 
 def is_address(host: str) -> bool:
@@ -4518,7 +4473,6 @@ CALL_ID_MAX = 64  # OpenAI's own limit
 LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
 # What comes of reading JSON that has another form than Gemini promises.
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-JsonObject = Mapping[str, Any]
 
 
 class SseSplitter:
@@ -4586,8 +4540,8 @@ class Candidate:
     reason: str = ""
     pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
-    grounding: tuple[JsonObject, ...] = ()
-    logprobs: tuple[JsonObject, ...] = ()
+    grounding: tuple[JsonMap, ...] = ()
+    logprobs: tuple[JsonMap, ...] = ()
 
 
 class GeminiReader:
@@ -4615,7 +4569,7 @@ class GeminiReader:
         self._ids: frozenset[str] = frozenset()
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
-        self._usage: JsonObject = {}
+        self._usage: JsonMap = {}
         self._run: TextRun | None = None
         self._unparsed = b""  # the last chunk of the run, the only one whose usage matters
         self._events: list[Event] = []
@@ -4697,7 +4651,7 @@ class GeminiReader:
             candidate = self._candidates[choice] = Candidate(choice)
         return candidate
 
-    def _metadata(self, candidate: Candidate, raw: JsonObject) -> None:
+    def _metadata(self, candidate: Candidate, raw: JsonMap) -> None:
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
         for key in ("groundingMetadata", "citationMetadata"):
@@ -4739,7 +4693,7 @@ class GeminiReader:
             delta = TextDelta if kind is Text else ThinkingDelta
             self._events.append(delta(candidate.choice, text))
 
-    def _code(self, candidate: Candidate, part: JsonObject) -> None:
+    def _code(self, candidate: Candidate, part: JsonMap) -> None:
         """Shows code that Gemini ran itself, and its output, as text."""
         if code := part.get("executableCode"):
             language, shown = str(code.get("language", "")).lower(), code["code"]
@@ -4877,7 +4831,7 @@ def checked_text(value: Any) -> str:
     return value
 
 
-def arguments_of(tool: Tool, args: JsonObject) -> str:
+def arguments_of(tool: Tool, args: JsonMap) -> str:
     """The arguments as JSON; a custom tool's free text as it is."""
     value: Any = args
     if tool.custom:
@@ -4896,7 +4850,7 @@ def wav(pcm: bytes, rate: int) -> Media:
     return Media("audio/wav", base64.b64encode(file.getvalue()).decode())
 
 
-def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, ...]:
+def citations_of(text: str, grounding: Sequence[JsonMap]) -> tuple[Citation, ...]:
     """Web sources of a text, each once."""
     raw = encoded(text)
     citations = [
@@ -4907,7 +4861,7 @@ def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, 
     return tuple(dict.fromkeys(citations))
 
 
-def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, JsonObject]]:
+def sources_of(grounding: Sequence[JsonMap]) -> Iterator[tuple[JsonMap, JsonMap]]:
     """Pairs of a segment of the text and the page that it rests on."""
     chunks = [chunk for metadata in grounding for chunk in metadata.get("groundingChunks") or ()]
     for metadata in grounding:
@@ -4920,7 +4874,7 @@ def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, Js
                 yield source, source
 
 
-def span_of(segment: JsonObject, text: str, raw: bytes) -> tuple[int, int]:
+def span_of(segment: JsonMap, text: str, raw: bytes) -> tuple[int, int]:
     """Start and end of a segment of the text in code points.
 
     Gemini counts bytes of UTF-8 and leaves a zero start out; where it miscounts, its quote tells.
@@ -4935,7 +4889,7 @@ def span_of(segment: JsonObject, text: str, raw: bytes) -> tuple[int, int]:
     return start, end
 
 
-def logprobs_of(result: JsonObject) -> list[dict[str, Any]]:
+def logprobs_of(result: JsonMap) -> list[dict[str, Any]]:
     """Token, log probability and alternatives of each token."""
     chosen, tops = result.get("chosenCandidates") or (), result.get("topCandidates") or ()
     return [
@@ -4945,7 +4899,7 @@ def logprobs_of(result: JsonObject) -> list[dict[str, Any]]:
     ]
 
 
-def logprob_of(raw: JsonObject) -> dict[str, Any]:
+def logprob_of(raw: JsonMap) -> dict[str, Any]:
     token = checked_text(raw.get("token") or "")
     logprob = float(raw.get("logProbability") or 0)
     if not LOGPROB_MIN <= logprob < math.inf:
@@ -4961,7 +4915,7 @@ def count_of(value: Any) -> int:
     return int(digits[0]) if digits else 0
 
 
-def usage_of(raw: JsonObject) -> Usage:
+def usage_of(raw: JsonMap) -> Usage:
     # total = prompt + tool use + candidates + thoughts
     # Source: https://ai.google.dev/api/generate-content#UsageMetadata
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
@@ -4970,7 +4924,7 @@ def usage_of(raw: JsonObject) -> Usage:
     return Usage(prompt + tool_use, answer + thoughts, cached, thoughts)
 
 
-def read_embeddings(answer: JsonObject, count: int) -> list[list[float]]:
+def read_embeddings(answer: JsonMap, count: int) -> list[list[float]]:
     """The vectors at length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
     try:
         vectors = [unit_vector(embedding["values"]) for embedding in answer["embeddings"]]
@@ -5027,7 +4981,7 @@ class TextRun:
         return self.kind(self.choice, text)
 
 
-def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | None:
+def run_of(raw: bytes, chunk: JsonMap, events: Sequence[Event]) -> TextRun | None:
     """The run that a chunk begins, None where it brought more than one text and the usage."""
     if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
         return None
@@ -5110,7 +5064,7 @@ def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamErr
     return refused
 
 
-def error_of(body: Any) -> JsonObject:
+def error_of(body: Any) -> JsonMap:
     """The error object of an error body: bare, in an array, or as JSON in another one's message."""
     if isinstance(body, list) and body:
         body = body[0]
@@ -5125,7 +5079,7 @@ def error_of(body: Any) -> JsonObject:
     return error
 
 
-def refusal_of(status: int, error: JsonObject) -> UpstreamError:
+def refusal_of(status: int, error: JsonMap) -> UpstreamError:
     """The error of the row of REFUSALS that fits."""
     about, message = f"{status} ", ""
     with contextlib.suppress(RecursionError):
@@ -5136,7 +5090,7 @@ def refusal_of(status: int, error: JsonObject) -> UpstreamError:
     return kind((message or hint)[:ERROR_CHARS_MAX])
 
 
-def details_of(error: JsonObject) -> list[dict[str, Any]]:
+def details_of(error: JsonMap) -> list[dict[str, Any]]:
     """The objects of an error's details and those in them."""
     details: list[dict[str, Any]] = []
     for detail in objects_in(error.get("details")):
@@ -5146,7 +5100,7 @@ def details_of(error: JsonObject) -> list[dict[str, Any]]:
     return details
 
 
-def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
+def tell_quota(refused: RateLimited, details: Sequence[JsonMap]) -> None:
     """Sets the quota that is used up, a day's before a minute's, and its size."""
     quotas = dict(quota for fields in details if (quota := quota_of(fields)))
     if quotas:
@@ -5156,7 +5110,7 @@ def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
         refused.quota, refused.limit = "tier", None
 
 
-def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
+def quota_of(fields: JsonMap) -> tuple[str, int | None] | None:
     """Our name and the size of a quota such as GenerateRequestsPerDayPerProjectPerModel-FreeTier."""
     name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
@@ -5167,7 +5121,7 @@ def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
     return f"{unit}_per_{per}", size or None
 
 
-def reset_at_of(fields: JsonObject) -> float | None:
+def reset_at_of(fields: JsonMap) -> float | None:
     """The moment when a quota is new, in seconds since 1970, where no delay until then is told."""
     from datetime import datetime
 
@@ -5177,7 +5131,7 @@ def reset_at_of(fields: JsonObject) -> float | None:
     return None
 
 
-def wait_s_of(refused: UpstreamError, fields: JsonObject, retry_after: str) -> float | None:
+def wait_s_of(refused: UpstreamError, fields: JsonMap, retry_after: str) -> float | None:
     """Seconds to wait as the first of Gemini's words says, None without one."""
     words = [fields.get("quotaResetDelay")]
     if not refused.quota.endswith(("_day", "tier")):  # RetryInfo does not know when their day ends
@@ -8485,7 +8439,7 @@ class Exchange:
         """The requests of a body, and the body, whose long base64 is cut out. Raises BadRequest."""
         gateway, door, trace = self.gateway, self.door, self.trace
         check = is_base64 if door.keeps else seems_base64  # what is kept must be whole
-        data, self.payloads = cut_payloads(data, check)
+        data, self.payloads = cut_payloads(data, secrets.token_hex(16), check)
         body = parse_body(data)
         past = await gateway.kept.recall(body, trace.client) if door.keeps else None
         requests = door.parse(body, past)
