@@ -166,7 +166,7 @@ USER_AGENT = f"agproxy/{__version__}"
 RETRY_AFTER_S_MAX = 24 * 3600.0  # daily quotas are renewed by then; a longer wait is a mistake
 ERROR_CHARS_MAX = 2000  # a message is for people and a log's line, whatever Gemini put into it
 TOKEN_RETRY_S = 5.0  # a token endpoint that fails is mostly back by then
-# Whatever looks like a key or a token: Google's, OpenAI's, behind `Bearer`, in a query, before an @.
+# All that looks like a key or a token: Google's, OpenAI's, behind `Bearer`, in a query, before @.
 SECRET_FORMS = re.compile(  # each alternative begins with a literal: that is six times as fast
     r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}"
     r"|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
@@ -428,10 +428,6 @@ dumps = json.JSONEncoder(
     ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
 ).encode
 """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
-fast_loads: Callable[[str | bytes], Any] = json.loads
-"""The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
-if orjson is not None:
-    fast_loads = orjson.loads
 
 
 def dump_bytes(value: Any) -> bytes:
@@ -447,11 +443,19 @@ def encoded(text: str) -> bytes:
     return text.encode("utf-8", "replace")
 
 
+def fast_loads(text: str | bytes, loads: Callable[[Any], Any] = json.loads) -> Any:
+    """The value of a JSON text, by `loads` if orjson is missing or refuses it. Raises what `loads`
+    raises: ValueError and RecursionError."""
+    if orjson is not None:
+        with contextlib.suppress(ValueError):
+            return orjson.loads(text)
+    return loads(text)
+
+
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None if it is none."""
-    for loads in (fast_loads, json.loads):
-        with contextlib.suppress(ValueError, RecursionError):
-            return loads(text)
+    with contextlib.suppress(ValueError, RecursionError):
+        return fast_loads(text)
     return None
 
 
@@ -480,7 +484,7 @@ def parse_body(data: bytes) -> Any:
     """The value of a body. Raises BadRequest for what is no strict JSON in UTF-8, and for one that
     is nested deeper than DEPTH_MAX."""
     try:
-        body = load_body(data)
+        body = fast_loads(data, lambda data: STRICT.decode(data.removeprefix(BOM).decode()))
         if is_deep(body):
             raise RecursionError
     except RecursionError:
@@ -491,24 +495,21 @@ def parse_body(data: bytes) -> Any:
     return body
 
 
-def load_body(data: bytes) -> Any:
-    if orjson is not None:
-        with contextlib.suppress(ValueError):  # the standard library takes it, or says more
-            return orjson.loads(data)
-    return STRICT.decode(data.removeprefix(BOM).decode())
-
-
 def is_deep(value: Any) -> bool:
-    """True if a JSON value has more than DEPTH_MAX levels, from wherever it is asked: no recursion
-    could promise that."""
+    """True if a JSON value has more than DEPTH_MAX levels. Recursion could not tell for every
+    caller: it fails the earlier, the deeper the caller itself is."""
     level = [value]
     for _ in range(DEPTH_MAX):
-        lists = [item for item in level if isinstance(item, list)]
-        lists += [list(item.values()) for item in level if isinstance(item, dict)]
-        level = [*itertools.chain.from_iterable(lists)]
-        if not level:
+        inner: list[Any] = []
+        for item in level:
+            if item.__class__ is dict:
+                inner += item.values()
+            elif item.__class__ is list:
+                inner += item
+        if not inner:
             return False
-    return True
+        level = inner
+    return not {dict, list}.isdisjoint(map(type, level))
 
 
 def objects_in(value: Any) -> list[Any]:
@@ -591,16 +592,15 @@ ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
 @value
 class Traits:
-    """What a model can and must do, by default the oldest; asked through traits_of, never by its name in passing."""
+    """The abilities and duties of a model; by default those of the oldest. Asked through traits_of,
+    never by a model's name in passing."""
 
     thinking: Literal["none", "budget", "level"] = "none"
-    thinks: bool = (
-        False  # unless it is told not to, so that summaries of its thoughts can be asked for
-    )
+    thinks: bool = False  # unless asked not to, so that it can show summaries of its thoughts
     can_stop_thinking: bool = False
     budget: tuple[int, int] = (128, 32768)
     levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
-    signatures: bool = False  # refuses a function call in the history that has no thought signature
+    signatures: bool = False  # refuses calls in the history without thought signatures
     call_ids: bool = False  # gives its function calls ids, and wants them back
     sampling: bool = True
     penalties: bool = True
@@ -615,7 +615,7 @@ class Traits:
 
 @value
 class Change:
-    """Something of a request that could not be carried over as it was, at a JSON pointer."""
+    """A part of a request, at a JSON pointer, that could not be sent as it was."""
 
     pointer: str
     kind: ChangeKind
@@ -624,7 +624,8 @@ class Change:
 
 @value
 class Citation:
-    """A web source of the text from `start` to `end`, counted in code points of the choice's text, or of its part."""
+    """A web source of the text from `start` to `end`, in code points of the choice's text; in a
+    Text, of that part's."""
 
     start: int
     end: int
@@ -634,7 +635,7 @@ class Citation:
 
 @value
 class Signature:
-    """A thought signature, and from where to where in its text the piece stands that Gemini signed."""
+    """A thought signature, and the bounds of the piece of its text that Gemini signed."""
 
     value: str
     start: int
@@ -667,7 +668,7 @@ class Media:
 class ToolCall:
     id: str
     name: str
-    arguments: str  # a JSON text, as the client or the model wrote it; of a custom tool the free text itself
+    arguments: str  # a JSON text as the client or the model wrote it; free text if `custom`
     signature: str | None = None
     namespace: str | None = None
     custom: bool = False
@@ -692,7 +693,7 @@ class Message:
 class Tool:
     name: str
     description: str
-    parameters: Mapping[str, Any] | None
+    parameters: JsonMap | None
     namespace: str | None = None
     custom: bool = False  # takes free text instead of an object
     answers: bool = False  # not the client's: its argument is the final answer
@@ -708,20 +709,20 @@ class ToolChoice:
 
 @value
 class JsonFormat:
-    schema: Mapping[str, Any] | None
+    schema: JsonMap | None
 
 
 @value
 class ThinkingWish:
     effort: str | None = None
     budget: int | None = None
-    show: bool = False  # wants to see summaries of the model's thoughts
+    show: bool = False  # summaries of the model's thoughts
     source: str = "/reasoning_effort"
 
 
 @value
 class Request:
-    """What a client asks for, whatever API it spoke."""
+    """A client's request, in the words of no API."""
 
     model: str
     messages: tuple[Message, ...]
@@ -734,24 +735,23 @@ class Request:
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logprobs: int | None = (
-        None  # how many alternatives a token; 0 is none, None is no log probabilities at all
-    )
+    logprobs: int | None = None  # alternatives of each token; None: no log probabilities at all
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
     modalities: tuple[str, ...] = ()
-    aspect_ratio: str | None = None  # of images that are made, as is their size
+    aspect_ratio: str | None = None  # of generated images
     image_size: str | None = None
     thinking: ThinkingWish = ThinkingWish()
     n: int = 1
     stream: bool = False
     include_usage: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
-    """JSON pointers of what the front formats name differently; `search` stands here where a web search is wished."""
+    """JSON pointers of fields that the front formats name differently; `search` is here if a web
+    search is wanted."""
     changes: tuple[Change, ...] = ()
     payloads: Mapping[str, bytes] = field(default_factory=dict)
-    """Long base64 that was cut out of the body before it was parsed, by what stands in its place."""
+    """Long base64 that was cut out of the body before it was parsed, by the text in its place."""
 
 
 @value
@@ -772,15 +772,17 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
         return Usage(
-            prompt, completion, self.cached + other.cached, self.reasoning + other.reasoning
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.cached + other.cached,
+            self.reasoning + other.reasoning,
         )
 
 
 @value
 class Started:
-    """The model has begun to answer; `usage` is what Gemini counted by then."""
+    """The model has begun to answer; `usage` is Gemini's count by then."""
 
     usage: Usage = Usage()
 
@@ -811,7 +813,7 @@ class ArgumentsDelta:
 
 @value
 class Annotated:
-    """The sources of a choice's whole text and what was searched for, all at once, before it is finished."""
+    """The sources of a choice's whole text and the searches for them, once, before it finishes."""
 
     choice: int
     citations: tuple[Citation, ...]
@@ -830,9 +832,7 @@ class PartEnd:
 class Finished:
     choice: int
     reason: FinishReason
-    logprobs: tuple[
-        Mapping[str, Any], ...
-    ] = ()  # of each token: token, logprob and alternatives, where given
+    logprobs: tuple[JsonMap, ...] = ()  # of each token: token, logprob, alternatives
 
 
 @value
@@ -851,42 +851,36 @@ Event = Started | PartStart | Delta | Annotated | PartEnd | Finished | Ended | F
 
 @dataclass(slots=True)
 class Choice:
+    """One of the alternatives of a whole answer."""
+
     parts: list[Part] = field(default_factory=list)
     reason: FinishReason = "stop"
-    logprobs: tuple[Mapping[str, Any], ...] = ()
+    logprobs: tuple[JsonMap, ...] = ()
     citations: tuple[Citation, ...] = ()
-    searches: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
-@dataclass(slots=True)
-class Reply:
-    """A whole answer: what `collect` makes of its events."""
-
-    choices: dict[int, Choice] = field(default_factory=lambda: defaultdict(Choice))
-    usage: Usage = field(default_factory=Usage)
-
-
-def collect(events: Iterable[Event]) -> Reply:
-    """The whole answer. Raises the GatewayError of a Failed event."""
-    reply = Reply()
+def collect(events: Iterable[Event]) -> tuple[dict[int, Choice], Usage]:
+    """The choices of a whole answer by their numbers, and its usage. Raises a Failed event's
+    error."""
+    choices: dict[int, Choice] = defaultdict(Choice)
+    usage = Usage()
     for event in events:
         if isinstance(event, PartEnd):
-            reply.choices[event.choice].parts.append(event.part)
+            choices[event.choice].parts.append(event.part)
         elif isinstance(event, Finished):
-            made = reply.choices[event.choice]
-            made.reason, made.logprobs = event.reason, event.logprobs
+            choice = choices[event.choice]
+            choice.reason, choice.logprobs = event.reason, event.logprobs
         elif isinstance(event, Annotated):
-            made = reply.choices[event.choice]
-            made.citations, made.searches = event.citations, event.searches
+            choices[event.choice].citations = event.citations
         elif isinstance(event, Ended):
-            reply.usage = event.usage
+            usage = event.usage
         elif isinstance(event, Failed):
             raise event.error
-    return reply
+    return choices, usage
 
 
 # ==============================================================================
@@ -905,7 +899,8 @@ Read = Callable[[Path], str]  # the text of a credentials file; raises OSError o
 
 
 class ConfigError(Exception):
-    """The accounts file, a flag or the environment cannot be used: a line a problem, with its remedy."""
+    """The accounts file, a flag or the environment cannot be used. Each problem is a line with its
+    remedy."""
 
 
 @value
@@ -1333,7 +1328,7 @@ SECTIONS: Mapping[str, Kind] = {
 def load_config(
     text: str, source: str, env: Mapping[str, str], load: Read, *, accounts: bool = True
 ) -> Config:
-    """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
+    """The accounts file as a Config. Raises ConfigError: of each problem a line `file:line: what`.
 
     Without `accounts` that section is not read, so that its keys need not be there.
     """
@@ -2394,12 +2389,12 @@ class ChoiceRenderer(Renderer):
         return f'{self._before}],"usage":{dumps(render_usage(event.usage))}}}\n\n{DONE}'
 
     def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        reply = collect(events)
+        choices, usage = collect(events)
         return {
             **self._known,
             "object": self._known["object"].removesuffix(".chunk"),
-            "choices": [self.whole_choice(*each) for each in sorted(reply.choices.items())],
-            "usage": render_usage(reply.usage),
+            "choices": [self.whole_choice(*each) for each in sorted(choices.items())],
+            "usage": render_usage(usage),
         }
 
     @abstractmethod
@@ -4620,10 +4615,7 @@ class GeminiReader:
         self._run = run_of(raw, chunk, self._events[before:])
 
     def _parsed(self, raw: bytes) -> Any:
-        try:
-            chunk = fast_loads(raw)
-        except (RecursionError, ValueError):
-            chunk = parse_json(raw)
+        chunk = parse_json(raw)
         return chunk[0] if isinstance(chunk, list) and chunk else chunk
 
     def _chunk(self, chunk: Any) -> None:
