@@ -76,7 +76,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from dataclasses import fields as fields_of
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
@@ -146,73 +146,53 @@ USER_AGENT = f"agproxy/{__version__}"
 # 1. Errors
 # ==============================================================================
 # GatewayError
-# ├── BadRequest            the client's mistake, with the field's path where it is in one
+# ├── BadRequest            the client's mistake, with the field's path if it is in one
 # │   ├── Unauthorized, Forbidden, ModelNotFound, ResponseNotFound, UnknownUrl
 # │   └── MethodNotAllowed, BodyTooLarge, BodyTooSlow
-# ├── StoreTrouble          what is kept cannot be read or written for now
-# ├── PoolExhausted         every account was asked or rests
+# ├── StoreTrouble          stored responses cannot be read or written for now
+# ├── PoolExhausted         no account is left to ask: each failed or is in cooldown
 # └── UpstreamError         one attempt at Gemini failed
-#     ├── UpstreamRefused   Gemini calls the request itself wrong: nobody else would take it
+#     ├── UpstreamRefused   Gemini calls the request itself wrong: no account would take it
 #     │   ├── ContextTooLong, TooLarge, FileRefused
 #     │   ├── ModelGone     this account does not have the model
-#     │   ├── SignatureRefused  worth one more try without the thought signatures
-#     │   └── SchemaRefused     the same, with schemas in Google's own subset
-#     ├── RateLimited       this account or its project, for now
-#     │   └── QuotaGone     the same, for the day
-#     ├── CredentialRefused this account, until a try succeeds
-#     │   └── AccountBarred this account, until its owner acts
+#     │   ├── SignatureRefused  worth one more attempt without the thought signatures
+#     │   └── SchemaRefused     worth one more attempt with reduced schemas
+#     ├── RateLimited       a minute's quota of the account or its project is used up
+#     │   └── QuotaGone     a day's quota
+#     ├── CredentialRefused the account cannot be used, until a probe succeeds
+#     │   └── AccountBarred until its owner acts
 #     ├── TokenTrouble      no token for this account, for some seconds
-#     ├── Overloaded        not the account's fault
-#     │   └── Paused        its owner wants it not to be asked
+#     ├── Overloaded        Gemini's fault, not the account's
+#     │   └── Paused        a person wants the account not to be asked
 #     ├── UpstreamTimeout   no answer in time
-#     ├── Cancelled         the client did not want the rest
+#     ├── Cancelled         the client does not want the answer any more
 #     └── UpstreamBroken    cut, empty or unreadable
 
-RETRY_AFTER_S_MAX = 24 * 3600.0  # no wait is believed beyond a day
-ERROR_CHARS_MAX = 2000
-TOKEN_RETRY_S = 5.0
-# What looks like a key or a token, whoever says it: Google's, OpenAI's, behind `Bearer`, in a
-# query, before an @.
-SECRET_FORMS = re.compile(  # each way to begin is a literal, which makes it six times as fast
-    r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
+RETRY_AFTER_S_MAX = 24 * 3600.0  # daily quotas are renewed by then; a longer wait is a mistake
+ERROR_CHARS_MAX = 2000  # a message is for people and a log's line, whatever Gemini put into it
+TOKEN_RETRY_S = 5.0  # a token endpoint that fails is mostly back by then
+# All that looks like a key or a token: Google's, OpenAI's, behind `Bearer`, in a query, before @.
+SECRET_FORMS = re.compile(  # each alternative begins with a literal: that is six times as fast
+    r"AIza[\w-]{8,}|AQ\.[\w.-]{8,}|ya29\.[\w.-]+|1//[\w-]{20,}|sk-[\w-]{16,}"
+    r"|Bearer [\w.~+/=-]{8,}|bearer [\w.~+/=-]{8,}"
     r"|\?key=[^&\s\"']+|&key=[^&\s\"']+|://[^/@\s]+@"
 )
-Remedy = Literal["give_up", "next_account", "same_account"]
 
 
 class GatewayError(Exception):
-    """A failure that the client is told about; the class answers status, type, code and remedy. It tells no secret."""
+    """A failure that a client reads about; its message holds no secret. A class sets what differs
+    from its parent's: what clients are sent, and what the retry loop does."""
 
     status: int = 500
     type: str = "server_error"
-    default_code: str = "server_error"
-    default_param: str | None = None  # the field of the body that is to blame
-    remedy: Remedy = "give_up"
+    code: str | None = "server_error"
+    failed_code: str = "server_error"  # of `response.failed`, which knows few codes
+    param: str | None = None  # the path of the field that is to blame
     advice: str = "Try again."
-    waits: bool = False  # Retry-After is told
-    retry_helps: bool = True
-
-    @property
-    def failed_code(self) -> str:
-        """The code of a Responses stream's response.failed event."""
-        if self.code in ("context_length_exceeded", "insufficient_quota"):
-            return str(self.code)
-        if self.status == 429:
-            return "rate_limit_exceeded"
-        return "server_error" if self.status >= 500 else "invalid_prompt"
-
+    waits: bool = False  # Retry-After is sent
+    retry_helps: bool = True  # else X-Should-Retry: false is sent
     falls_back: bool = False  # another model of models.fallback may answer
-
-    def __init_subclass__(
-        cls, *, status: int = 0, type: str = "", code: str | None = None, **flags: bool
-    ) -> None:
-        """What clients read stands beside the class's name, where its parent says otherwise; the code "" is null."""
-        cls.status, cls.type = status or cls.status, type or cls.type
-        cls.waits, cls.falls_back = (
-            flags.get("waits", cls.waits),
-            flags.get("falls_back", cls.falls_back),
-        )
-        cls.default_code = cls.default_code if code is None else code
+    remedy: Literal["give_up", "next_account", "same_account"] = "give_up"
 
     def __init__(
         self,
@@ -225,80 +205,113 @@ class GatewayError(Exception):
     ) -> None:
         self.message = SECRET_FORMS.sub("…", message)
         super().__init__(self.message)
-        self.code = code or self.default_code or None
-        self.param = param or self.default_param
+        self.code = code or self.code
+        self.param = param or self.param
         self.retry_after_s = retry_after_s
         self.headers = headers or {}
 
 
-class BadRequest(GatewayError, status=400, type="invalid_request_error", code=""): ...
+class BadRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    failed_code = "invalid_prompt"
 
 
-class Unauthorized(BadRequest, status=401, code="invalid_api_key"): ...
+class Unauthorized(BadRequest):
+    status = 401
+    code = "invalid_api_key"
 
 
-class Forbidden(BadRequest, status=403, type="permission_error"): ...
+class Forbidden(BadRequest):
+    status = 403
+    type = "permission_error"
 
 
-class ModelNotFound(BadRequest, status=404, code="model_not_found"): ...
+class ModelNotFound(BadRequest):
+    status = 404
+    code = "model_not_found"
 
 
-class ResponseNotFound(BadRequest, status=404): ...
+class ResponseNotFound(BadRequest):
+    status = 404
 
 
-class StoreTrouble(GatewayError, status=503, code="server_is_overloaded", waits=True): ...
+class UnknownUrl(BadRequest):
+    status = 404
+    code = "unknown_url"
 
 
-class UnknownUrl(BadRequest, status=404, code="unknown_url"): ...
+class MethodNotAllowed(BadRequest):
+    status = 405
+    code = "method_not_supported"
 
 
-class MethodNotAllowed(BadRequest, status=405, code="method_not_supported"): ...
+class BodyTooLarge(BadRequest):
+    status = 413
+    code = "request_too_large"
 
 
-class BodyTooLarge(BadRequest, status=413, code="request_too_large"): ...
+class BodyTooSlow(BadRequest):
+    status = 408
+    code = "request_timeout"
 
 
-class BodyTooSlow(BadRequest, status=408, code="request_timeout"): ...
+class StoreTrouble(GatewayError):
+    status = 503
+    code = "server_is_overloaded"
+    waits = True
 
 
-class UpstreamError(GatewayError, status=502, code="upstream_error"):
-    """One attempt failed. Who `rests` after it: the whole account, or for this model the account, or all of its project."""
+class UpstreamError(GatewayError):
+    """One attempt failed. In cooldown after it is its `scope`: the whole account, the model on
+    this account, or the model in the account's whole project."""
 
+    status = 502
+    code: str | None = "upstream_error"
     scope: Literal["nobody", "account", "model", "project"] = "nobody"
-    cooldown_s: float = (
-        0.0  # where the upstream does not say; twice as long after each probe that fails
-    )
-    reset_at: float | None = (
-        None  # when the upstream says that the quota is new, in seconds since 1970
-    )
-    quota: str = ""  # what kind of quota is used up
-    limit: int | None = None  # how large that quota is
-    lasting: int = 0  # of several accounts' refusals a client is told one with the least
+    cooldown_s: float = 0.0  # if Gemini names no wait; doubled by each probe that fails
+    reset_at: float | None = None  # when the quota is renewed, in seconds since 1970
+    quota: str = ""  # the quota that is used up
+    limit: int | None = None  # its size
+    lasting: int = 0  # of several accounts' errors, one with the lowest number is sent
 
 
-class Cancelled(UpstreamError, code=""): ...
+class Cancelled(UpstreamError):
+    code = None
 
 
-class UpstreamRefused(UpstreamError, status=400, type="invalid_request_error", code=""): ...
+class UpstreamRefused(UpstreamError):
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    failed_code = "invalid_prompt"
 
 
-class ModelGone(UpstreamRefused, status=404, code="model_not_found", falls_back=True):
+class ModelGone(UpstreamRefused):
+    status = 404
+    code = "model_not_found"
+    param = "model"
+    falls_back = True
     remedy = "next_account"
     scope = "model"
     cooldown_s = 600.0
     quota = "model"
-    default_param = "model"
     lasting = 3
     advice = "Use a name of `agproxy models`, or map it in models.map."
 
 
-class ContextTooLong(UpstreamRefused, code="context_length_exceeded"): ...
+class ContextTooLong(UpstreamRefused):
+    code = failed_code = "context_length_exceeded"
 
 
-class TooLarge(UpstreamRefused, status=413, code="request_too_large"): ...
+class TooLarge(UpstreamRefused):
+    status = 413
+    code = "request_too_large"
 
 
-class FileRefused(UpstreamRefused, code="invalid_value"): ...
+class FileRefused(UpstreamRefused):
+    code = "invalid_value"
 
 
 class SignatureRefused(UpstreamRefused):
@@ -306,20 +319,18 @@ class SignatureRefused(UpstreamRefused):
 
 
 class SchemaRefused(UpstreamRefused):
-    """Gemini takes less of JSON Schema than it says: no `required` without its property, no `$ref` to what is not there.
+    """Gemini takes less of JSON Schema than it promises: no `required` without its property, no
+    `$ref` without its definition.
 
     Source: https://github.com/google-gemini/gemini-cli/issues/4607, .../13326
     """
 
 
-class RateLimited(
-    UpstreamError,
-    status=429,
-    type="rate_limit_error",
-    code="rate_limit_exceeded",
-    waits=True,
-    falls_back=True,
-):
+class RateLimited(UpstreamError):
+    status = 429
+    type = "rate_limit_error"
+    code = failed_code = "rate_limit_exceeded"
+    waits = falls_back = True
     remedy = "next_account"
     scope = "project"
     cooldown_s = 5.0
@@ -327,9 +338,11 @@ class RateLimited(
     advice = "Wait, or add an account of another project."
 
 
-class QuotaGone(RateLimited, type="insufficient_quota", code="insufficient_quota"):
-    """Without a word of the upstream's, until the new day of its quotas begins."""
+class QuotaGone(RateLimited):
+    """If Gemini names no wait, the cooldown lasts until the next day of its quotas."""
 
+    type = code = failed_code = "insufficient_quota"
+    retry_helps = False
     quota = "day"
     lasting = 1
     advice = "Wait for the new day, turn on billing, or add an account of another project."
@@ -358,9 +371,10 @@ class TokenTrouble(UpstreamError):
     advice = "Check the network and token_url."
 
 
-class Overloaded(
-    UpstreamError, status=503, code="server_is_overloaded", waits=True, falls_back=True
-):
+class Overloaded(UpstreamError):
+    status = 503
+    code = "server_is_overloaded"
+    waits = falls_back = True
     remedy = "same_account"
     advice = "Try again later, or ask another model."
 
@@ -373,7 +387,9 @@ class Paused(Overloaded):
     advice = "Resume it by `agproxy pool resume NAME`."
 
 
-class UpstreamTimeout(UpstreamError, status=504, code="timeout"):
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "timeout"
     remedy = "same_account"
     advice = "Try again, or raise proxy.timeouts."
 
@@ -382,116 +398,139 @@ class UpstreamBroken(UpstreamError):
     remedy = "same_account"
 
 
-def without_secret(text: str, secret: str) -> str:
-    """The text without a key that somebody repeats in it; one so short that it is a word would be no key."""
-    return text.replace(secret, "…") if len(secret) >= 8 else text
-
-
 class PoolExhausted(GatewayError):
-    """Nobody could answer: the class of the last refusal, and why each account could not."""
+    """No account could answer. Clients are told so as of the last refusal."""
 
     def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
         super().__init__(message, code=last.code, param=last.param, retry_after_s=retry_after_s)
-        self.status, self.type = last.status, last.type
+        self.status, self.type, self.failed_code = last.status, last.type, last.failed_code
         self.waits, self.falls_back = last.waits, last.falls_back
+        self.retry_helps = last.retry_helps
+
+
+def without_secret(text: str, secret: str) -> str:
+    """The text without a key that it repeats. Under 8 characters a key may be a common word."""
+    if len(secret) < 8:
+        return text
+    return text.replace(secret, "…")
 
 
 # ==============================================================================
 # 2. JSON
 # ==============================================================================
 
-Json = dict[str, Any]  # a JSON object
-BODY_BYTES_MAX = 64 << 20
-LARGE_BYTES = 1 << 20
-BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
+JsonObject = dict[str, Any]
+JsonMap = Mapping[str, Any]  # an object that is only read
 
+BODY_BYTES_MAX = 64 << 20  # three of Gemini's largest requests of 20 MB
+LARGE_BYTES = 1 << 20  # bodies from here on are few at a time: each needs several times its size
+# Levels of nesting. orjson writes 254 of them, and the standard library at least 500 whoever
+# calls it; around a body's levels come those of Gemini's.
+DEPTH_MAX = 200
+BOM = b"\xef\xbb\xbf"
 
-def dumps(value: Any) -> str:
-    """Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
-    return "".join(json_pieces(value, 0))
-
-
-def json_encoder() -> Callable[[Any, int], Iterable[str]]:
-    """The library's encoder, made once: its `encode` makes one a call, which costs more than a small text itself."""
-    one = json.JSONEncoder(
-        ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
-    )
-    make: Any = getattr(importlib.import_module("json.encoder"), "c_make_encoder", None)
-    if make is None:  # in a Python that is not CPython
-        return lambda value, _: one.iterencode(value)
-    made: Callable[[Any, int], Iterable[str]] = make(
-        None, one.default, encode_basestring, None, ":", ",", False, False, False
-    )
-    return made
-
-
-json_pieces = json_encoder()
+dumps = json.JSONEncoder(
+    ensure_ascii=False, separators=(",", ":"), allow_nan=False, check_circular=False
+).encode
+"""Compact JSON. Raises ValueError for what JSON has no word for, such as NaN."""
 
 
 def dump_bytes(value: Any) -> bytes:
-    """Compact JSON in UTF-8. Raises ValueError as `dumps`, and BadRequest for what is nested too deep."""
+    """Compact JSON in UTF-8. Raises ValueError as `dumps` does."""
     if orjson is not None:
-        with contextlib.suppress(
-            TypeError
-        ):  # half a surrogate pair, a number of more than 64 bits, 254 levels
-            return b"%b" % orjson.dumps(value)  # which holds several times what it needs
-    try:
-        return encoded(dumps(value))
-    except RecursionError:
-        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+        with contextlib.suppress(TypeError):  # half a surrogate pair, more than 64 bits, 254 levels
+            return b"%b" % orjson.dumps(value)  # a copy: its own holds several times what it needs
+    return encoded(dumps(value))
 
 
 def encoded(text: str) -> bytes:
-    """The text in UTF-8; half a surrogate pair, as clients send it that cut an emoji in two, becomes '?'."""
+    """The text in UTF-8. Half a surrogate pair becomes '?': some clients cut an emoji in two."""
     return text.encode("utf-8", "replace")
 
 
-def fast_loads(text: str | bytes) -> Any:
-    """The value of a JSON text. Raises ValueError, also for some texts that json.loads takes."""
+def fast_loads(text: str | bytes, loads: Callable[[str], Any] = json.loads) -> Any:
+    """The value of a JSON text, by `loads` if orjson is missing or refuses it.
+
+    Raises ValueError and RecursionError.
+    """
     if orjson is not None:
-        return orjson.loads(text)
+        with contextlib.suppress(ValueError):
+            return orjson.loads(text)
     if isinstance(text, bytes):
-        text = (
-            text.decode()
-        )  # json.loads would guess the encoding first, which costs as much as the parsing
-    try:
-        value, end = scan_json(text, 0)
-    except StopIteration:
-        raise ValueError("no JSON value") from None
-    if end != len(text) and text[end:].strip():
-        raise ValueError("something follows the value")
-    return value
-
-
-scan_json: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder().scan_once  # type: ignore[attr-defined]
+        text = text.removeprefix(BOM).decode()
+    return loads(text)
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text, None where it is none."""
-    for read in (fast_loads, json.loads):
+    """The value of a JSON text, None if it is none."""
+    for loads in (fast_loads, json.loads):  # which takes half a surrogate pair in bytes
         with contextlib.suppress(ValueError, RecursionError):
-            return read(text)
+            return loads(text)
     return None
+
+
+def finite(number: str) -> float:
+    """A number that JSON can hold. Raises ValueError for NaN, and beyond a float's range."""
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is no JSON number")
+    return value
+
+
+STRICT = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 
 
 def parse_strict(text: str) -> Any:
-    """The same for a text that is sent on: None also where it holds NaN or a number that is none in JSON, or is deep."""
-    if not ODD_NUMBER.search(text):
-        return parse_json(text)
+    """The value of a JSON text that is sent on. None if it is none, holds a number that JSON cannot
+    hold, or is nested deeper than DEPTH_MAX. Keeps all digits of integers, as orjson does not."""
     with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(text)
-        json.dumps(value, allow_nan=False)
-        return value
+        value = STRICT.decode(text)
+        if not is_deep(value):
+            return value
     return None
 
 
-ODD_NUMBER = re.compile(
-    r"NaN|Infinity|[eE]\+?\d{3}|\d{17}"
-)  # which is none, or which orjson would round
+def parse_body(data: bytes) -> Any:
+    """The value of a body. Raises BadRequest for what is no strict JSON in UTF-8, and for one that
+    is nested deeper than DEPTH_MAX."""
+    try:
+        body = fast_loads(data, STRICT.decode)
+        if is_deep(body):
+            raise RecursionError
+    except RecursionError:
+        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
+    except ValueError as error:
+        text = f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
+        raise BadRequest(text) from None
+    return body
+
+
+def is_deep(value: Any) -> bool:
+    """True if a JSON value has more than DEPTH_MAX levels. Recursion could not tell for every
+    caller: it fails the earlier, the deeper the caller itself is."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        inner: list[Any] = []
+        for item in level:
+            if item.__class__ is dict:
+                inner += item.values()
+            elif item.__class__ is list:
+                inner += item
+        if not inner:
+            return False
+        level = inner
+    return not {dict, list}.isdisjoint(map(type, level))
+
+
+def objects_in(value: Any) -> list[Any]:
+    """The objects of a list; none of anything else."""
+    if not isinstance(value, list):
+        return []
+    return [item for item in value if isinstance(item, Mapping)]
 
 
 def escaped(key: str) -> str:
-    """A key as a JSON pointer has it. Source: https://www.rfc-editor.org/rfc/rfc6901#section-3"""
+    """A key in a JSON pointer. Source: https://www.rfc-editor.org/rfc/rfc6901#section-3"""
     return key.replace("~", "~0").replace("/", "~1")
 
 
@@ -500,121 +539,56 @@ def pointer_of(path: str) -> str:
     return "/" + re.sub(r"\[(\d+)\]", r".\1", path).replace(".", "/")
 
 
-LOOKED_AT = 4 << 10  # bytes; a multiple of 4
+# ---- long base64, which no JSON parser need read
+
+BASE64_ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/-_"
+PAYLOAD_BYTES_MIN = 16 << 10  # below, cutting costs as much as parsing
+ENDS_BYTES = 4 << 10  # a multiple of 4
 
 
 def is_base64(data: str | bytes) -> bool:
-    payload = (data.encode("ascii", "replace") if isinstance(data, str) else data).rstrip(b"=")
+    if isinstance(data, str):
+        data = encoded(data)
+    payload = data.rstrip(b"=")
     return bool(payload) and not payload.translate(None, BASE64_ALPHABET) and len(payload) % 4 != 1
 
 
 def seems_base64(data: bytes) -> bool:
-    """The same by its ends alone, where nothing in it could end a JSON string: to read 4 MB costs a third of sending them."""
-    ends = data[:LOOKED_AT] + data[-LOOKED_AT - len(data) % 4 :]
+    """True if both ends are base64, and nothing between could end a JSON string: to read 4 MB
+    costs a third of sending them."""
+    ends = data[:ENDS_BYTES] + data[-ENDS_BYTES - len(data) % 4 :]
     return data.isascii() and b"\\" not in data and is_base64(ends)
 
 
-def objects_in(value: Any) -> list[Any]:
-    """The objects of a list; of anything else none."""
-    return [one for one in value if isinstance(one, Mapping)] if isinstance(value, list) else []
-
-
-def put_back(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
-    """The body with the base64 that was cut out of it."""
-    if not payloads:
-        return body
-    first = next(iter(payloads))
-    pattern = re.compile(b"(%b)" % re.sub(rb"\d{8}$", rb"\\d{8}", first.encode()))
-    return b"".join(payloads.get(piece.decode("latin-1"), piece) for piece in pattern.split(body))
-
-
-def finite(number: str) -> float:
-    """A number that JSON can hold. Raises ValueError for NaN, and for one beyond a float's range."""
-    value = float(number)
-    if not math.isfinite(value):
-        raise ValueError(f"{number} is no JSON number")
-    return value
-
-
-LOOKED_THROUGH_MAX = 64 << 10
-BOM = b"\xef\xbb\xbf"
-BODY_DECODER = json.JSONDecoder(parse_constant=finite, parse_float=finite)
-PAYLOAD_BYTES_MIN = 16 << 10
-PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
-
-
 def cut_payloads(
-    data: bytes, seems: Callable[[bytes], bool] = is_base64
+    data: bytes, mark: str, seems: Callable[[bytes], bool] = is_base64
 ) -> tuple[bytes, dict[str, bytes]]:
-    """The body without the base64 of its data: URLs, and what was cut out: no JSON parser need read megabytes of it."""
+    """The body without the long base64 of its data: URLs, and each of these by the text that stands
+    in its place: the mark, which must be hexadecimal and unknown to clients, and a number."""
     payloads: dict[str, bytes] = {}
     pieces = []
     at = 0
     while (start := data.find(b";base64,", at) + 8) > 7 and (end := data.find(b'"', start)) >= 0:
         payload = data[start:end]
         pieces.append(data[at:start])
-        typed = (
-            data[start - 20 : start] != b"octet-stream;base64,"
-        )  # else its content has to tell what it is
+        # Of an octet-stream the content has to tell its type.
+        typed = data[start - 20 : start] != b"octet-stream;base64,"
         if len(payload) >= PAYLOAD_BYTES_MIN and typed and seems(payload):
-            payloads[f"{PAYLOAD_MARK}{len(payloads):08d}"] = payload
-            payload = next(reversed(payloads)).encode()
+            place = f"{mark}{len(payloads):08d}"
+            payloads[place] = payload
+            payload = place.encode()
         pieces.append(payload)
         at = end
-    return b"".join([*pieces, data[at:]]) if payloads else data, payloads
+    return b"".join([*pieces, data[at:]]), payloads
 
 
-def parse_body(data: bytes) -> Any:
-    """A JSON body. Raises BadRequest, also for NaN, for bytes that are not UTF-8, and for one nested too deep.
-
-    That a field is given twice is seen in bodies of common size; to look through a large one would cost a tenth of all.
-    """
-    try:
-        body = load_body(data)
-        if len(data) <= LOOKED_THROUGH_MAX and not surely_single(data, body):
-            json.loads(data, object_pairs_hook=object_of)
-    except RecursionError:
-        raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
-    except ValueError as error:
-        raise BadRequest(
-            f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
-        ) from None
-    return body
-
-
-def load_body(data: bytes) -> Any:
-    if orjson is not None:
-        with contextlib.suppress(
-            ValueError
-        ):  # what it refuses is told by the standard library, or taken
-            return orjson.loads(data)
-    return BODY_DECODER.decode(data.removeprefix(BOM).decode())
-
-
-def surely_single(data: bytes, body: Any) -> bool:
-    """Whether no object of a body has two fields of one name: each has its colon, and there are no more than fields."""
-    found, fields = [body], 0
-    for value in found:  # which grows
-        if value.__class__ is dict:
-            fields += len(value)
-            found += value.values()
-        elif value.__class__ is list:
-            found += value
-    apart = b" :" in data or b"\n:" in data or b"\r:" in data or b"\t:" in data
-    return data.count(b'":') == fields and not apart
-
-
-def object_of(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these fields. Raises BadRequest where two have one name: some programs take the first, some the last."""
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        twice = Counter(name for name, _ in pairs).most_common(1)[0][0][:MODEL_CHARS_MAX]
-        raise BadRequest(
-            f"'{twice}' is given twice in one object. Send it once.",
-            code="invalid_value",
-            param=twice,
-        )
-    return made
+def put_back(body: bytes, payloads: Mapping[str, bytes]) -> bytes:
+    """The body with the base64 that was cut out of it."""
+    if not payloads:
+        return body
+    mark = next(iter(payloads))[:-8].encode()
+    pieces = re.split(rb"(%b\d{8})" % mark, body)
+    return b"".join(payloads.get(piece.decode("latin-1"), piece) for piece in pieces)
 
 
 # ==============================================================================
@@ -628,16 +602,15 @@ ChangeKind = Literal["renamed", "clamped", "emulated", "dropped"]
 
 @value
 class Traits:
-    """What a model can and must do, by default the oldest; asked through traits_of, never by its name in passing."""
+    """The abilities and duties of a model; by default those of the oldest. Asked through traits_of,
+    never by a model's name in passing."""
 
     thinking: Literal["none", "budget", "level"] = "none"
-    thinks: bool = (
-        False  # unless it is told not to, so that summaries of its thoughts can be asked for
-    )
+    thinks: bool = False  # unless asked not to, so that it can show summaries of its thoughts
     can_stop_thinking: bool = False
     budget: tuple[int, int] = (128, 32768)
     levels: tuple[str, ...] = ("LOW", "MEDIUM", "HIGH")
-    signatures: bool = False  # refuses a function call in the history that has no thought signature
+    signatures: bool = False  # refuses calls in the history without thought signatures
     call_ids: bool = False  # gives its function calls ids, and wants them back
     sampling: bool = True
     penalties: bool = True
@@ -652,7 +625,7 @@ class Traits:
 
 @value
 class Change:
-    """Something of a request that could not be carried over as it was, at a JSON pointer."""
+    """A part of a request, at a JSON pointer, that could not be sent as it was."""
 
     pointer: str
     kind: ChangeKind
@@ -661,7 +634,8 @@ class Change:
 
 @value
 class Citation:
-    """A web source of the text from `start` to `end`, counted in code points of the choice's text, or of its part."""
+    """A web source of the text from `start` to `end`, in code points of the choice's text; in a
+    Text, of that part's."""
 
     start: int
     end: int
@@ -671,7 +645,7 @@ class Citation:
 
 @value
 class Signature:
-    """A thought signature, and from where to where in its text the piece stands that Gemini signed."""
+    """A thought signature, and the bounds of the piece of its text that Gemini signed."""
 
     value: str
     start: int
@@ -704,8 +678,7 @@ class Media:
 class ToolCall:
     id: str
     name: str
-    # a JSON text, as the client or the model wrote it; of a custom tool the free text itself
-    arguments: str
+    arguments: str  # a JSON text as the client or the model wrote it; free text if `custom`
     signature: str | None = None
     namespace: str | None = None
     custom: bool = False
@@ -730,7 +703,7 @@ class Message:
 class Tool:
     name: str
     description: str
-    parameters: Mapping[str, Any] | None
+    parameters: JsonMap | None
     namespace: str | None = None
     custom: bool = False  # takes free text instead of an object
     answers: bool = False  # not the client's: its argument is the final answer
@@ -746,20 +719,20 @@ class ToolChoice:
 
 @value
 class JsonFormat:
-    schema: Mapping[str, Any] | None
+    schema: JsonMap | None
 
 
 @value
 class ThinkingWish:
     effort: str | None = None
     budget: int | None = None
-    show: bool = False  # wants to see summaries of the model's thoughts
+    show: bool = False  # summaries of the model's thoughts
     source: str = "/reasoning_effort"
 
 
 @value
 class Request:
-    """What a client asks for, whatever API it spoke."""
+    """A client's request, in the words of no API."""
 
     model: str
     messages: tuple[Message, ...]
@@ -772,24 +745,23 @@ class Request:
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logprobs: int | None = (
-        None  # how many alternatives a token; 0 is none, None is no log probabilities at all
-    )
+    logprobs: int | None = None  # alternatives of each token; None: no log probabilities at all
     seed: int | None = None
     stop: tuple[str, ...] = ()
     json_format: JsonFormat | None = None
     modalities: tuple[str, ...] = ()
-    aspect_ratio: str | None = None  # of images that are made, as is their size
+    aspect_ratio: str | None = None  # of generated images
     image_size: str | None = None
     thinking: ThinkingWish = ThinkingWish()
     n: int = 1
     stream: bool = False
     include_usage: bool = False
     sources: Mapping[str, str] = field(default_factory=dict)
-    """JSON pointers of what the front formats name differently; `search` stands here where a web search is wished."""
+    """JSON pointers of fields that the front formats name differently; `search` is here if a web
+    search is wanted."""
     changes: tuple[Change, ...] = ()
     payloads: Mapping[str, bytes] = field(default_factory=dict)
-    """Long base64 that was cut out of the body before it was parsed, by what stands in its place."""
+    """Long base64 that was cut out of the body before it was parsed, by the text in its place."""
 
 
 @value
@@ -810,15 +782,17 @@ class Usage:
     reasoning: int = 0
 
     def __add__(self, other: Usage) -> Usage:
-        prompt, completion = self.prompt + other.prompt, self.completion + other.completion
         return Usage(
-            prompt, completion, self.cached + other.cached, self.reasoning + other.reasoning
+            self.prompt + other.prompt,
+            self.completion + other.completion,
+            self.cached + other.cached,
+            self.reasoning + other.reasoning,
         )
 
 
 @value
 class Started:
-    """The model has begun to answer; `usage` is what Gemini counted by then."""
+    """The model has begun to answer; `usage` is Gemini's count by then."""
 
     usage: Usage = Usage()
 
@@ -849,7 +823,7 @@ class ArgumentsDelta:
 
 @value
 class Annotated:
-    """The sources of a choice's whole text and what was searched for, all at once, before it is finished."""
+    """The sources of a choice's whole text and the searches for them, once, before it finishes."""
 
     choice: int
     citations: tuple[Citation, ...]
@@ -868,9 +842,7 @@ class PartEnd:
 class Finished:
     choice: int
     reason: FinishReason
-    logprobs: tuple[
-        Mapping[str, Any], ...
-    ] = ()  # of each token: token, logprob and alternatives, where given
+    logprobs: tuple[JsonMap, ...] = ()  # of each token: token, logprob, alternatives
 
 
 @value
@@ -889,42 +861,36 @@ Event = Started | PartStart | Delta | Annotated | PartEnd | Finished | Ended | F
 
 @dataclass(slots=True)
 class Choice:
+    """One of the alternatives of a whole answer."""
+
     parts: list[Part] = field(default_factory=list)
     reason: FinishReason = "stop"
-    logprobs: tuple[Mapping[str, Any], ...] = ()
+    logprobs: tuple[JsonMap, ...] = ()
     citations: tuple[Citation, ...] = ()
-    searches: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
-@dataclass(slots=True)
-class Reply:
-    """A whole answer: what `collect` makes of its events."""
-
-    choices: dict[int, Choice] = field(default_factory=lambda: defaultdict(Choice))
-    usage: Usage = field(default_factory=Usage)
-
-
-def collect(events: Iterable[Event]) -> Reply:
-    """The whole answer. Raises the GatewayError of a Failed event."""
-    reply = Reply()
+def collect(events: Iterable[Event]) -> tuple[dict[int, Choice], Usage]:
+    """The choices of a whole answer by their numbers, and its usage. Raises a Failed event's
+    error."""
+    choices: dict[int, Choice] = defaultdict(Choice)
+    usage = Usage()
     for event in events:
         if isinstance(event, PartEnd):
-            reply.choices[event.choice].parts.append(event.part)
+            choices[event.choice].parts.append(event.part)
         elif isinstance(event, Finished):
-            made = reply.choices[event.choice]
-            made.reason, made.logprobs = event.reason, event.logprobs
+            choice = choices[event.choice]
+            choice.reason, choice.logprobs = event.reason, event.logprobs
         elif isinstance(event, Annotated):
-            made = reply.choices[event.choice]
-            made.citations, made.searches = event.citations, event.searches
+            choices[event.choice].citations = event.citations
         elif isinstance(event, Ended):
-            reply.usage = event.usage
+            usage = event.usage
         elif isinstance(event, Failed):
             raise event.error
-    return reply
+    return choices, usage
 
 
 # ==============================================================================
@@ -934,68 +900,101 @@ def collect(events: Iterable[Event]) -> Reply:
 QUOTAS = ("requests_per_minute", "tokens_per_minute", "requests_per_day", "tokens_per_day")
 STRATEGIES = ("affinity", "round_robin", "fill_first")
 GEMINI_URL = "https://generativelanguage.googleapis.com"
-# A region's Vertex has a host of its own. Source:
-# https://cloud.google.com/vertex-ai/docs/reference/rest
+# A region's Vertex has its own host. Source: https://cloud.google.com/vertex-ai/docs/reference/rest
 VERTEX_URL = "https://{}aiplatform.googleapis.com"
 CLOUDCODE_URL = "https://cloudcode-pa.googleapis.com"
 TOKEN_URL = "https://oauth2.googleapis.com/token"
+YAML_NULL, YAML_MAP, YAML_LIST = (f"tag:yaml.org,2002:{tag}" for tag in ("null", "map", "seq"))
 Read = Callable[[Path], str]  # the text of a credentials file; raises OSError or UnicodeDecodeError
 
 
 class ConfigError(Exception):
-    """What the accounts file, a flag or the environment says cannot be used: one line a problem, with the remedy."""
+    """The accounts file, a flag or the environment cannot be used. Each problem is a line with its
+    remedy."""
 
 
-@dataclass(slots=True)
-class ConfigFile:
-    """The YAML nodes of one accounts file. What is wrong is collected with its line, so that all of it is told at once."""
+@value
+class Node:
+    """A YAML node of the accounts file, at a path such as proxy.port. Problems are noted with their
+    lines, so that all are shown at once; a method raises ValueError with the end of a sentence that
+    begins with the path."""
 
+    yaml: Any
+    path: str
     source: str
     env: Mapping[str, str]
-    read: Read
-    problems: list[str] = field(default_factory=list)
+    load: Read
+    problems: list[str]
 
-    def note(self, node: Any, problem: str) -> None:
-        self.problems.append(f"{self.source}:{node.start_mark.line + 1}: {problem}")
+    def note(self, problem: str) -> None:
+        self.problems.append(f"{self.source}:{self.yaml.start_mark.line + 1}: {problem}")
 
-    def value(self, kind: Kind, node: Any, where: str) -> Any:
-        """The value of a node; None where a problem was noted."""
+    def at(self, yaml: Any, step: str) -> Node:
+        return replace(self, yaml=yaml, path=f"{self.path}{step}".lstrip("."))
+
+    def read(self, kind: Kind) -> Any:
+        """The value of the node; None if a problem was noted."""
         try:
-            return kind(self, node, where)
+            return kind(self)
         except ValueError as error:
-            return self.note(node, f"'{where}' {error}")
+            return self.note(f"'{self.path}' {error}")
 
-    def section(self, node: Any, path: str, kinds: Mapping[str, Kind]) -> dict[str, Any]:
-        """The values given in a mapping, each read by its kind; null is as if the key were not there."""
-        values: dict[str, Any] = {}
-        if node is None or node.tag == YAML_NULL:
+    def section(self, kinds: Mapping[str, Kind]) -> JsonObject:
+        """The values of a mapping, each read by its kind. A key with null counts as absent."""
+        values: JsonObject = {}
+        if self.yaml is None or self.yaml.tag == YAML_NULL:
             return values
-        if node.tag != YAML_MAP:
-            self.note(
-                node,
-                f"{path or 'the file'} must hold 'key: value' lines (keys: {', '.join(kinds)}).",
-            )
+        if self.yaml.tag != YAML_MAP:
+            name = self.path or "the file"
+            self.note(f"{name} must hold 'key: value' lines (keys: {', '.join(kinds)}).")
             return values
-        for key, value in node.value:
-            if not isinstance(key.value, str):
-                self.note(key, "a key must be a word.")
-                continue
-            where = f"{path}.{key.value}".lstrip(".")
-            if key.value not in kinds:
-                self.note(key, f"unknown key '{key.value}' {nearest(key.value, kinds)}")
-            elif key.value in values:
-                self.note(key, f"'{where}' stands here twice; remove one.")
-            elif (
-                value.tag != YAML_NULL
-                and (read := self.value(kinds[key.value], value, where)) is not None
-            ):
-                values[key.value] = read
+        for key, yaml in self.yaml.value:
+            name, here = key.value, self.at(key, f".{key.value}")
+            if not isinstance(name, str):
+                here.note("a key must be a word.")
+            elif name not in kinds:
+                here.note(f"unknown key '{name}' {nearest(name, kinds)}")
+            elif name in values:
+                here.note(f"'{here.path}' stands here twice; remove one.")
+            elif yaml.tag != YAML_NULL:
+                found = replace(here, yaml=yaml).read(kinds[name])
+                if found is not None:
+                    values[name] = found
         return values
 
+    def items(self) -> list[Node]:
+        return [self.at(item, f"[{i}]") for i, item in enumerate(self.yaml.value)]
 
-Kind = Callable[[ConfigFile, Any, str], Any]
-"""Reads one YAML node. Raises ValueError with the end of the sentence that begins with the key."""
-YAML_NULL, YAML_MAP, YAML_LIST = (f"tag:yaml.org,2002:{tag}" for tag in ("null", "map", "seq"))
+    def text(self) -> str:
+        text = self.yaml.value
+        if not isinstance(text, str) or not text or not text.isprintable():
+            raise ValueError("must be a text without control characters.")
+        return text
+
+    def texts(self) -> tuple[str, ...]:
+        """The texts of a list, or a single one."""
+        if self.yaml.tag != YAML_LIST:
+            return (self.text(),)
+        return tuple(item.text() for item in self.items())
+
+    def secret(self) -> str:
+        """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
+        text = self.text()
+        match = re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", text)
+        if not match:
+            return text
+        name = match[1] or match[2]
+        found = self.env.get(name, "").strip()
+        if not found:
+            needed = f"needs the environment variable {name}, which is not set."
+            raise ValueError(f"{needed} Export it first.")
+        if not found.isprintable():
+            wrong = f"is read from {name}, which holds control characters."
+            raise ValueError(f"{wrong} Export it anew.")
+        return found
+
+
+Kind = Callable[[Node], Any]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -1004,68 +1003,42 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"({near[0]}?)" if near else f"(known: {', '.join(known)})"
 
 
-def read_text(file: ConfigFile, node: Any, where: str) -> str:
-    if not isinstance(node.value, str) or not node.value or not node.value.isprintable():
-        raise ValueError("must be a text without control characters.")
-    return node.value
-
-
-def read_secret(file: ConfigFile, node: Any, where: str) -> str:
-    """A text, or by `${NAME}` or `env:NAME` the value of an environment variable."""
-    value = read_text(file, node, where)
-    if not (match := re.fullmatch(r"\$\{(\w+)\}|env:(\w+)", value)):
-        return value
-    name = match[1] or match[2]
-    found = file.env.get(name, "").strip()
-    if not found:
-        raise ValueError(
-            f"needs the environment variable {name}, which is not set. Export it first."
-        )
-    if not found.isprintable():
-        raise ValueError(f"is read from {name}, which holds control characters. Export it anew.")
-    return found
-
-
-def read_flag(file: ConfigFile, node: Any, where: str) -> bool:
-    value = read_text(file, node, where).lower()
-    if value not in ("true", "yes", "on", "false", "no", "off"):
+def read_flag(node: Node) -> bool:
+    word = node.text().lower()
+    flag = word in ("true", "yes", "on")
+    if not flag and word not in ("false", "no", "off"):
         raise ValueError("must be true or false.")
-    return value in ("true", "yes", "on")
+    return flag
 
 
-def read_path(file: ConfigFile, node: Any, where: str) -> str:
+def read_path(node: Node) -> str:
     """A file, from where the accounts file stands; ~ is the user's home."""
-    value = re.sub(r"^~(?=/)", file.env.get("HOME", "~"), read_secret(file, node, where))
-    return str(Path(file.source).parent / value)
+    path = re.sub(r"^~(?=/)", node.env.get("HOME", "~"), node.secret())
+    return str(Path(node.source).parent / path)
 
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> float:
+    def read(node: Node) -> float:
         with contextlib.suppress(TypeError, ValueError):
-            if low <= (value := kind(node.value)) <= high:
-                return value
+            if low <= (number := kind(node.yaml.value)) <= high:
+                return number
         raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
 
     return read
 
 
 def read_word(*words: str) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> str:
-        if node.value not in words:
+    def read(node: Node) -> str:
+        if node.yaml.value not in words:
             raise ValueError(f"must be one of {', '.join(words)}.")
-        return str(node.value)
+        return str(node.yaml.value)
 
     return read
 
 
-def read_texts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    nodes = node.value if node.tag == YAML_LIST else [node]
-    return tuple(read_text(file, item, where) for item in nodes)
-
-
 def read_words(*words: str) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-        found = tuple(text.upper() for text in read_texts(file, node, where))
+    def read(node: Node) -> tuple[str, ...]:
+        found = tuple(text.upper() for text in node.texts())
         if not found or not set(found) <= set(words):
             raise ValueError(f"must be some of {', '.join(words)}.")
         return found
@@ -1073,293 +1046,276 @@ def read_words(*words: str) -> Kind:
     return read
 
 
-def read_range(file: ConfigFile, node: Any, where: str) -> tuple[int, int]:
-    ends = read_texts(file, node, where)
-    if (
-        len(ends) != 2
-        or not all(re.fullmatch(r"\d{1,9}", end) for end in ends)
-        or int(ends[0]) > int(ends[1])
-    ):
+def read_range(node: Node) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9}) (\d{1,9})", " ".join(node.texts()))
+    if not match or int(match[1]) > int(match[2]):
         raise ValueError("must be two whole numbers, [least, most].")
-    return int(ends[0]), int(ends[1])
+    return int(match[1]), int(match[2])
 
 
-def read_url(file: ConfigFile, node: Any, where: str) -> str:
-    value = read_secret(file, node, where).rstrip("/")
-    labels = host_of(value).split(".")
-    if not re.fullmatch(r"https?://\S+", value) or not all(0 < len(label) < 64 for label in labels):
+def read_url(node: Node) -> str:
+    url = node.secret().rstrip("/")
+    labels = host_of(url).split(".")
+    if not re.fullmatch(r"https?://\S+", url) or not all(0 < len(label) < 64 for label in labels):
         raise ValueError("must be a URL that begins with http:// or https://.")
-    return value
+    return url
 
 
-def read_hosts(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
+def read_hosts(node: Node) -> tuple[str, ...]:
     """Host names as they are compared with those of URLs: without port, brackets and capitals."""
-    given = read_texts(file, node, where)
-    hosts = tuple(
-        host_of(f"//[{host}]" if host.count(":") > 1 and host[0] != "[" else f"//{host}")
-        for host in given
-    )
-    if not all(hosts) or any(re.search(r"[/*\s]", host) for host in given):
+    texts = node.texts()
+    # An IPv6 address without brackets has two colons and more.
+    hosts = tuple(host_of("//" + re.sub(r"^(?!\[).*:.*:.*", r"[\g<0>]", text)) for text in texts)
+    if not all(hosts) or re.search(r"[/*\s]", "".join(texts)):
         raise ValueError("must be host names without scheme and *, such as box.lan.")
     return hosts
 
 
-def read_origins(file: ConfigFile, node: Any, where: str) -> tuple[str, ...]:
-    origins = tuple(origin.rstrip("/").lower() for origin in read_texts(file, node, where))
+def read_origins(node: Node) -> tuple[str, ...]:
+    origins = tuple(origin.rstrip("/").lower() for origin in node.texts())
     if not all(re.fullmatch(r"null|[a-z][\w+.-]*://[^/*\s]+", origin) for origin in origins):
-        raise ValueError(
-            "must be origins with a scheme and without *, such as https://chat.example.com."
-        )
+        example = "such as https://chat.example.com"
+        raise ValueError(f"must be origins with a scheme and without *, {example}.")
     return origins
 
 
-def read_store(file: ConfigFile, node: Any, where: str) -> str:
-    """Where responses are kept: `memory`, `off`, or a file; a bare word is more likely a slip than a file's name."""
-    value = read_text(file, node, where)
-    if value not in ("memory", "off") and not re.search(r"[/\\]", value):
+def read_store(node: Node) -> str:
+    """The place of stored responses: `memory`, `off`, or a file. A bare word is more likely a slip
+    than a file's name."""
+    place = node.text()
+    if not re.search(r"^(memory|off)$|[/\\]", place):
         raise ValueError("must be memory, off or the path of a file, such as ~/agproxy.sqlite3.")
-    return value
+    return place
 
 
 def read_map(kind: Kind) -> Kind:
-    def read(file: ConfigFile, node: Any, where: str) -> dict[str, Any]:
-        names = (
-            [key.value for key, _ in node.value if isinstance(key.value, str)]
-            if node.tag == YAML_MAP
-            else ["NAME"]
-        )
-        return file.section(node, where, dict.fromkeys(names, kind))
+    """A mapping with names of the user's as its keys."""
+
+    def read(node: Node) -> JsonObject:
+        names = ["NAME"]
+        if node.yaml.tag == YAML_MAP:
+            names = [key.value for key, _ in node.yaml.value if isinstance(key.value, str)]
+        return node.section(dict.fromkeys(names, kind))
 
     return read
 
 
 def read_section(kinds: Mapping[str, Kind], make: Callable[..., Any] = dict) -> Kind:
-    return lambda file, node, where: make(**file.section(node, where, kinds))
+    return lambda node: make(**node.section(kinds))
 
 
-def setting(read: Kind, **more: Any) -> Any:
-    """A field that the accounts file may give under its name, and how it is read there."""
-    return field(metadata={"read": read}, **more)
+def setting(read: Kind, default: Any = MISSING, **more: Any) -> Any:
+    """A field that the accounts file may set under its name, and the kind that reads it."""
+    return field(default=default, metadata={"read": read}, **more)
 
 
 def keys_of(kind: type[Any]) -> dict[str, Kind]:
-    return {one.name: one.metadata["read"] for one in fields_of(kind) if one.metadata}
+    return {key.name: key.metadata["read"] for key in fields_of(kind) if key.metadata}
 
 
 read_seconds = read_number(0.001, 86400)
-# By model or pattern, and by quota, what a project may be asked.
+# For each model or pattern and each quota, how much a project may use.
 read_limits = read_map(read_section(dict.fromkeys(QUOTAS, read_number(1, 1 << 40, int))))
+USER_KEYS = ("client_id", "client_secret", "refresh_token")
+OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+# The keys that an account of each kind cannot have.
+FOREIGN_KEYS = {"gemini": OAUTH_KEYS, "vertex": ("api_key",), "cloudcode": ("api_key",)}
 
 
 @value
 class Account:
     name: str
-    api_key: str = setting(read_secret, default="", repr=False)
-    base_url: str = setting(read_url, default=GEMINI_URL)
-    kind: str = setting(read_word("gemini", "vertex", "cloudcode"), default="gemini")
-    email: str | None = setting(read_text, default=None)
-    weight: float = setting(
-        read_number(0.01, 1000), default=1.0
-    )  # by how much more it is asked than one of weight 1
-    max_concurrency: int | None = setting(read_number(1, 100000, int), default=None)
-    quota_group: str | None = setting(
-        read_text, default=None
-    )  # accounts of one Google project share its quota
+    api_key: str = setting(Node.secret, "", repr=False)
+    base_url: str = setting(read_url, GEMINI_URL)
+    kind: str = setting(read_word(*FOREIGN_KEYS), "gemini")
+    email: str | None = setting(Node.text, None)
+    weight: float = setting(read_number(0.01, 1000), 1.0)  # its share of requests
+    max_concurrency: int | None = setting(read_number(1, 100000, int), None)
+    quota_group: str | None = setting(Node.text, None)  # accounts of one project share its quota
     limits: Mapping[str, Mapping[str, int]] = setting(read_limits, default_factory=dict)
-    proxy: str | None = setting(read_url, default=None, repr=False)
-    credentials: str = setting(
-        read_path, default=""
-    )  # holds the tokens; `agproxy login` makes it if none is named
-    client_id: str = setting(read_secret, default="")
-    client_secret: str = setting(read_secret, default="", repr=False)
-    refresh_token: str = setting(read_secret, default="", repr=False)
+    proxy: str | None = setting(read_url, None, repr=False)
+    credentials: str = setting(read_path, "")  # holds the tokens; `agproxy login` makes it
+    client_id: str = setting(Node.secret, "")
+    client_secret: str = setting(Node.secret, "", repr=False)
+    refresh_token: str = setting(Node.secret, "", repr=False)
     service_account: str = field(default="", repr=False)  # the JSON of a service account's file
-    token_url: str = setting(read_url, default=TOKEN_URL)
-    project: str = setting(read_secret, default="")
-    location: str = setting(read_text, default="global")
+    token_url: str = setting(read_url, TOKEN_URL)
+    project: str = setting(Node.secret, "")
+    location: str = setting(Node.text, "global")
 
 
-ACCOUNT_KEYS = {"name": read_text, "enabled": read_flag, **keys_of(Account)}
-USER_KEYS = ("client_id", "client_secret", "refresh_token")
-OAUTH_KEYS = ("credentials", *USER_KEYS, "token_url", "project", "location")
+ACCOUNT_KEYS = {"name": Node.text, "enabled": read_flag, **keys_of(Account)}
 
 
 @value
 class ClientKey:
-    """A key that lets a client in, and the name by which the log knows that client."""
+    """A key that lets a client in, and the client's name in the log."""
 
-    name: str = setting(read_text)
-    key: str = setting(read_secret, repr=False)
+    name: str = setting(Node.text)
+    key: str = setting(Node.secret, repr=False)
 
 
 def secrets_of(owner: Any) -> list[str]:
-    """What of an account or a client's key is shown to nobody."""
-    return [getattr(owner, one.name) or "" for one in fields_of(owner) if not one.repr]
+    """The values of an account or a client's key that are shown to nobody."""
+    return [getattr(owner, key.name) or "" for key in fields_of(owner) if not key.repr]
 
 
-def read_keys(file: ConfigFile, node: Any, where: str) -> tuple[ClientKey, ...]:
+def read_keys(node: Node) -> tuple[ClientKey, ...]:
     """One key, or a list of `{name, key}`."""
-    if node.tag != YAML_LIST:
-        return (ClientKey("client", read_secret(file, node, where)),)
-    keys = keys_of(ClientKey)
-    found = [file.section(item, f"{where}[{i}]", keys) for i, item in enumerate(node.value)]
-    if not all(len(one) == len(keys) for one in found):
+    if node.yaml.tag != YAML_LIST:
+        return (ClientKey("client", node.secret()),)
+    kinds = keys_of(ClientKey)
+    keys = [item.section(kinds) for item in node.items()]
+    if not all(len(key) == len(kinds) for key in keys):
         raise ValueError("must be one key, or a list of entries with a `name` and a `key` each.")
-    return tuple(ClientKey(**one) for one in found)
+    return tuple(ClientKey(**key) for key in keys)
 
 
 @value
 class Timeouts:
-    connect_s: float = setting(read_seconds, default=10.0)
-    first_event_s: float = setting(read_seconds, default=300.0)
-    idle_s: float = setting(read_seconds, default=300.0)
-    total_s: float | None = setting(read_seconds, default=None)  # None: as long as it takes
-    stall_s: float = setting(read_seconds, default=120.0)
+    connect_s: float = setting(read_seconds, 10.0)
+    first_event_s: float = setting(read_seconds, 300.0)
+    idle_s: float = setting(read_seconds, 300.0)
+    total_s: float | None = setting(read_seconds, None)  # None: as long as it takes
+    stall_s: float = setting(read_seconds, 120.0)
 
 
 @value
 class Config:
     accounts: tuple[Account, ...]
-    host: str | None = setting(read_text, default=None)
-    port: int = setting(read_number(0, 65535, int), default=8045)
-    auth_mode: str = setting(
-        read_word("off", "strict", "all_except_health", "auto"), default="auto"
-    )
-    api_key: tuple[ClientKey, ...] = setting(read_keys, default=())
-    allow_lan_access: bool = setting(read_flag, default=False)
-    allowed_hosts: tuple[str, ...] = setting(read_hosts, default=())
-    cors_origins: tuple[str, ...] = setting(read_origins, default=())
-    show_account: str = setting(read_word("full", "masked", "off"), default="masked")
-    upstream_proxy: str | None = setting(read_url, default=None, repr=False)
-    strict: bool = setting(read_flag, default=False)
-    strategy: str = setting(read_word(*STRATEGIES), default="affinity")
-    max_wait_s: float = setting(read_number(0, 3600), default=10.0)
-    reserve: float = setting(
-        read_number(0, 0.9), default=0.0
-    )  # share of each limit left alone while others can answer
-    max_requests: int = setting(read_number(1, 1 << 20, int), default=1000)
-    store: str | None = setting(read_store, default=None)
-    fetch_media: bool = setting(read_flag, default=True)
-    media_hosts: tuple[str, ...] = setting(read_hosts, default=())
-    images_in_text: bool = setting(read_flag, default=False)
-    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), default=Timeouts())
-    heartbeat_s: float = setting(read_number(0, 3600), default=15.0)
+    host: str | None = setting(Node.text, None)
+    port: int = setting(read_number(0, 65535, int), 8045)
+    auth_mode: str = setting(read_word("off", "strict", "all_except_health", "auto"), "auto")
+    api_key: tuple[ClientKey, ...] = setting(read_keys, ())
+    allow_lan_access: bool = setting(read_flag, False)
+    allowed_hosts: tuple[str, ...] = setting(read_hosts, ())
+    cors_origins: tuple[str, ...] = setting(read_origins, ())
+    show_account: str = setting(read_word("full", "masked", "off"), "masked")
+    upstream_proxy: str | None = setting(read_url, None, repr=False)
+    strict: bool = setting(read_flag, False)
+    strategy: str = setting(read_word(*STRATEGIES), "affinity")
+    max_wait_s: float = setting(read_number(0, 3600), 10.0)
+    reserve: float = setting(read_number(0, 0.9), 0.0)  # share of each limit that is spared
+    max_requests: int = setting(read_number(1, 1 << 20, int), 1000)
+    store: str | None = setting(read_store, None)
+    fetch_media: bool = setting(read_flag, True)
+    media_hosts: tuple[str, ...] = setting(read_hosts, ())
+    images_in_text: bool = setting(read_flag, False)
+    timeouts: Timeouts = setting(read_section(keys_of(Timeouts), Timeouts), Timeouts())
+    heartbeat_s: float = setting(read_number(0, 3600), 15.0)
     default_model: str | None = None
     aliases: Mapping[str, str] = field(default_factory=dict)
     fallback: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    traits: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    traits: Mapping[str, JsonMap] = field(default_factory=dict)
     demo: bool = False
 
     @property
     def auth(self) -> str:
         """The effective mode: `auto` asks for a key exactly where the LAN can reach the gateway."""
-        fitting = "all_except_health" if self.allow_lan_access else "off"
-        return fitting if self.auth_mode == "auto" else self.auth_mode
+        if self.auth_mode != "auto":
+            return self.auth_mode
+        return "all_except_health" if self.allow_lan_access else "off"
 
     @property
     def bind(self) -> str:
-        """The address to listen on; one of IPv6 may be given in brackets, as URLs have it."""
-        return (
-            (self.host or ("0.0.0.0" if self.allow_lan_access else "127.0.0.1")).strip("[]").lower()
-        )
+        """The address to listen on. IPv6 may be given in brackets, as in URLs."""
+        default = "0.0.0.0" if self.allow_lan_access else "127.0.0.1"
+        return (self.host or default).strip("[]").lower()
 
     @property
     def base_url(self) -> str:
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.bind, self.bind)
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}/v1"
+        if ":" in host:
+            host = f"[{host}]"
+        return f"http://{host}:{self.port}/v1"
 
 
-def read_accounts(file: ConfigFile, node: Any, where: str) -> tuple[Account, ...]:
-    if node.tag != YAML_LIST:
+def read_accounts(node: Node) -> tuple[Account, ...]:
+    if node.yaml.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
     accounts: dict[str, Account] = {}
-    for i, item in enumerate(node.value):
-        if account := file.value(read_account, item, f"{where}[{i}]"):
+    for item in node.items():
+        if account := item.read(read_account):
             if account.name in accounts:
-                file.note(
-                    item, f"two accounts are named '{account.name}'; give each its own `name`."
-                )
+                item.note(f"two accounts are named '{account.name}'; give each its own `name`.")
             accounts[account.name] = account
     return tuple(accounts.values())
 
 
-def read_account(file: ConfigFile, node: Any, where: str) -> Account | None:
-    """The account; None where it is disabled or a problem was noted."""
-    known = len(file.problems)
-    given = file.section(node, where, ACCOUNT_KEYS)
+def read_account(node: Node) -> Account | None:
+    """The account; None if it is disabled or a problem was noted."""
+    known = len(node.problems)
+    given = node.section(ACCOUNT_KEYS)
     if not given.pop("enabled", True):
-        del file.problems[known:]  # its variables need not be set
+        del node.problems[known:]  # its variables need not be set
         return None
-    if len(file.problems) > known:
+    if len(node.problems) > known:
         return None
     if not given.setdefault("name", given.get("email")):
         raise ValueError("needs a `name` or an `email`.")
     kind = given.setdefault("kind", "gemini")
-    if strange := [
-        key for key in given if key in (OAUTH_KEYS if kind == "gemini" else ("api_key",))
-    ]:
-        raise ValueError(
-            f"is of kind {kind}, which has no use for `{strange[0]}`. Remove it, or name another kind."
-        )
+    for key in given:
+        if key in FOREIGN_KEYS[kind]:
+            remedy = "Remove it, or name another kind."
+            raise ValueError(f"is of kind {kind}, which has no use for `{key}`. {remedy}")
     if kind != "gemini":
-        add_login(file, given, kind)
+        given.setdefault("base_url", google_url(given))
+        find_credentials(node, given)
     elif "api_key" not in given:
         raise ValueError("needs an `api_key`.")
     return Account(**given)
 
 
-def add_login(file: ConfigFile, given: dict[str, Any], kind: str) -> None:
-    """Fills in what the kind of the account implies and what its credentials file holds. Raises ValueError."""
-    if kind == "vertex" and not given.get("project"):
+def google_url(given: JsonMap) -> str:
+    """The URL of an account's kind and location. Raises ValueError."""
+    if given["kind"] == "vertex" and "project" not in given:
         raise ValueError("needs a `project`.")
     region = given.get("location", "global")
     if not re.fullmatch(r"[a-z0-9-]+", region):
-        raise ValueError(
-            f"has the location '{region}'. Use a region's name such as europe-west1, or global."
-        )
-    vertex = VERTEX_URL.format("" if region == "global" else f"{region}-")
-    given.setdefault("base_url", vertex if kind == "vertex" else CLOUDCODE_URL)
+        remedy = "Use a region's name such as europe-west1, or global."
+        raise ValueError(f"has the location '{region}'. {remedy}")
+    if given["kind"] != "vertex":
+        return CLOUDCODE_URL
+    return VERTEX_URL.format("" if region == "global" else f"{region}-")
+
+
+def find_credentials(node: Node, given: JsonObject) -> None:
+    """Adds to an account what its credentials file holds. Raises ValueError."""
     named = "credentials" in given
-    if not named and not (given.get("client_id") and given.get("client_secret")):
-        client = "the `client_id` and `client_secret` of an OAuth client of yours"
-        raise ValueError(f"needs `credentials: FILE`, or {client}.")
-    if not named and not given.get("refresh_token"):
+    if not named:
+        if not given.keys() >= {"client_id", "client_secret"}:
+            client = "the `client_id` and `client_secret` of an OAuth client of yours"
+            raise ValueError(f"needs `credentials: FILE`, or {client}.")
+        if "refresh_token" in given:
+            return
         word = re.sub(r"[^\w.@-]", "_", given["name"])
-        given["credentials"] = str(Path(file.source).parent / f"{word}.token.json")
+        given["credentials"] = str(Path(node.source).parent / f"{word}.token.json")
     try:
-        if "credentials" in given:
-            read_credentials(file.read(Path(given["credentials"])), given)
+        read_credentials(node.load(Path(given["credentials"])), given)
     except (OSError, UnicodeDecodeError):
         if named:
-            raise ValueError(
-                f"names {given['credentials']}, which cannot be read. Check `credentials`."
-            ) from None
+            text = f"names {given['credentials']}, which cannot be read. Check `credentials`."
+            raise ValueError(text) from None
 
 
-def read_credentials(text: str, given: dict[str, Any]) -> None:
-    """Takes over what stands in a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
-    found: Any = None
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(text)
-    texts = (
-        {key: value for key, value in found.items() if isinstance(value, str)}
-        if isinstance(found, dict)
-        else {}
-    )
+def read_credentials(text: str, given: JsonObject) -> None:
+    """Takes over a file as gcloud, the console or `agproxy login` write it. Raises ValueError."""
+    found = parse_json(text)
+    if not isinstance(found, dict):
+        found = {}
+    texts = {key: value for key, value in found.items() if isinstance(value, str)}
     if texts.get("type") == "service_account" and texts.keys() >= {"client_email", "private_key"}:
         given["service_account"] = text
         given.setdefault("token_url", texts.get("token_uri", TOKEN_URL))
     elif texts.keys() >= set(USER_KEYS):
         given |= {key: given.get(key) or texts[key] for key in USER_KEYS}
     else:
-        name = given["credentials"]
-        raise ValueError(
-            f"has {name}, which is no authorized_user and no service_account file. Make it anew."
-        )
+        wrong = "which is no authorized_user and no service_account file. Make it anew."
+        raise ValueError(f"has {given['credentials']}, {wrong}")
 
 
 TRAIT_KEYS: Mapping[str, Kind] = {
-    **{name.name: read_flag for name in fields_of(Traits) if name.type == "bool"},
+    **{trait.name: read_flag for trait in fields_of(Traits) if trait.type == "bool"},
     "thinking": read_word("none", "budget", "level"),
     "levels": read_words(*(effort.upper() for effort in EFFORTS)),
     "answers": read_words("TEXT", "IMAGE", "AUDIO"),
@@ -1367,9 +1323,9 @@ TRAIT_KEYS: Mapping[str, Kind] = {
     "output_tokens_max": read_number(1, 1 << 30, int),
 }
 MODELS_KEYS: Mapping[str, Kind] = {
-    "default": read_text,
-    "map": read_map(read_text),
-    "fallback": read_map(read_texts),
+    "default": Node.text,
+    "map": read_map(Node.text),
+    "fallback": read_map(Node.texts),
     "traits": read_map(read_section(TRAIT_KEYS)),
 }
 SECTIONS: Mapping[str, Kind] = {
@@ -1380,64 +1336,60 @@ SECTIONS: Mapping[str, Kind] = {
 
 
 def load_config(
-    text: str, source: str, env: Mapping[str, str], read: Read, *, accounts: bool = True
+    text: str, source: str, env: Mapping[str, str], load: Read, *, accounts: bool = True
 ) -> Config:
-    """The accounts file as a Config. Raises ConfigError with a line `file:line: what` for each problem.
+    """The accounts file as a Config. Raises ConfigError: of each problem a line `file:line: what`.
 
     Without `accounts` that section is not read, so that its keys need not be there.
     """
-    import yaml
-
-    file = ConfigFile(source, env, read)
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
-        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
-        raise ConfigError(
-            f"{source}:{line + 1}: not valid YAML ({problem}). Mend this line."
-        ) from None
-    except (
-        ValueError,
-        OverflowError,
-        RecursionError,
-    ) as error:  # a character beyond Unicode; no end of brackets
-        raise ConfigError(f"{source}: not valid YAML ({error}). Write it anew.") from None
-    given = file.section(
-        node, "", SECTIONS if accounts else {**SECTIONS, "accounts": lambda *_: ()}
-    )
-    proxy, models = given.get("proxy", {}), given.get("models", {})
-    renamed = {"default": "default_model", "map": "aliases"}
-    chosen = {renamed.get(key, key): value for key, value in models.items()}
-    config = Config(given.get("accounts", ()), **proxy, **chosen)
-    problems = [*file.problems, *(f"{source}: {problem}" for problem in config_problems(config))]
+    problems: list[str] = []
+    kinds = dict(SECTIONS)
+    if not accounts:
+        kinds["accounts"] = lambda _: ()
+    given = Node(compose_yaml(text, source), "", source, env, load, problems).section(kinds)
+    models = given.get("models", {})
+    names = {"default": "default_model", "map": "aliases"}
+    models = {names.get(key, key): value for key, value in models.items()}
+    config = Config(given.get("accounts", ()), **given.get("proxy", {}), **models)
+    problems += [f"{source}: {problem}" for problem in config_problems(config)]
     if problems:
         raise ConfigError("\n".join(problems))
     return config
 
 
+def compose_yaml(text: str, source: str) -> Any:
+    """The root node of a YAML text, None if it is empty. Raises ConfigError."""
+    import yaml
+
+    try:
+        return yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = mark.line if mark else text.count("\n", 0, getattr(error, "position", 0))
+        problem = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
+        place, remedy = f"{source}:{line + 1}", "Mend this line."
+    except (ValueError, OverflowError, RecursionError) as error:
+        # A character beyond Unicode, or no end of brackets.
+        place, problem, remedy = source, error, "Write it anew."
+    raise ConfigError(f"{place}: not valid YAML ({problem}). {remedy}")
+
+
 def config_problems(config: Config) -> list[str]:
-    """What cannot be right or safe in values that are each right on their own."""
+    """The problems of values that are each right on their own, but not safe together."""
     if config.allow_lan_access or is_loopback(config.bind):
         return []
-    return [
-        f"host {config.bind} is reachable from outside; set proxy.allow_lan_access: true to allow it."
-    ]
+    remedy = "set proxy.allow_lan_access: true to allow it."
+    return [f"host {config.bind} is reachable from outside; {remedy}"]
 
 
 @functools.lru_cache(256)
 def host_of(url: str) -> str:
-    """The host of a URL in lower case, without a final dot; nothing where it is malformed."""
-    try:
+    """The host of a URL in lower case, without a final dot; empty if the URL is malformed."""
+    with contextlib.suppress(ValueError):
         parts = urlsplit(url)
-        return (
-            (parts.hostname or "").removesuffix(".")
-            if parts.port is None or parts.port >= 0
-            else ""
-        )
-    except ValueError:
-        return ""
+        host, _ = parts.hostname or "", parts.port  # a bad port raises too
+        return host.removesuffix(".")
+    return ""
 
 
 @functools.lru_cache(256)
@@ -1446,7 +1398,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_public(host: str) -> bool:
-    """Whether an address belongs to the internet; one that carries another inside counts as that one."""
+    """True for an address of the internet. One that carries another inside counts as that one."""
     address = ip_address(host.strip("[]").partition("%")[0])
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo or (None, None))[1]
@@ -1454,10 +1406,9 @@ def is_public(host: str) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner:
             return is_public(str(inner))
-    given_out = isinstance(address, IPv4Address) or address in ip_network(
-        "2000::/3"
-    )  # of IPv6 nothing else is
-    return given_out and address.is_global and not address.is_multicast
+        if address not in ip_network("2000::/3"):  # of IPv6 nothing else is assigned
+            return False
+    return address.is_global and not address.is_multicast
 
 
 def is_address(host: str) -> bool:
@@ -1479,7 +1430,7 @@ UNKNOWN: tuple[Fate, str, str] = ("dropped", "unknown field", "")
 Past = Sequence[Any] | None  # the items of a stored conversation; None where nothing is stored
 
 
-def openai_error(error: GatewayError) -> dict[str, Any]:
+def openai_error(error: GatewayError) -> JsonObject:
     details = {"message": error.message, "type": error.type}
     return {"error": details | {"param": error.param, "code": error.code}}
 
@@ -1492,7 +1443,7 @@ class Listed:
     owner: str
 
 
-def openai_models(listed: Sequence[Listed], one: bool) -> dict[str, Any]:
+def openai_models(listed: Sequence[Listed], one: bool) -> JsonObject:
     """The list of models, or the object of the `one` that was asked for by its name."""
     models = [
         {"id": model.id, "object": "model", "created": 0, "owned_by": model.owner}
@@ -1521,7 +1472,7 @@ class Renderer(ABC):
     media_type = "text/event-stream"  # of its frames
 
     @abstractmethod
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None: ...
+    def __init__(self, head: Head, body: JsonMap) -> None: ...
 
     def frames(self, events: Iterable[Event]) -> str:
         """The part of a stream that shows the events of one read."""
@@ -1544,7 +1495,7 @@ class Door:
     fields: Fates
     parse: Callable[[Any, Past], list[Request]]
     renderer: type[Renderer]
-    error: Callable[[GatewayError], dict[str, Any]] = openai_error
+    error: Callable[[GatewayError], JsonObject] = openai_error
     models: Callable[[Sequence[Listed], bool], Any] = openai_models
     counts: Callable[[int], Any] | None = None  # the answer to a request to count tokens
     keeps: bool = False  # its answers can be stored and gone on with
@@ -1742,7 +1693,7 @@ STOPS_MAX = 5  # Gemini refuses more
 CHOICES_MAX = 128  # OpenAI's limit of `n`; each choice is a call of its own
 
 
-def parse_sampling(fields: Fields) -> dict[str, Any]:
+def parse_sampling(fields: Fields) -> JsonObject:
     """The attributes of a Request that chat, completions and Responses name alike."""
     stream_options = fields.object("stream_options") or Fields({})
     return {
@@ -2015,7 +1966,7 @@ def parse_part(part: Fields) -> Text | Media:
             raise part.not_served("type", "Send text, image_url, input_audio or file")
 
 
-def render_citation(citation: Citation) -> dict[str, Any]:
+def render_citation(citation: Citation) -> JsonObject:
     span = {"start_index": citation.start, "end_index": citation.end}
     return span | {"url": citation.url, "title": citation.title}
 
@@ -2191,7 +2142,7 @@ def parse_system(fields: Fields, messages: Sequence[Fields]) -> list[str]:
     return texts
 
 
-def parse_output(fields: Fields) -> dict[str, Any]:
+def parse_output(fields: Fields) -> JsonObject:
     """The attributes of a Request that say what its answer is to be, as chat names them.
 
     Source of image_config: https://openrouter.ai/docs/guides/overview/multimodal/image-generation
@@ -2357,7 +2308,7 @@ def parse_prompts(fields: Fields, n: int) -> list[str]:
 # ---- answers
 
 
-def render_usage(usage: Usage) -> dict[str, Any]:
+def render_usage(usage: Usage) -> JsonObject:
     return {
         "prompt_tokens": usage.prompt,
         "completion_tokens": usage.completion,
@@ -2372,20 +2323,20 @@ def render_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def render_call(call: ToolCall) -> dict[str, Any]:
+def render_call(call: ToolCall) -> JsonObject:
     kind, key = CALL_KEYS[call.custom]
     function = {"name": call.name, key: call.arguments}
-    entry: dict[str, Any] = {"id": call.id, "type": kind, kind: function}
+    entry: JsonObject = {"id": call.id, "type": kind, kind: function}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
 
 
-def render_annotations(citations: Iterable[Citation]) -> list[dict[str, Any]]:
+def render_annotations(citations: Iterable[Citation]) -> list[JsonObject]:
     return [{"type": "url_citation", "url_citation": render_citation(each)} for each in citations]
 
 
-def render_logprobs(logprobs: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def render_logprobs(logprobs: Sequence[JsonMap]) -> JsonObject | None:
     return {"content": list(logprobs), "refusal": None} if logprobs else None
 
 
@@ -2399,7 +2350,7 @@ class ChoiceRenderer(Renderer):
     """
 
     def __init__(self, head: Head, prefix: str, kind: str, **more: str) -> None:
-        self._known: dict[str, Any] = {
+        self._known: JsonObject = {
             "id": f"{prefix}-{head.id}",
             "object": kind,
             "created": head.created,
@@ -2447,23 +2398,23 @@ class ChoiceRenderer(Renderer):
             return DONE
         return f'{self._before}],"usage":{dumps(render_usage(event.usage))}}}\n\n{DONE}'
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
-        reply = collect(events)
+    def whole(self, events: Sequence[Event]) -> JsonObject:
+        choices, usage = collect(events)
         return {
             **self._known,
             "object": self._known["object"].removesuffix(".chunk"),
-            "choices": [self.whole_choice(*each) for each in sorted(reply.choices.items())],
-            "usage": render_usage(reply.usage),
+            "choices": [self.whole_choice(*each) for each in sorted(choices.items())],
+            "usage": render_usage(usage),
         }
 
     @abstractmethod
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]: ...
+    def whole_choice(self, index: int, choice: Choice) -> JsonObject: ...
 
 
 class ChatRenderer(ChoiceRenderer):
     """Events to the frames of a chat stream, or the object of a whole answer."""
 
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+    def __init__(self, head: Head, body: JsonMap) -> None:
         super().__init__(head, "chatcmpl", "chat.completion.chunk", service_tier="default")
         self._id, self._audio_until = head.id, head.created + 3600
         self._images_in_text = head.images_in_text
@@ -2499,9 +2450,9 @@ class ChatRenderer(ChoiceRenderer):
     def _chunk(
         self,
         choice: int,
-        delta: Mapping[str, Any],
+        delta: JsonMap,
         finish: str | None = None,
-        logprobs: Mapping[str, Any] | None = None,
+        logprobs: JsonMap | None = None,
     ) -> str:
         frames = ""
         for index in range(len(self._before_text), choice + 1):  # SDKs count choices up
@@ -2510,7 +2461,7 @@ class ChatRenderer(ChoiceRenderer):
         entry = {"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return frames + self._frame(dumps(entry))
 
-    def _delta(self, event: Content) -> dict[str, Any]:
+    def _delta(self, event: Content) -> JsonObject:
         """The fields that an event adds to its choice's message."""
         match event:
             case TextDelta(text=text):
@@ -2532,7 +2483,7 @@ class ChatRenderer(ChoiceRenderer):
             case _:
                 assert_never(event)
 
-    def _call_delta(self, choice: int, entry: dict[str, Any]) -> dict[str, Any]:
+    def _call_delta(self, choice: int, entry: JsonObject) -> JsonObject:
         index = len(self._calls[choice]) - 1
         if not self._legacy:
             return {"tool_calls": [{"index": index, **entry}]}
@@ -2540,7 +2491,7 @@ class ChatRenderer(ChoiceRenderer):
             return {}  # the old form knows one call an answer
         return {"function_call": entry["function"]}
 
-    def _media_delta(self, choice: int, media: Media) -> dict[str, Any]:
+    def _media_delta(self, choice: int, media: Media) -> JsonObject:
         sent = self._media[choice]
         key, value = self._render_part(media, sent.count("images"))
         if key == "audio" and key in sent:
@@ -2573,8 +2524,8 @@ class ChatRenderer(ChoiceRenderer):
             case _:
                 assert_never(part)
 
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        message: dict[str, Any] = {"role": "assistant", "content": "", "refusal": None}
+    def whole_choice(self, index: int, choice: Choice) -> JsonObject:
+        message: JsonObject = {"role": "assistant", "content": "", "refusal": None}
         for part in choice.parts:
             key, value = self._render_part(part, len(message.get("images", ())))
             if key not in message:
@@ -2598,7 +2549,7 @@ class ChatRenderer(ChoiceRenderer):
 class CompletionRenderer(ChoiceRenderer):
     """Events to the frames of a completions stream, or the object of a whole answer."""
 
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+    def __init__(self, head: Head, body: JsonMap) -> None:
         super().__init__(head, "cmpl", "text_completion")
         self._reasons = {"tool_calls": "stop"}
         self._echo = Fields(body).texts("prompt") if body.get("echo") else []
@@ -2624,7 +2575,7 @@ class CompletionRenderer(ChoiceRenderer):
         """The prompt that a choice echoes: choices are numbered prompt by prompt."""
         return self._echo[choice // self._n] if self._echo else ""
 
-    def whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+    def whole_choice(self, index: int, choice: Choice) -> JsonObject:
         return {
             "text": self._prompt(index) + choice.text,
             "index": index,
@@ -2848,9 +2799,9 @@ ITEM_PARSERS: Mapping[str, Callable[[Fields], Message | None]] = {
 # ---- output items
 
 
-def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
+def render_item(part: Part, id: str, status: str) -> JsonObject | None:
     """A part as an output item; None for a part that no output item can hold."""
-    item: dict[str, Any]
+    item: JsonObject
     match part:
         case Text():
             item = {"id": f"msg_{id}", "type": "message", "role": "assistant", "status": status}
@@ -2872,7 +2823,7 @@ def render_item(part: Part, id: str, status: str) -> dict[str, Any] | None:
             assert_never(part)
 
 
-def text_part(text: Text) -> dict[str, Any]:
+def text_part(text: Text) -> JsonObject:
     annotations = [
         {"type": "url_citation", **render_citation(citation)} for citation in text.citations
     ]
@@ -2880,11 +2831,11 @@ def text_part(text: Text) -> dict[str, Any]:
     return part | {"logprobs": []}
 
 
-def summary_part(text: str) -> dict[str, Any]:
+def summary_part(text: str) -> JsonObject:
     return {"type": "summary_text", "text": text}
 
 
-def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
+def render_call_item(call: ToolCall, id: str, status: str) -> JsonObject:
     prefix, kind, member = "fc", "function_call", "arguments"
     if call.custom:
         prefix, kind, member = "ctc", "custom_tool_call", "input"
@@ -2898,15 +2849,15 @@ def render_call_item(call: ToolCall, id: str, status: str) -> dict[str, Any]:
 class Filling:
     """The content of an output item as a stream shows it, after the event that opens the item."""
 
-    empty: dict[str, Any]  # the members that are filled, as they stand when the item opens
+    empty: JsonObject  # the members that are filled, as they stand when the item opens
     deltas: str = ""  # the name of the deltas' events
-    place: Mapping[str, Any] = field(default_factory=dict)  # what each delta repeats
+    place: JsonMap = field(default_factory=dict)  # what each delta repeats
     text: str = ""  # what the deltas add up to
-    before: Sequence[tuple[str, Mapping[str, Any]]] = ()  # the events before the deltas
-    after: Sequence[tuple[str, Mapping[str, Any]]] = ()  # and behind them
+    before: Sequence[tuple[str, JsonMap]] = ()  # the events before the deltas
+    after: Sequence[tuple[str, JsonMap]] = ()  # and behind them
 
 
-def filling_of(item: Mapping[str, Any]) -> Filling:
+def filling_of(item: JsonMap) -> Filling:
     """The filling of an item that is complete; an image is not sent in pieces."""
     match item:
         case {"type": "message", "content": [part]}:
@@ -2926,7 +2877,7 @@ def filling_of(item: Mapping[str, Any]) -> Filling:
             return Filling({"result": None})
 
 
-def text_filling(part: Mapping[str, Any]) -> Filling:
+def text_filling(part: JsonMap) -> Filling:
     place, text = {"content_index": 0}, part["text"]
     annotations = [
         ("output_text.annotation.added", {**place, "annotation_index": i, "annotation": annotation})
@@ -2943,7 +2894,7 @@ def text_filling(part: Mapping[str, Any]) -> Filling:
     )
 
 
-def summary_filling(part: Mapping[str, Any]) -> Filling:
+def summary_filling(part: JsonMap) -> Filling:
     place, text = {"summary_index": 0}, part["text"]
     done = ("reasoning_summary_text.done", {**place, "text": text})
     return Filling(
@@ -2956,7 +2907,7 @@ def summary_filling(part: Mapping[str, Any]) -> Filling:
     )
 
 
-def call_filling(item: Mapping[str, Any], deltas: str, repeated: Sequence[str]) -> Filling:
+def call_filling(item: JsonMap, deltas: str, repeated: Sequence[str]) -> Filling:
     """The filling of a call, whose text is the last of the members that are repeated at its end."""
     member, done = repeated[-1], {key: item[key] for key in repeated}
     return Filling({member: ""}, deltas, text=item[member], after=[(f"{deltas}.done", done)])
@@ -2966,7 +2917,7 @@ def call_filling(item: Mapping[str, Any], deltas: str, repeated: Sequence[str]) 
 
 UNFINISHED = dict.fromkeys(("completed_at", "error", "incomplete_details", "usage"))
 # What a Response object repeats of the body, and what stands there where the body has nothing.
-RESPONSE_ECHOES: Mapping[str, Any] = {
+RESPONSE_ECHOES: JsonMap = {
     "max_output_tokens": None,
     "max_tool_calls": None,
     "previous_response_id": None,
@@ -2991,7 +2942,7 @@ INCOMPLETE: Mapping[FinishReason, str] = {
 }
 
 
-def new_response(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
+def new_response(head: Head, body: JsonMap) -> JsonObject:
     """The Response object of an answer that has not begun: it has every key, and echoes the body.
 
     Source: https://platform.openai.com/docs/api-reference/responses/object
@@ -3015,14 +2966,14 @@ def new_response(head: Head, body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def render_text_settings(text: Mapping[str, Any]) -> dict[str, Any]:
+def render_text_settings(text: JsonMap) -> JsonObject:
     format = text.get("format") or {"type": "text"}
     if format.get("type") == "json_schema":
         format = {"description": None, **format, "strict": bool(format.get("strict"))}
     return {"format": format, "verbosity": text.get("verbosity") or "medium"}
 
 
-def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
+def render_tool(tool: JsonMap) -> JsonObject:
     """A tool as the Response object repeats it: a function with all its keys, others unchanged."""
     if tool.get("type", "function") != "function":
         return dict(tool)
@@ -3031,7 +2982,7 @@ def render_tool(tool: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **known, "strict": bool(inner.get("strict"))}
 
 
-def render_response_usage(usage: Usage) -> dict[str, Any]:
+def render_response_usage(usage: Usage) -> JsonObject:
     return {
         "input_tokens": usage.prompt,
         "input_tokens_details": {"cached_tokens": usage.cached, "cache_write_tokens": 0},
@@ -3041,7 +2992,7 @@ def render_response_usage(usage: Usage) -> dict[str, Any]:
     }
 
 
-def interrupted(response: Mapping[str, Any]) -> dict[str, Any]:
+def interrupted(response: JsonMap) -> JsonObject:
     """The object of a response that was not over when its gateway stopped."""
     text = "The gateway stopped before this response was over. Ask again."
     return {**response, "status": "failed", "error": {"code": "server_error", "message": text}}
@@ -3053,7 +3004,7 @@ class ResponseRenderer(Renderer):
     Source: https://platform.openai.com/docs/api-reference/responses-streaming
     """
 
-    def __init__(self, head: Head, body: Mapping[str, Any]) -> None:
+    def __init__(self, head: Head, body: JsonMap) -> None:
         self._head = head
         self.response = new_response(head, body)  # as far as the answer has come
         self.signed: list[ToolCall | Text] = []
@@ -3065,7 +3016,7 @@ class ResponseRenderer(Renderer):
         self._searches: tuple[str, ...] = ()
         self._silent = False  # only the object is wanted
 
-    def whole(self, events: Sequence[Event]) -> dict[str, Any]:
+    def whole(self, events: Sequence[Event]) -> JsonObject:
         """The Response object, with `choices` for scripts that read the text where chat has it."""
         choices = ChatRenderer(self._head, {}).whole(events)["choices"][:1]
         self._silent = True
@@ -3102,7 +3053,7 @@ class ResponseRenderer(Renderer):
         first = "" if self._sequence else self._frame("response.created", response=self.response)
         return first + self._frame(f"response.{status}", response=self.response)
 
-    def replay(self, response: dict[str, Any], at: int) -> str:
+    def replay(self, response: JsonObject, at: int) -> str:
         """The stream of a response that is over; its end has at least the sequence number `at`.
 
         So a client that has read further in the stream than is kept of it is told the end.
@@ -3158,12 +3109,12 @@ class ResponseRenderer(Renderer):
         self._sequence += 1
         return f"event: {name}\ndata: {dumps(event)}\n\n"
 
-    def _item_frames(self, events: Iterable[tuple[str, Mapping[str, Any]]]) -> str:
+    def _item_frames(self, events: Iterable[tuple[str, JsonMap]]) -> str:
         place = self._place()
         frames = (self._frame(f"response.{name}", **place, **members) for name, members in events)
         return "".join(frames)
 
-    def _place(self) -> dict[str, Any]:
+    def _place(self) -> JsonObject:
         return {"item_id": self._item_id, "output_index": len(self.response["output"])}
 
     def _delta(self, text: str) -> str:
@@ -3175,7 +3126,7 @@ class ResponseRenderer(Renderer):
     def _next_id(self) -> str:
         return f"{self._head.id}{len(self.response['output']):04x}"
 
-    def _open(self, item: dict[str, Any] | None) -> str:
+    def _open(self, item: JsonObject | None) -> str:
         if item is None or self._silent:
             return ""
         self._item_id, filling = item["id"], filling_of(item)
@@ -3185,14 +3136,14 @@ class ResponseRenderer(Renderer):
         frames = self._output_frame("added", item | {"status": "in_progress"} | filling.empty)
         return frames + self._item_frames(filling.before)
 
-    def _done(self, item: dict[str, Any]) -> str:
+    def _done(self, item: JsonObject) -> str:
         frames = ""
         if not self._silent:
             frames = self._item_frames(filling_of(item).after) + self._output_frame("done", item)
         self.response["output"].append(item)
         return frames
 
-    def _output_frame(self, name: str, item: Mapping[str, Any]) -> str:
+    def _output_frame(self, name: str, item: JsonMap) -> str:
         index = len(self.response["output"])
         return self._frame(f"response.output_item.{name}", output_index=index, item=item)
 
@@ -3244,18 +3195,18 @@ class ResponseRenderer(Renderer):
         item = {"id": f"ws_{self._next_id()}", "type": "web_search_call", "status": "completed"}
         return self._add(item | {"action": action})
 
-    def _add(self, item: dict[str, Any]) -> str:
+    def _add(self, item: JsonObject) -> str:
         return self._open(item) + self._done(item)
 
 
-def render_token_count(tokens: int) -> dict[str, Any]:
+def render_token_count(tokens: int) -> JsonObject:
     return {"object": "response.input_tokens", "input_tokens": tokens}
 
 
 # ---- input items, as they are kept and listed
 
 
-def render_input(items: Any, id: str) -> list[dict[str, Any]]:
+def render_input(items: Any, id: str) -> list[JsonObject]:
     """The items of an input, each with a type, an id and a status, and its content as parts."""
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
@@ -3268,7 +3219,7 @@ def render_input(items: Any, id: str) -> list[dict[str, Any]]:
     return rendered
 
 
-def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
+def render_input_item(item: JsonMap, id: str) -> JsonObject:
     kind = item.get("type") or "message"
     rendered = {"status": "completed", **without_nulls(item), "type": kind}
     if not (isinstance(item.get("id"), str) and item["id"]):
@@ -3282,17 +3233,17 @@ def render_input_item(item: Mapping[str, Any], id: str) -> dict[str, Any]:
     return rendered
 
 
-def render_input_parts(content: Any, name: str) -> list[dict[str, Any]]:
+def render_input_parts(content: Any, name: str) -> list[JsonObject]:
     if isinstance(content, str):
         content = [{"type": name, "text": content}]
     return [render_input_part(part, name) for part in content]
 
 
-def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
+def render_input_part(part: JsonMap, name: str) -> JsonObject:
     """A part in Responses' form, from that or from chat's."""
     match part:
         case {"type": "text" | "input_text" | "output_text"}:
-            lists: dict[str, Any] = {"annotations": [], "logprobs": []}
+            lists: JsonObject = {"annotations": [], "logprobs": []}
             first = lists if name == "output_text" else {}
             return first | without_nulls(part) | {"type": name}
         case {"type": "image_url", "image_url": {"url": url} as image}:
@@ -3306,7 +3257,7 @@ def render_input_part(part: Mapping[str, Any], name: str) -> dict[str, Any]:
             return dict(part)
 
 
-def without_nulls(members: Mapping[str, Any]) -> dict[str, Any]:
+def without_nulls(members: JsonMap) -> JsonObject:
     return {key: value for key, value in members.items() if value is not None}
 
 
@@ -3353,7 +3304,7 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
 
 def render_embeddings(
     request: EmbeddingRequest, vectors: Sequence[Sequence[float]], tokens: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """The list of embeddings.
 
     Base64 is of little-endian float32; OpenAI's SDKs ask for it by default.
@@ -3382,9 +3333,7 @@ def door_of(body: Any) -> Door:
     return DOORS[0]
 
 
-def explain_fields(
-    body: Mapping[str, Any], table: Fates, changes: Iterable[Change]
-) -> dict[str, str]:
+def explain_fields(body: JsonMap, table: Fates, changes: Iterable[Change]) -> dict[str, str]:
     """The fate of each field of a body, and of each changed place inside one, by JSON pointer."""
     explained: dict[str, str] = {}
     for key, value in body.items():
@@ -3441,7 +3390,7 @@ STATIC_MODELS = (
 # Rows are laid over one another: those whose tier and least version (major, minor) fit a model.
 # Sources: https://ai.google.dev/gemini-api/docs/thinking, .../models, .../gemini-3; servers'
 # refusals
-TRAITS: Sequence[tuple[str, tuple[int, int], Mapping[str, Any]]] = (
+TRAITS: Sequence[tuple[str, tuple[int, int], JsonMap]] = (
     (r".*", (2, 0), {"json_schema": True}),
     (r".*", (2, 5), {"penalties": False, "logprobs": False, "output_tokens_max": 65535}),
     (
@@ -3584,7 +3533,7 @@ def version_of(model: str) -> tuple[int, int]:
     return (int(match[1]), int(match[2] or 0)) if match else (4, 0)
 
 
-def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
+def traits_of(model: str, overrides: Mapping[str, JsonMap]) -> Traits:
     """Traits by tier and parsed version, a name without one counting as the newest.
 
     `overrides` (models.traits) win.
@@ -3592,7 +3541,7 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
     version, tier = (0, 0), model
     if model.startswith("gemini-"):
         version, tier = version_of(model), tier_of(model)
-    values: dict[str, Any] = {}
+    values: JsonObject = {}
     for pattern, least, row in TRAITS:
         if version >= least and re.fullmatch(pattern, tier):
             values |= row
@@ -3606,7 +3555,7 @@ def traits_of(model: str, overrides: Mapping[str, Mapping[str, Any]]) -> Traits:
 # ==============================================================================
 
 # A function whose schema has none of these words takes no arguments.
-Schema = Mapping[str, Any]
+Schema = JsonMap
 SCHEMA_CONTENT = (
     *("properties", "$ref", "anyOf", "oneOf", "allOf"),
     *("patternProperties", "additionalProperties"),
@@ -3681,7 +3630,7 @@ class SchemaReduction:
     losses: set[str] = field(default_factory=set)
     nodes_left: int = SCHEMA_NODES_MAX
 
-    def reduce(self, schema: Any, steps: Steps = ("#",)) -> Json | None:
+    def reduce(self, schema: Any, steps: Steps = ("#",)) -> JsonObject | None:
         """The schema in Google's form, None where it has none."""
         flat, steps = self.flatten(schema, steps)
         if flat is None:
@@ -3696,7 +3645,7 @@ class SchemaReduction:
             self.losses.add("type")
         return self.reduce_typed(flat, [*types, "string"][0], steps)
 
-    def reduce_typed(self, flat: Json, kind: str, steps: Steps) -> Json | None:
+    def reduce_typed(self, flat: JsonObject, kind: str, steps: Steps) -> JsonObject | None:
         if kind == "null":
             return NULL
         reduced = self.reduce_words(flat, kind)
@@ -3710,12 +3659,12 @@ class SchemaReduction:
             return members and reduced | members
         return reduced
 
-    def flatten(self, schema: Any, steps: Steps) -> tuple[Json | None, Steps]:
+    def flatten(self, schema: Any, steps: Steps) -> tuple[JsonObject | None, Steps]:
         """A schema with what it refers to and its allOf laid under it; None where it is endless.
 
         `steps` are the references that lead there, and an empty one for each level.
         """
-        flat: Json = {}
+        flat: JsonObject = {}
         layers, reached = objects_in([schema]), [""]
         for layer in map(dict, layers):
             self.nodes_left -= 1
@@ -3735,9 +3684,9 @@ class SchemaReduction:
             layers.append(target)
         return flat, (*steps, *reached)
 
-    def reduce_words(self, flat: Json, kind: str) -> Json:
+    def reduce_words(self, flat: JsonObject, kind: str) -> JsonObject:
         """The type and the words that Google has too; of enums it takes those of texts."""
-        words: Json = {"type": kind.upper()}
+        words: JsonObject = {"type": kind.upper()}
         for word, shape in SCHEMA_WORDS.items():
             if isinstance(flat.get(word), shape):
                 words[word] = flat[word]
@@ -3747,9 +3696,9 @@ class SchemaReduction:
         self.losses |= flat.keys() - words.keys() - SCHEMA_HANDLED
         return words
 
-    def reduce_members(self, flat: Json, steps: Steps) -> Json | None:
+    def reduce_members(self, flat: JsonObject, steps: Steps) -> JsonObject | None:
         """The properties of an object, and which of them are required."""
-        properties: Json = {}
+        properties: JsonObject = {}
         for name, schema in flat.get("properties", {}).items():
             if member := self.reduce(schema, steps):
                 properties[name] = member
@@ -3772,7 +3721,7 @@ def find_ref(root: Schema, ref: str) -> Schema | None:
     return found if isinstance(found, Mapping) else None
 
 
-def lay_under(flat: Json, layer: Schema) -> None:
+def lay_under(flat: JsonObject, layer: Schema) -> None:
     """Adds to a schema the words that it inherits; its own words win."""
     for word, value in layer.items():
         if word == "const" or (word == "enum" and not isinstance(value, list)):
@@ -3798,13 +3747,13 @@ def types_of(flat: Schema) -> list[str]:
     return list(dict.fromkeys(types))
 
 
-def one_of(schemas: Iterable[Json | None]) -> Json | None:
+def one_of(schemas: Iterable[JsonObject | None]) -> JsonObject | None:
     """One schema in Google's form for any of several; null among them is said by `nullable`.
 
     Vertex refuses a declaration that says anything beside anyOf.
     Source: https://github.com/akitaonrails/ai-memory/issues/735
     """
-    options: list[Json] = []
+    options: list[JsonObject] = []
     for schema in filter(None, schemas):
         options += [option for option in schema.get("anyOf", [schema]) if option not in options]
     if len(options) > 1 and NULL in options:
@@ -3814,7 +3763,7 @@ def one_of(schemas: Iterable[Json | None]) -> Json | None:
     return next(iter(options), None)
 
 
-def join_objects(options: Iterable[Json]) -> Json:
+def join_objects(options: Iterable[JsonObject]) -> JsonObject:
     """One object for a choice among objects, of which no property is required.
 
     Vertex takes nothing else as a function's parameters.
@@ -3856,7 +3805,7 @@ PLACEHOLDER = "…"
 class Built:
     """A generateContent body, and how its answer's calls are read back."""
 
-    body: Json
+    body: JsonObject
     changes: tuple[Change, ...]  # of what could not be carried into the body as it was
     tools: Mapping[str, Tool]
     """By Gemini's name for them, those whose calls are not simply calls of that name."""
@@ -3877,7 +3826,7 @@ def build_generate_content(
     system = [text for text in request.system if text]
     tools.take_over_json(config, system)
     contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
-    body: Json = {"contents": contents}
+    body: JsonObject = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
     body |= tools.build(config)
@@ -3897,7 +3846,7 @@ class Builder:
     def change(self, pointer: str, kind: ChangeKind, reason: str) -> None:
         self.changes.append(Change(pointer, kind, reason))
 
-    def reduce_schema(self, schema: Mapping[str, Any], source: str) -> Json:
+    def reduce_schema(self, schema: JsonMap, source: str) -> JsonObject:
         """A JSON Schema in Google's own form; empty where nothing of it can be said there."""
         reduction = SchemaReduction(schema)
         reduced = reduction.reduce(schema)
@@ -3963,7 +3912,7 @@ class ToolBuilder(Builder):
         self.change("/tool_choice", "emulated", "only the allowed tools are declared")
         return [tool for tool in request.tools if tool.name in choice.names]
 
-    def take_over_json(self, config: Json, system: list[str]) -> None:
+    def take_over_json(self, config: JsonObject, system: list[str]) -> None:
         """Asks for JSON by a tool or an instruction where `config` cannot ask for it beside tools.
 
         Source: https://ai.google.dev/gemini-api/docs/structured-output (2.x: "Function calling
@@ -3993,7 +3942,7 @@ class ToolBuilder(Builder):
         tool = Tool(ANSWER_TOOL, description, json_format.schema, "", source=source, answers=True)
         self.tools.append(tool)
 
-    def build(self, config: Mapping[str, Any]) -> Json:
+    def build(self, config: JsonMap) -> JsonObject:
         """The body's `tools` and `toolConfig`."""
         search = self.request.sources.get("search")
         if self.tools:
@@ -4012,9 +3961,9 @@ class ToolBuilder(Builder):
             return {}
         return {"tools": [{"googleSearch": {}}]}
 
-    def declare(self, tool: Tool) -> Json:
+    def declare(self, tool: Tool) -> JsonObject:
         name = self.names[tool.namespace, tool.name]
-        declaration: Json = {"name": name, "description": tool.description or tool.name}
+        declaration: JsonObject = {"name": name, "description": tool.description or tool.name}
         schema = tool.parameters
         if not schema or not any(schema.get(word) for word in SCHEMA_CONTENT):
             return declaration
@@ -4031,11 +3980,11 @@ class ToolBuilder(Builder):
             declaration["parameters"] = reduced
         return declaration
 
-    def calling_config(self) -> Json:
+    def calling_config(self) -> JsonObject:
         choice = self.request.tool_choice
         if self.tools[-1].answers:
             return {"mode": "ANY"}
-        config: Json = {"mode": CALLING_MODES[choice.mode]}
+        config: JsonObject = {"mode": CALLING_MODES[choice.mode]}
         if choice.names and choice.mode == "required":
             config["allowedFunctionNames"] = [
                 self.names[tool.namespace, tool.name]
@@ -4051,7 +4000,7 @@ class ToolBuilder(Builder):
 class ConfigBuilder(Builder):
     """Builds the generationConfig."""
 
-    def build(self) -> Json:
+    def build(self) -> JsonObject:
         request = self.request
         thinking = self.build_thinking()
         config = self.build_sampling() | {
@@ -4065,8 +4014,8 @@ class ConfigBuilder(Builder):
         }
         return {key: value for key, value in config.items() if value is not None}
 
-    def build_sampling(self) -> Json:
-        config: Json = {}
+    def build_sampling(self) -> JsonObject:
+        config: JsonObject = {}
         for name, word, trait in SAMPLING:
             value = getattr(self.request, name)
             if trait == "penalties":
@@ -4102,11 +4051,11 @@ class ConfigBuilder(Builder):
             return None
         return config or None
 
-    def build_json_output(self) -> Json:
+    def build_json_output(self) -> JsonObject:
         json_format = self.request.json_format
         if json_format is None:
             return {}
-        config: Json = {"responseMimeType": "application/json"}
+        config: JsonObject = {"responseMimeType": "application/json"}
         schema = json_format.schema
         if schema and self.traits.json_schema:
             config["responseJsonSchema"] = lone_refs(schema)
@@ -4115,7 +4064,7 @@ class ConfigBuilder(Builder):
             config["responseSchema"] = self.reduce_schema(schema, source) or None
         return config
 
-    def limit_output(self, thinking: Mapping[str, Any]) -> int | None:
+    def limit_output(self, thinking: JsonMap) -> int | None:
         """The tokens that the client wants to read, and its thoughts, which Gemini counts as well.
 
         Where nothing is said of thoughts none are added, for the limit bounds the bill too.
@@ -4134,7 +4083,7 @@ class ConfigBuilder(Builder):
             self.change(source, "clamped", reason)
         return limit
 
-    def build_thinking(self) -> Json:
+    def build_thinking(self) -> JsonObject:
         wish, traits = self.choose_wish(), self.traits
         asked = wish.effort is not None or wish.budget is not None
         if traits.thinking == "none":
@@ -4163,7 +4112,7 @@ class ConfigBuilder(Builder):
         effort = "none" if traits.thinking == "budget" else "low"
         return replace(wish, effort=effort, source=source)
 
-    def build_level(self, wish: ThinkingWish) -> Json:
+    def build_level(self, wish: ThinkingWish) -> JsonObject:
         if wish.effort is None:
             return self.build_budget(wish)  # accepted for compatibility
         wanted = EFFORTS.index(nearest_effort(wish.effort))
@@ -4173,7 +4122,7 @@ class ConfigBuilder(Builder):
             self.change(wish.source, "clamped", f"'{wish.effort}' becomes '{level}'")
         return {"thinkingLevel": level.upper()}
 
-    def build_budget(self, wish: ThinkingWish) -> Json:
+    def build_budget(self, wish: ThinkingWish) -> JsonObject:
         wanted, effort = wish.budget, wish.effort
         if wanted is None:
             wanted = EFFORT_BUDGETS[nearest_effort(effort or "")]
@@ -4214,8 +4163,8 @@ class ContentBuilder(Builder):
     def emulate(self, reason: str) -> None:
         self.change(self.request.sources.get("messages", "/messages"), "emulated", reason)
 
-    def build(self) -> list[Json]:
-        contents: list[Json] = []
+    def build(self) -> list[JsonObject]:
+        contents: list[JsonObject] = []
         for message in self.request.messages:
             parts = self.build_parts(message.parts)
             if message.role == "assistant":
@@ -4229,7 +4178,7 @@ class ContentBuilder(Builder):
         self.add_last_content(contents)
         return contents
 
-    def add_last_content(self, contents: list[Json]) -> None:
+    def add_last_content(self, contents: list[JsonObject]) -> None:
         """Lets the user have the last word where the model demands it, and never sends none."""
         if not contents:
             contents.append(build_content("user", PLACEHOLDER))
@@ -4237,8 +4186,8 @@ class ContentBuilder(Builder):
             self.emulate("this model goes on with an answer only when asked to")
             contents.append(build_content("user", "Continue exactly where you stopped."))
 
-    def build_parts(self, parts: Sequence[Part]) -> list[Json]:
-        built: list[Json] = []
+    def build_parts(self, parts: Sequence[Part]) -> list[JsonObject]:
+        built: list[JsonObject] = []
         for part in parts:
             if part.__class__ is Text and part.signature is None:  # nine of ten
                 if part.text:
@@ -4247,7 +4196,7 @@ class ContentBuilder(Builder):
                 built += self.build_part(part)
         return built
 
-    def sign_parts(self, parts: list[Json]) -> None:
+    def sign_parts(self, parts: list[JsonObject]) -> None:
         """Adds missing signatures: to the first call, or to all parts of a model of images.
 
         Source: https://ai.google.dev/gemini-api/docs/gemini-3#thought_signatures
@@ -4257,7 +4206,7 @@ class ContentBuilder(Builder):
         for part in parts:
             part.setdefault("thoughtSignature", SIGNATURE_SENTINEL)
 
-    def build_part(self, part: Part) -> list[Json]:
+    def build_part(self, part: Part) -> list[JsonObject]:
         match part:
             case Text(text=text, signature=signature):
                 return build_signed(text, signature) if signature else []
@@ -4273,22 +4222,22 @@ class ContentBuilder(Builder):
             case _:
                 assert_never(part)
 
-    def build_call(self, call: ToolCall) -> Json:
+    def build_call(self, call: ToolCall) -> JsonObject:
         args = {"input": call.arguments}
         if not call.custom:
             args = arguments_object(call.arguments)
         name = self.name_tool(call.namespace, call.name)
-        part: Json = {"functionCall": {"name": name, "args": args}}
+        part: JsonObject = {"functionCall": {"name": name, "args": args}}
         if self.traits.call_ids:
             part["functionCall"]["id"] = call.id
         if call.signature:
             part["thoughtSignature"] = call.signature
         return part
 
-    def build_results(self, calls: Sequence[ToolCall]) -> list[Json]:
+    def build_results(self, calls: Sequence[ToolCall]) -> list[JsonObject]:
         """A content with one functionResponse a call, and one with the files not inside these."""
-        responses: list[Json] = []
-        files: list[Json] = []
+        responses: list[JsonObject] = []
+        files: list[JsonObject] = []
         for call in calls:
             result = self.results.get(id(call))
             if result is None:
@@ -4298,14 +4247,16 @@ class ContentBuilder(Builder):
             files += others
         return [{"role": "user", "parts": parts} for parts in (responses, files) if parts]
 
-    def build_result(self, call: ToolCall, result: ToolResult | None) -> tuple[Json, list[Json]]:
+    def build_result(
+        self, call: ToolCall, result: ToolResult | None
+    ) -> tuple[JsonObject, list[JsonObject]]:
         """A call's functionResponse, and its files as parts where they may not stand inside it."""
         name = self.name_tool(call.namespace, call.name)
-        response: Json = {"name": name, "response": result_object(result)}
+        response: JsonObject = {"name": name, "response": result_object(result)}
         if self.traits.call_ids:
             response["id"] = call.id
-        inside: list[Json] = []
-        outside: list[Json] = []
+        inside: list[JsonObject] = []
+        outside: list[JsonObject] = []
         for part in result.parts if result else ():
             if isinstance(part, Media):
                 fits = self.traits.files_in_results and part.data
@@ -4341,7 +4292,7 @@ def match_results(messages: Iterable[Message]) -> dict[int, ToolResult]:
     return results
 
 
-def add_content(contents: list[Json], role: str, parts: list[Json]) -> None:
+def add_content(contents: list[JsonObject], role: str, parts: list[JsonObject]) -> None:
     if not parts:
         return
     if not contents and role == "model":
@@ -4353,11 +4304,11 @@ def add_content(contents: list[Json], role: str, parts: list[Json]) -> None:
         contents.append({"role": role, "parts": parts})
 
 
-def build_content(role: str, text: str) -> Json:
+def build_content(role: str, text: str) -> JsonObject:
     return {"role": role, "parts": [{"text": text}]}
 
 
-def build_signed(text: str, signature: Signature) -> list[Json]:
+def build_signed(text: str, signature: Signature) -> list[JsonObject]:
     """A text as Gemini sent it: the signed piece apart from those before and after it."""
     start, end = signature.start, signature.end
     before, after = {"text": text[:start]}, {"text": text[end:]}
@@ -4365,17 +4316,17 @@ def build_signed(text: str, signature: Signature) -> list[Json]:
     return [piece for piece in (before, signed, after) if piece is signed or piece["text"]]
 
 
-def build_media(media: Media) -> Json:
+def build_media(media: Media) -> JsonObject:
     if media.url:
         file = {"fileUri": media.url, "mimeType": media.mime}
         return {"fileData": {key: value for key, value in file.items() if value}}
-    part: Json = {"inlineData": {"mimeType": media.mime, "data": media.data}}
+    part: JsonObject = {"inlineData": {"mimeType": media.mime, "data": media.data}}
     if media.signature:
         part["thoughtSignature"] = media.signature
     return part
 
 
-def arguments_object(arguments: str) -> Json:
+def arguments_object(arguments: str) -> JsonObject:
     """A call's arguments as the object that Gemini wants; anything else is wrapped into one."""
     value = parse_strict(arguments or "{}")
     if isinstance(value, dict):
@@ -4383,7 +4334,7 @@ def arguments_object(arguments: str) -> Json:
     return {"input": arguments if value is None else value}
 
 
-def result_object(result: ToolResult | None) -> Json:
+def result_object(result: ToolResult | None) -> JsonObject:
     """A tool's answer as an object: a JSON object as it is, anything else as text.
 
     A `$ref` inside would be read as a reference:
@@ -4417,9 +4368,9 @@ def choices_of(request: Request) -> list[Request]:
     return [replace(request, seed=(seed + choice) & 0x7FFFFFFF) for choice in range(request.n)]
 
 
-def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> Json:
+def build_embeddings(texts: Sequence[str], model: str, dimensions: int | None) -> JsonObject:
     """Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents"""
-    options: Json = {"model": f"models/{model}"}
+    options: JsonObject = {"model": f"models/{model}"}
     if dimensions:
         options["outputDimensionality"] = dimensions
     return {"requests": [options | {"content": {"parts": [{"text": text}]}} for text in texts]}
@@ -4479,7 +4430,6 @@ CALL_ID_MAX = 64  # OpenAI's own limit
 LOGPROB_MIN = -9999.0  # OpenAI's word for "next to impossible"; JSON has no infinity
 # What comes of reading JSON that has another form than Gemini promises.
 MISSHAPEN = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-JsonObject = Mapping[str, Any]
 
 
 class SseSplitter:
@@ -4547,8 +4497,8 @@ class Candidate:
     reason: str = ""
     pcm: tuple[bytes, ...] = ()
     pcm_rate: int = 24000
-    grounding: tuple[JsonObject, ...] = ()
-    logprobs: tuple[JsonObject, ...] = ()
+    grounding: tuple[JsonMap, ...] = ()
+    logprobs: tuple[JsonMap, ...] = ()
 
 
 class GeminiReader:
@@ -4577,7 +4527,7 @@ class GeminiReader:
         self._ids: frozenset[str] = frozenset()
         self._splitter = SseSplitter()
         self._candidates: dict[int, Candidate] = {}
-        self._usage: JsonObject = {}
+        self._usage: JsonMap = {}
         self._run: TextRun | None = None
         self._unparsed = b""  # the last chunk of the run, the only one whose usage matters
         self._events: list[Event] = []
@@ -4659,7 +4609,7 @@ class GeminiReader:
             candidate = self._candidates[choice] = Candidate(choice)
         return candidate
 
-    def _metadata(self, candidate: Candidate, raw: JsonObject) -> None:
+    def _metadata(self, candidate: Candidate, raw: JsonMap) -> None:
         if reason := raw.get("finishReason"):
             candidate.reason = checked_text(reason)
         for key in ("groundingMetadata", "citationMetadata"):
@@ -4668,7 +4618,7 @@ class GeminiReader:
         if result := raw.get("logprobsResult"):
             candidate.logprobs += tuple(logprobs_of(result))
 
-    def _part(self, candidate: Candidate, part: dict[str, Any]) -> None:
+    def _part(self, candidate: Candidate, part: JsonObject) -> None:
         text, signature = part.get("text"), part.get("thoughtSignature")
         if text or (signature and text is not None and candidate.kind is Text):
             kind = Thinking if part.get("thought") else Text
@@ -4701,7 +4651,7 @@ class GeminiReader:
             delta = TextDelta if kind is Text else ThinkingDelta
             self._events.append(delta(candidate.choice, text))
 
-    def _code(self, candidate: Candidate, part: JsonObject) -> None:
+    def _code(self, candidate: Candidate, part: JsonMap) -> None:
         """Shows code that Gemini ran itself, and its output, as text."""
         if code := part.get("executableCode"):
             language, shown = str(code.get("language", "")).lower(), code["code"]
@@ -4711,7 +4661,7 @@ class GeminiReader:
             return
         self._text(candidate, Text, f"\n```{language}\n{checked_text(shown)}\n```\n")
 
-    def _call(self, candidate: Candidate, call: dict[str, Any], signature: str | None) -> None:
+    def _call(self, candidate: Candidate, call: JsonObject, signature: str | None) -> None:
         name = checked_text(call.get("name") or "")
         tool = self._tools.get(name) or Tool(name, "", None)
         args = dict(call.get("args") or {})
@@ -4730,7 +4680,7 @@ class GeminiReader:
             PartStart(choice, start), ArgumentsDelta(choice, arguments), PartEnd(choice, end)
         )
 
-    def _answer(self, candidate: Candidate, args: dict[str, Any]) -> None:
+    def _answer(self, candidate: Candidate, args: JsonObject) -> None:
         """Shows the first call of the answer tool as the JSON text that the client waits for."""
         if not candidate.has_answer:
             candidate.has_answer = True
@@ -4844,7 +4794,7 @@ def checked_text(value: Any) -> str:
     return value
 
 
-def arguments_of(tool: Tool, args: JsonObject) -> str:
+def arguments_of(tool: Tool, args: JsonMap) -> str:
     """The arguments as JSON; a custom tool's free text as it is."""
     value: Any = args
     if tool.custom:
@@ -4863,7 +4813,7 @@ def wav(pcm: bytes, rate: int) -> Media:
     return Media("audio/wav", base64.b64encode(file.getvalue()).decode())
 
 
-def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, ...]:
+def citations_of(text: str, grounding: Sequence[JsonMap]) -> tuple[Citation, ...]:
     """Web sources of a text, each once."""
     raw = encoded(text)
     citations = [
@@ -4874,7 +4824,7 @@ def citations_of(text: str, grounding: Sequence[JsonObject]) -> tuple[Citation, 
     return tuple(dict.fromkeys(citations))
 
 
-def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, JsonObject]]:
+def sources_of(grounding: Sequence[JsonMap]) -> Iterator[tuple[JsonMap, JsonMap]]:
     """Pairs of a segment of the text and the page that it rests on."""
     chunks = [chunk for metadata in grounding for chunk in metadata.get("groundingChunks") or ()]
     for metadata in grounding:
@@ -4887,7 +4837,7 @@ def sources_of(grounding: Sequence[JsonObject]) -> Iterator[tuple[JsonObject, Js
                 yield source, source
 
 
-def span_of(segment: JsonObject, text: str, raw: bytes) -> tuple[int, int]:
+def span_of(segment: JsonMap, text: str, raw: bytes) -> tuple[int, int]:
     """Start and end of a segment of the text in code points.
 
     Gemini counts bytes of UTF-8 and leaves a zero start out; where it miscounts, its quote tells.
@@ -4902,7 +4852,7 @@ def span_of(segment: JsonObject, text: str, raw: bytes) -> tuple[int, int]:
     return start, end
 
 
-def logprobs_of(result: JsonObject) -> list[dict[str, Any]]:
+def logprobs_of(result: JsonMap) -> list[JsonObject]:
     """Token, log probability and alternatives of each token."""
     chosen, tops = result.get("chosenCandidates") or (), result.get("topCandidates") or ()
     return [
@@ -4912,7 +4862,7 @@ def logprobs_of(result: JsonObject) -> list[dict[str, Any]]:
     ]
 
 
-def logprob_of(raw: JsonObject) -> dict[str, Any]:
+def logprob_of(raw: JsonMap) -> JsonObject:
     token = checked_text(raw.get("token") or "")
     logprob = float(raw.get("logProbability") or 0)
     if not LOGPROB_MIN <= logprob < math.inf:
@@ -4928,7 +4878,7 @@ def count_of(value: Any) -> int:
     return int(digits[0]) if digits else 0
 
 
-def usage_of(raw: JsonObject) -> Usage:
+def usage_of(raw: JsonMap) -> Usage:
     # total = prompt + tool use + candidates + thoughts
     # Source: https://ai.google.dev/api/generate-content#UsageMetadata
     names = ("prompt", "toolUsePrompt", "candidates", "thoughts", "cachedContent")
@@ -4937,7 +4887,7 @@ def usage_of(raw: JsonObject) -> Usage:
     return Usage(prompt + tool_use, answer + thoughts, cached, thoughts)
 
 
-def read_embeddings(answer: JsonObject, count: int) -> list[list[float]]:
+def read_embeddings(answer: JsonMap, count: int) -> list[list[float]]:
     """The vectors at length 1: Gemini leaves shortened ones as they are. Raises UpstreamBroken."""
     try:
         vectors = [unit_vector(embedding["values"]) for embedding in answer["embeddings"]]
@@ -4994,7 +4944,7 @@ class TextRun:
         return self.kind(self.choice, text)
 
 
-def run_of(raw: bytes, chunk: JsonObject, events: Sequence[Event]) -> TextRun | None:
+def run_of(raw: bytes, chunk: JsonMap, events: Sequence[Event]) -> TextRun | None:
     """The run that a chunk begins, None where it brought more than one text and the usage."""
     if len(events) != 1 or not isinstance(delta := events[0], TextDelta | ThinkingDelta):
         return None
@@ -5077,7 +5027,7 @@ def classify_error(status: int, body: Any, retry_after: str = "") -> UpstreamErr
     return refused
 
 
-def error_of(body: Any) -> JsonObject:
+def error_of(body: Any) -> JsonMap:
     """The error object of an error body: bare, in an array, or as JSON in another one's message."""
     if isinstance(body, list) and body:
         body = body[0]
@@ -5092,7 +5042,7 @@ def error_of(body: Any) -> JsonObject:
     return error
 
 
-def refusal_of(status: int, error: JsonObject) -> UpstreamError:
+def refusal_of(status: int, error: JsonMap) -> UpstreamError:
     """The error of the row of REFUSALS that fits."""
     about, message = f"{status} ", ""
     with contextlib.suppress(RecursionError):
@@ -5103,9 +5053,9 @@ def refusal_of(status: int, error: JsonObject) -> UpstreamError:
     return kind((message or hint)[:ERROR_CHARS_MAX])
 
 
-def details_of(error: JsonObject) -> list[dict[str, Any]]:
+def details_of(error: JsonMap) -> list[JsonObject]:
     """The objects of an error's details and those in them."""
-    details: list[dict[str, Any]] = []
+    details: list[JsonObject] = []
     for detail in objects_in(error.get("details")):
         details.append(detail)
         for inner in (detail.get("violations"), [detail.get("metadata")], detail.get("links")):
@@ -5113,7 +5063,7 @@ def details_of(error: JsonObject) -> list[dict[str, Any]]:
     return details
 
 
-def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
+def tell_quota(refused: RateLimited, details: Sequence[JsonMap]) -> None:
     """Sets the quota that is used up, a day's before a minute's, and its size."""
     quotas = dict(quota for fields in details if (quota := quota_of(fields)))
     if quotas:
@@ -5123,7 +5073,7 @@ def tell_quota(refused: RateLimited, details: Sequence[JsonObject]) -> None:
         refused.quota, refused.limit = "tier", None
 
 
-def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
+def quota_of(fields: JsonMap) -> tuple[str, int | None] | None:
     """Our name and the size of a quota such as GenerateRequestsPerDayPerProjectPerModel-FreeTier."""
     name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
@@ -5134,7 +5084,7 @@ def quota_of(fields: JsonObject) -> tuple[str, int | None] | None:
     return f"{unit}_per_{per}", size or None
 
 
-def reset_at_of(fields: JsonObject) -> float | None:
+def reset_at_of(fields: JsonMap) -> float | None:
     """The moment when a quota is new, in seconds since 1970, where no delay until then is told."""
     from datetime import datetime
 
@@ -5144,7 +5094,7 @@ def reset_at_of(fields: JsonObject) -> float | None:
     return None
 
 
-def wait_s_of(refused: UpstreamError, fields: JsonObject, retry_after: str) -> float | None:
+def wait_s_of(refused: UpstreamError, fields: JsonMap, retry_after: str) -> float | None:
     """Seconds to wait as the first of Gemini's words says, None without one."""
     words = [fields.get("quotaResetDelay")]
     if not refused.quota.endswith(("_day", "tier")):  # RetryInfo does not know when their day ends
@@ -5777,11 +5727,11 @@ class AccountPool:
                 self._ledger.unlearn(owners)
         return True
 
-    def status(self, now: float) -> list[dict[str, Any]]:
+    def status(self, now: float) -> list[JsonObject]:
         """The state of each account, and its state, counts and limits for each model asked for."""
         return [self._status(entry, now) for entry in self._entries]
 
-    def _status(self, entry: PoolEntry, now: float) -> dict[str, Any]:
+    def _status(self, entry: PoolEntry, now: float) -> JsonObject:
         known = (*self._ledger.uses, *self._cooldowns.by_key)
         models = dict.fromkeys(model for owner, model in known if model and owner in entry.owners)
         return {
@@ -5793,7 +5743,7 @@ class AccountPool:
             "models": [self._model_status(entry, model, now) for model in models],
         }
 
-    def _model_status(self, entry: PoolEntry, model: str, now: float) -> dict[str, Any]:
+    def _model_status(self, entry: PoolEntry, model: str, now: float) -> JsonObject:
         own = self._ledger.use((entry.account.name, model), now)
         key = entry.project(model)
         limits = self._ledger.limits(key, self._ledger.use(key, now))
@@ -5905,7 +5855,7 @@ class Trace:
         return round(1000 * (moment - self.started))
 
 
-def decisions_of(trace: Trace) -> list[dict[str, Any]]:
+def decisions_of(trace: Trace) -> list[JsonObject]:
     """The decisions in JSON, as an error's body and `agproxy why` show them."""
     return [
         {
@@ -5939,7 +5889,7 @@ class Journal:
         if trace.decisions:
             self._entries.append((trace, status, now))
 
-    def find(self, id: str) -> dict[str, Any] | None:
+    def find(self, id: str) -> JsonObject | None:
         """The log's fields of a request and the decisions of its retry loop; None where it is not known."""
         for trace, status, ended in self._entries:
             if trace.id == id:
@@ -5959,9 +5909,9 @@ def masked(name: str) -> str:
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
 
 
-def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
+def log_fields(trace: Trace, status: int, now: float) -> JsonObject:
     """The fields of a finished request's log line; never a prompt, never a key."""
-    fields: dict[str, Any] = {
+    fields: JsonObject = {
         "id": trace.id,
         "client_id": trace.client_id,
         "client": trace.client,
@@ -5979,7 +5929,7 @@ def log_fields(trace: Trace, status: int, now: float) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in (None, "")}
 
 
-def log_text(fields: Mapping[str, Any]) -> str:
+def log_text(fields: JsonMap) -> str:
     """The fields as one line; control characters are escaped, so that no client forges a line."""
     others = dict(fields)
     words = [others.pop("id"), others.pop("route")]
@@ -6465,9 +6415,7 @@ class Credentials:
         }
         return str((await self._ask_token(account, form, "refresh_token"))["refresh_token"])
 
-    async def _ask_token(
-        self, account: Account, form: Mapping[str, str], wanted: str
-    ) -> Mapping[str, Any]:
+    async def _ask_token(self, account: Account, form: Mapping[str, str], wanted: str) -> JsonMap:
         try:
             status, answer = await self._call(account, "POST", account.token_url, data=form)
         except (aiohttp.ClientError, OSError):  # a TimeoutError is an OSError
@@ -6531,7 +6479,7 @@ class Credentials:
 
     async def _ask_service(
         self, account: Account, header: Mapping[str, str], path: str, body: Any
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """A call without a body is a GET. Raises UpstreamError."""
         method = "GET" if body is None else "POST"
         url = f"{account.base_url}/v1internal{path}"
@@ -6554,7 +6502,7 @@ class Credentials:
         return answer
 
 
-def no_project(account: Account, answer: Mapping[str, Any]) -> CredentialRefused:
+def no_project(account: Account, answer: JsonMap) -> CredentialRefused:
     """The error for an account without a project, with the reasons that the service tells."""
     fields = ("reasonCode", "reasonMessage", "validationUrl", "message")
     refusals = (*(answer.get("ineligibleTiers") or ()), answer.get("error") or {})
@@ -6650,7 +6598,7 @@ def signed_assertion(account: Account, now: float) -> str:
         ) from None
 
 
-def token_error(account: Account, status: int, answer: Mapping[str, Any]) -> UpstreamError:
+def token_error(account: Account, status: int, answer: JsonMap) -> UpstreamError:
     """The error for a token endpoint's refusal. Only invalid_grant is for good.
 
     Source: https://www.rfc-editor.org/rfc/rfc6749#section-5.2
@@ -7409,7 +7357,7 @@ class Wire:
             incoming.abort()
             refused = header["Authorization"]
 
-    async def call(self, account: Account, model: str, method: str, body: bytes) -> dict[str, Any]:
+    async def call(self, account: Account, model: str, method: str, body: bytes) -> JsonObject:
         """The object that a method answers. Raises UpstreamError."""
         answer = await json_of(await self.post(account, model, method, body))
         if not isinstance(answer, dict):
@@ -7862,21 +7810,21 @@ async def whole_answer(incoming: Incoming, reader: GeminiReader, sse: bool) -> A
 
 
 @dataclass(eq=False)
-class TokenCount(Question[dict[str, Any]]):
+class TokenCount(Question[JsonObject]):
     """The question how many tokens a request is. Source: https://ai.google.dev/api/tokens"""
 
     _generation: Generation
     _wire: Wire
     barred: Barred = field(default_factory=dict)
 
-    async def ask(self, lease: Lease) -> dict[str, Any]:
+    async def ask(self, lease: Lease) -> JsonObject:
         body = self._generation.body_for(lease.model).data
         body = countable(lease.account.kind, lease.model, body)
         return await self._wire.call(lease.account, lease.model, "countTokens", body)
 
 
 @dataclass(eq=False)
-class Embedding(Question[dict[str, Any]]):
+class Embedding(Question[JsonObject]):
     """The question of one batch of texts.
 
     Source: https://ai.google.dev/api/embeddings#method:-models.batchembedcontents
@@ -7887,7 +7835,7 @@ class Embedding(Question[dict[str, Any]]):
     _wire: Wire
     barred: Barred
 
-    async def ask(self, lease: Lease) -> dict[str, Any]:
+    async def ask(self, lease: Lease) -> JsonObject:
         body = dump_bytes(build_embeddings(self._texts, lease.model, self._dimensions))
         answer = await self._wire.call(lease.account, lease.model, "batchEmbedContents", body)
         usage = answer.get("usageMetadata")
@@ -8300,7 +8248,7 @@ class KeptResponses:
                 items[i] = await self._referred(item, known, client)
         return past
 
-    async def _referred(self, item: Any, known: dict[str, Any], client: str) -> Any:
+    async def _referred(self, item: Any, known: JsonObject, client: str) -> Any:
         """The item that a reference names, where it is kept; else what came."""
         if not isinstance(item, dict) or not is_reference(item):
             return item
@@ -8352,7 +8300,7 @@ class KeptResponses:
         return lambda part: seal_entry(signature_entry(part, trace.mapped_model), secret)
 
 
-def is_reference(item: Mapping[str, Any]) -> bool:
+def is_reference(item: JsonMap) -> bool:
     return item.get("type") == "item_reference" or (item.get("type") is None and "role" not in item)
 
 
@@ -8371,7 +8319,7 @@ def replay_frames(stored: StoredResponse, at: int) -> list[bytes]:
     return frames[min(at, len(frames) - 2) :]
 
 
-def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
+def numbers_in(query: Mapping[str, str]) -> JsonObject:
     """The fields of a URL's query, with numbers as such."""
 
     def read(value: str) -> Any:
@@ -8380,7 +8328,7 @@ def numbers_in(query: Mapping[str, str]) -> dict[str, Any]:
     return {key: read(value) for key, value in query.items()}
 
 
-def page_of(items: list[Any], query: Mapping[str, str]) -> dict[str, Any]:
+def page_of(items: list[Any], query: Mapping[str, str]) -> JsonObject:
     """A page of a response's input, its last item first unless `order` is asc. Raises BadRequest."""
     fields = Fields(numbers_in(query))
     limit, order = fields.count("limit", 100) or 20, query.get("order", "desc")
@@ -8409,6 +8357,7 @@ def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
 # 22. Exchanges
 # ==============================================================================
 
+PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
 BACKGROUND_MAX = 64  # responses in the background, each of which holds all its frames
 STOPPED = Overloaded("The gateway was stopped before the answer was whole. Ask again in a moment.")
 
@@ -8500,7 +8449,7 @@ class Exchange:
         """
         gateway, door, trace = self.gateway, self.door, self.trace
         check = is_base64 if door.keeps else seems_base64  # what is kept must be whole
-        data, self.payloads = cut_payloads(data, check)
+        data, self.payloads = cut_payloads(data, PAYLOAD_MARK, check)
         body = parse_body(data)
         del data
         past = await gateway.kept.recall(body, trace.client) if door.keeps else None
@@ -8587,9 +8536,7 @@ class Exchange:
             await self.kept.leave()
 
 
-def affinity_of(
-    client: str, headers: Mapping[str, str], body: Mapping[str, Any], request: Request
-) -> int:
+def affinity_of(client: str, headers: Mapping[str, str], body: JsonMap, request: Request) -> int:
     """A number that the requests of one conversation share: they meet the same account, whose
     prompt cache knows them.
 
@@ -9688,7 +9635,7 @@ async def listen(
     stack.push_async_callback(
         runner.shutdown
     )  # what runs is finished before connections are closed
-    limits: dict[str, Any] = {
+    limits: JsonObject = {
         "keepalive_timeout": KEEP_ALIVE_S,
         "lingering_time": LINGER_S,
         "max_line_size": LINE_BYTES_MAX,
@@ -9711,7 +9658,7 @@ async def listen(
 # 26. Demo
 # ==============================================================================
 
-DemoJson = dict[str, Any]
+DemoJson = JsonObject
 
 DEMO_MODELS: Mapping[str, Sequence[str]] = {
     "gemini-embedding-001": ("embedContent", "batchEmbedContents"),
@@ -9739,7 +9686,7 @@ DEMO_VALUES_MAX = 3072  # as many as Gemini's own embeddings have
 DEMO_WORD = re.compile(r"\s*\S+(?:\s+$)?")  # with the space around it: joined they are the text
 DEMO_SIGNATURE = "YWdwcm94eS1kZW1v"  # base64 of "agproxy-demo"
 DEMO_THOUGHT = {"text": "The demo thinks of nothing: it repeats what it was told.", "thought": True}
-DEMO_SCALARS: Mapping[str, Any] = {"integer": 1, "number": 1.5, "boolean": True, "null": None}
+DEMO_SCALARS: JsonMap = {"integer": 1, "number": 1.5, "boolean": True, "null": None}
 DEMO_FORMATS = {
     "date": "2026-01-31",
     "date-time": "2026-01-31T12:00:00Z",
@@ -10268,7 +10215,7 @@ class LoopErrors:
     def __init__(self) -> None:
         self._silent_until = 0.0
 
-    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: JsonObject) -> None:
         error = context.get("exception")
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
@@ -10618,7 +10565,7 @@ def explain(accounts: str | None, file: BinaryIO, model: str | None, strict: boo
             refuse_dropped(changes)
     except GatewayError as error:
         raise Unusable(error.message, error.code or "invalid_body") from None
-    told: dict[str, Any] = {
+    told: JsonObject = {
         "model": requests[0].model,
         "mapped_model": mapped.model,
         "rule": mapped.rule,
@@ -10836,7 +10783,7 @@ STATUS_COLUMNS = (
 )
 
 
-def ask_gateway(where: Mapping[str, Any], path: str, data: bytes | None = None) -> Any:
+def ask_gateway(where: JsonMap, path: str, data: bytes | None = None) -> Any:
     """The running gateway's answer under /agproxy/, to a POST if there is data. Raises Unusable."""
     from http.client import HTTPConnection, HTTPException
 
@@ -10876,7 +10823,7 @@ def print_status(as_json: bool, **where: Any) -> None:
     click.echo(pretty(status) if as_json else status_table(status["accounts"]))
 
 
-def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
+def status_table(accounts: Sequence[JsonMap]) -> str:
     """A line an account, and one for each model that it was asked for."""
     rows: list[Sequence[str]] = [STATUS_COLUMNS]
     for account in accounts:
@@ -10891,7 +10838,7 @@ def status_table(accounts: Sequence[Mapping[str, Any]]) -> str:
     return render_table(rows)
 
 
-def used_of(model: Mapping[str, Any], quota: str) -> str:
+def used_of(model: JsonMap, quota: str) -> str:
     if quota in model["limits"]:
         return f"{model[quota]}/{model['limits'][quota]}"
     return str(model[quota])

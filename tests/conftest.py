@@ -40,6 +40,11 @@ def read_yaml(path: Path) -> Any:
     return yaml.load(path.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
+def called_from(frames: int, function: Callable[[], Any]) -> Any:
+    """The function's result where it is called through so many others."""
+    return called_from(frames - 1, function) if frames else function()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("at_the_end") is not None)
     gc.collect()

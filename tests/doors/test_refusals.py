@@ -315,13 +315,13 @@ def codes_in_the_source() -> set[str]:
     kinds = [
         kind for kind in vars(agproxy).values() if isinstance(kind, type) and issubclass(kind, agproxy.GatewayError)
     ]
-    found: set[Any] = {kind.default_code for kind in kinds}
+    found: set[Any] = {kind.code for kind in kinds}
     for node in ast.walk(tree_of_the_file()):
         if not isinstance(node, ast.Call):
             continue
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         place = {"wrong": 3, "Unusable": 1, "get": 3}.get(name, 99)
-        given = [*node.args[place : place + 1], *(k.value for k in node.keywords if k.arg in ("code", "default_code"))]
+        given = [*node.args[place : place + 1], *(k.value for k in node.keywords if k.arg == "code")]
         found |= {leaf.value for one in given for leaf in ast.walk(one) if isinstance(leaf, ast.Constant)}
     found |= {
         "integer_below_min_value",

@@ -572,30 +572,6 @@ async def test_a_body_that_is_no_json_object(data: bytes, start: Start) -> None:
     assert (await client.get("/healthz")).status == 200
 
 
-TWICE = [
-    ('{"model": "a", "model": "b", "messages": []}', "model"),
-    ('{"model" : "a", "mod\\u0065l": "b", "x" :1}', "model"),
-    ('{"messages":[{"role":"user","content":"a: b","content":"c"}],"model":"m"}', "content"),
-    ('{"model":"m","tools":[{"function":{"parameters":{"x":{},"y" :{},"x":{}}}}]}', "x"),
-    ('\ufeff{"model":"m","n"\n:1,"n"\t:2}', "n"),
-]
-
-
-@pytest.mark.parametrize(("body", "name"), TWICE)
-async def test_a_field_that_is_given_twice_is_refused(body: str, name: str, start: Start) -> None:
-    response = await (await start()).post("/v1/chat/completions", data=body.encode())
-    told = (await response.json())["error"]
-    assert (response.status, told["param"], told["code"]) == (400, name, "invalid_value")
-    assert told["message"] == f"'{name}' is given twice in one object. Send it once."
-
-
-@pytest.mark.parametrize("said", ['"model": "a"', "a : b", '{"a":1,"a":2}', "\n:", '\\":'])
-def test_what_only_looks_like_a_field_in_a_text_is_none(said: str) -> None:
-    body = {"model": "m", "messages": [{"role": "user", "content": said}]}
-    for separators in ((",", ":"), (", ", " : ")):
-        assert agproxy.parse_body(json.dumps(body, separators=separators).encode()) == body
-
-
 @both_transports
 async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client: Any) -> None:
     config = agproxy.Config((agproxy.Account("a", "k", gemini[1]),))

@@ -75,14 +75,14 @@ def test_long_base64_is_sent_as_it_came(r: Random) -> None:
     told = {"role": "user", "content": [image, {"type": "text", "text": f"see data:image/png;base64,{g.LONG_BASE64}"}]}
     body = g.chat_body(r)
     body["messages"].insert(r.randint(0, len(body["messages"])), told)
-    cut, payloads = agproxy.cut_payloads(json.dumps(body).encode())
+    cut, payloads = agproxy.cut_payloads(json.dumps(body).encode(), "0" * 32)
     assert len(payloads) >= 2 and g.LONG_BASE64.encode() not in cut
     built = [
         fuzz.build(agproxy.parse_chat(agproxy.parse_body(data))[0], g.MODELS[2], "gemini").body
         for data in (cut, json.dumps(body).encode())
     ]
     sent, expected = map(agproxy.dump_bytes, built)
-    assert agproxy.with_payloads(sent, payloads) == expected
+    assert agproxy.put_back(sent, payloads) == expected
 
 
 # ---- any cut

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import DATA, read_yaml
+from conftest import DATA, called_from, read_yaml
 from fake_gemini import OWN_OUTPUT, findings, is_meant, validate
 from openai_schema import components
 
@@ -427,13 +427,19 @@ def test_a_huge_schema_stays_within_bounds(root: Any) -> None:
 # ---- odd input
 
 
-@pytest.mark.parametrize("depth", [500, 900, 950, 970, 980, 985, 990, 995, 1000, 100_000])
-def test_deep_arguments_and_results_are_sent_in_some_form(depth: int) -> None:
+@pytest.mark.parametrize("frames", [0, 400])
+@pytest.mark.parametrize("depth", [1, 198, 199, 200, 300, 500, 900, 950, 970, 980, 985, 990, 995, 1000, 100_000])
+def test_deep_arguments_and_results_are_sent_as_objects_up_to_200_levels(depth: int, frames: int) -> None:
+    """Whoever calls: deeper ones are sent as text."""
     deep = '{"a":' + "[" * depth + "]" * depth + "}"
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": deep}}
     said = [{"role": "assistant", "tool_calls": [call]}, {"role": "tool", "tool_call_id": "c", "content": deep}]
-    made = built(agproxy.parse_chat({"model": "gemini-2.5-flash", "messages": [*HI, *said]})[0])
-    assert agproxy.dumps(made.body).encode()
+    request = agproxy.parse_chat({"model": "gemini-2.5-flash", "messages": [*HI, *said]})[0]
+    sent = called_from(frames, lambda: agproxy.dumps(built(request).body))
+    as_object, as_text = f'"args":{deep}', f'"args":{{"input":{json.dumps(deep)}}}'
+    assert (as_object in sent, as_text in sent) == (depth < 200, depth >= 200)
+    as_object, as_text = f'"response":{deep}', f'"response":{{"output":{json.dumps(deep)}}}'
+    assert (as_object in sent, as_text in sent) == (depth < 200, depth >= 200)
 
 
 @pytest.mark.parametrize(

@@ -101,7 +101,11 @@ def test_the_answer_in_one_piece_says_the_same(case: dict[str, Any]) -> None:
     if error := case.get("error"):
         assert shape(events[-1]) == ["Failed", error]
     else:
-        assert agproxy.collect(events) == agproxy.collect(streamed(case["chunks"], in_one))
+        expected = streamed(case["chunks"], in_one)
+        assert agproxy.collect(events) == agproxy.collect(expected)
+        assert [e for e in events if isinstance(e, agproxy.Annotated)] == [
+            e for e in expected if isinstance(e, agproxy.Annotated)
+        ]
 
 
 def test_chat(case: dict[str, Any]) -> None:
