@@ -7566,6 +7566,8 @@ class Answer:
             events = reader.feed(data) if data else reader.close(self._late)
             if not data or reader.error:
                 self._reader = None
+                if data:
+                    self._incoming.abort()  # nobody waits for what is behind an error
         if not events:
             raise StopAsyncIteration
         self.last = events[-1]
@@ -8506,6 +8508,7 @@ class Exchange:
         assert self.answer is not None
         async for events in self.answer:
             await self.deliver(events, render, send)
+            del events  # a stream waits long for the next ones
 
     async def deliver(self, events: list[Event], render: Render, send: Send) -> None:
         """Sends the events of one read; what is kept is written before the client reads that it is
@@ -8756,9 +8759,9 @@ async def name_request(
     client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
     if client_id and CLIENT_ID.fullmatch(client_id):
         trace.client_id = client_id
-    doors = [door for door in gateway.doors if path.startswith(door.path)] or gateway.doors
+    below = [door for door in gateway.doors if f"{path}/".startswith(f"{door.path}/")]
     task: Any = asyncio.current_task()
-    exchange = request[exchange_key()] = Exchange(gateway, trace, doors[0], task)
+    exchange = request[exchange_key()] = Exchange(gateway, trace, (below or gateway.doors)[0], task)
     gateway.running.add(exchange)
     status = 499  # where the client is gone
     try:
@@ -10217,6 +10220,8 @@ class LoopErrors:
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: JsonObject) -> None:
         error = context.get("exception")
+        if "_start_serving" in str(context.get("handle")):
+            return  # asyncio tries a listener again that is closed by now
         if not isinstance(error, OSError) or error.errno not in (errno.EMFILE, errno.ENFILE):
             loop.default_exception_handler(context)
         elif loop.time() >= self._silent_until:

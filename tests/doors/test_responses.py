@@ -497,7 +497,6 @@ async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini)
     assert (await fetch(client, made["id"]))[1]["status"] == "cancelled"
 
 
-@pytest.mark.xfail(strict=True, reason="the drain cancels who follows a background response before that tells its end")
 async def test_text_so_far_stays_where_the_gateway_stops(start: Start, gemini: FakeGemini, tmp_path: Path) -> None:
     store = str(tmp_path / "s")
     one = await start(drain_s=0.3, store=store)

@@ -7,7 +7,6 @@ from collections import Counter
 from typing import Any
 
 import aiohttp
-import pytest
 from conftest import HELLO, until
 from fake_gemini import FakeGemini, said
 
@@ -25,10 +24,6 @@ def ours() -> Counter[str]:
     return Counter(kind.__qualname__ for kind in kinds if kind.__module__ == agproxy.__name__)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="Exchange.run holds the events of the last read, and the usage in them, while it waits for the next",
-)
 async def test_an_open_stream_holds_few_objects(gemini: FakeGemini) -> None:
     """What one plain streamed chat holds while it lasts, through the product's own listener:
 

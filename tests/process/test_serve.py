@@ -145,10 +145,6 @@ async def test_a_signal_before_it_listens_ends_it_in_order(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
-@pytest.mark.xfail(
-    strict=importlib.util.find_spec("uvloop") is None,
-    reason="asyncio accepts again after a second, on a listener that is closed by then: a traceback for each try",
-)
 async def test_a_stop_after_no_file_was_left_is_in_order(serve: Serve, file: str, gemini: FakeGemini) -> None:
     served = await serve("--accounts", file, "--port", "0")
     base_url = await served.wait_for(r"OPENAI_BASE_URL=(\S+)")
