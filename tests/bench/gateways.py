@@ -27,6 +27,8 @@ AS_INSTALLED = (
 )
 STARTED_WITHIN_S = 60
 IDLE_S = 0.3
+REQUESTS_MAX = 4000
+"""More than a workload asks at once: a client's next request may come before the gateway has ended its last."""
 PACKAGES = ("aiohttp", "orjson", "uvloop", "litellm")
 
 
@@ -114,8 +116,11 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def agproxy(name: str, python: str, file: Path, upstream: str, folder: Path) -> Kind:
-    accounts = folder / "accounts.yaml"
+    accounts = folder / f"{name}.yaml"
     accounts.write_text(f"accounts:\n  - name: bench\n    api_key: k\n    base_url: {upstream}\n")
+    if "max_requests" in file.read_text(encoding="utf-8"):  # version 0.1.0 has no such key
+        with accounts.open("a") as more:
+            more.write(f"proxy:\n  max_requests: {REQUESTS_MAX}\n")
     accounts.chmod(0o600)
     arguments = ("serve", "--accounts", str(accounts), "--port", "{port}", "--log-level", "warning")
     subprocess.run([python, "-m", "py_compile", file], check=True)  # as pip does

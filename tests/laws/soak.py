@@ -35,6 +35,8 @@ ACCOUNTS = 8
 IDLE_S = 1.0
 REPORT_S = 0.2
 SETTLED_S = 1.0
+REQUESTS_MAX = 1 << 20
+"""No bound: a client's next request may come before the gateway has ended its last."""
 
 
 class Plan(NamedTuple):
@@ -162,7 +164,8 @@ async def keep_asking(url: str, streams: int, seconds: float, seed: int) -> Coun
 
 async def serve(url: str) -> None:
     accounts = tuple(agproxy.Account(f"a{number}", "planted-key", url) for number in range(ACCOUNTS))
-    config = agproxy.Config(accounts, timeouts=agproxy.Timeouts(idle_s=IDLE_S), heartbeat_s=0.5)
+    timeouts = agproxy.Timeouts(idle_s=IDLE_S)
+    config = agproxy.Config(accounts, timeouts=timeouts, heartbeat_s=0.5, max_requests=REQUESTS_MAX)
     agproxy.raise_file_limit()
     complaints: list[logging.LogRecord] = []
     handler = logging.StreamHandler()
