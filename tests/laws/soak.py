@@ -32,7 +32,6 @@ import antigravity_proxy as agproxy
 
 FAULTS = ("none",) * 14 + ("cut", "reset", "garbage", "error", "silence", "busy", "leaves")
 ACCOUNTS = 8
-IDLE_S = 1.0
 REPORT_S = 0.2
 SETTLED_S = 1.0
 REQUESTS_MAX = 1 << 20
@@ -54,6 +53,11 @@ def plan_of(number: int) -> Plan:
     return Plan(texts, r.choice(FAULTS), r.randint(1, len(texts)), r.choice((0.0, 0.01, 0.03, 0.05)))
 
 
+def idle_s_for(streams: int) -> float:
+    """The silence that the gateway bears: more than the upstream's own, which has one core for so many streams."""
+    return 1 + streams / 500
+
+
 # ---- the upstream
 
 
@@ -69,7 +73,7 @@ ERROR = b'data: {"error":{"code":500,"status":"INTERNAL","message":"Broken."}}\r
 BUSY = b'{"error":{"code":503,"status":"UNAVAILABLE","message":"Busy."}}'
 
 
-async def answer(busy: set[int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def answer(busy: set[int], idle_s: float, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """One connection of the gateway's, request after request; `busy` are the numbers that were refused once."""
     with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
         while True:
@@ -79,12 +83,12 @@ async def answer(busy: set[int], reader: asyncio.StreamReader, writer: asyncio.S
             number = re.search(rb"gemini-n(\d+)", head)
             if number is None:
                 writer.write(b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}")
-            elif not await say(plan_of(int(number[1])), writer, busy, int(number[1])):
+            elif not await say(plan_of(int(number[1])), writer, busy, int(number[1]), idle_s):
                 break
     writer.close()
 
 
-async def say(plan: Plan, writer: asyncio.StreamWriter, busy: set[int], number: int) -> bool:
+async def say(plan: Plan, writer: asyncio.StreamWriter, busy: set[int], number: int, idle_s: float) -> bool:
     """Whether the connection may go on."""
     if plan.fault == "busy" and number not in busy:
         busy.add(number)
@@ -96,13 +100,13 @@ async def say(plan: Plan, writer: asyncio.StreamWriter, busy: set[int], number: 
         await writer.drain()
         await asyncio.sleep(plan.pause_s)
         if place == plan.at and plan.fault in ("cut", "reset", "garbage", "error", "silence"):
-            return await go_wrong(plan.fault, writer)
+            return await go_wrong(plan.fault, writer, idle_s)
     writer.write(frame("", "STOP") + b"0\r\n\r\n")
     await writer.drain()
     return True
 
 
-async def go_wrong(fault: str, writer: asyncio.StreamWriter) -> bool:
+async def go_wrong(fault: str, writer: asyncio.StreamWriter, idle_s: float) -> bool:
     if fault == "error":
         writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(ERROR), ERROR))
         await writer.drain()
@@ -112,7 +116,7 @@ async def go_wrong(fault: str, writer: asyncio.StreamWriter) -> bool:
     if fault == "garbage":
         writer.write(b"zz\r\nno chunk\r\n")
     if fault == "silence":
-        await asyncio.sleep(2 * IDLE_S)
+        await asyncio.sleep(2 * idle_s)
     return False
 
 
@@ -162,9 +166,9 @@ async def keep_asking(url: str, streams: int, seconds: float, seed: int) -> Coun
 # ---- the gateway, as a process of its own that tells how large it is
 
 
-async def serve(url: str) -> None:
+async def serve(url: str, idle_s: float) -> None:
     accounts = tuple(agproxy.Account(f"a{number}", "planted-key", url) for number in range(ACCOUNTS))
-    timeouts = agproxy.Timeouts(idle_s=IDLE_S)
+    timeouts = agproxy.Timeouts(idle_s=idle_s)
     config = agproxy.Config(accounts, timeouts=timeouts, heartbeat_s=0.5, max_requests=REQUESTS_MAX)
     agproxy.raise_file_limit()
     complaints: list[logging.LogRecord] = []
@@ -185,11 +189,10 @@ def tell(state: dict[str, int]) -> None:
 
 
 @contextlib.asynccontextmanager
-async def gateway(url: str) -> AsyncIterator[asyncio.StreamReader]:
+async def gateway(url: str, streams: int) -> AsyncIterator[asyncio.StreamReader]:
     """The lines in which a gateway before this upstream tells how it is."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, __file__, "--serve", url, stdout=asyncio.subprocess.PIPE, limit=1 << 22
-    )
+    command = [sys.executable, __file__, "--serve", url, "--streams", str(streams)]
+    process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE, limit=1 << 22)
     assert process.stdout is not None
     try:
         yield process.stdout
@@ -208,9 +211,9 @@ async def told(lines: asyncio.StreamReader) -> dict[str, int]:
             return dict(json.loads(line))
 
 
-async def settled(lines: asyncio.StreamReader, tasks: int) -> dict[str, int]:
+async def settled(lines: asyncio.StreamReader, tasks: int, idle_s: float) -> dict[str, int]:
     """How the gateway is once it has no more tasks than that, or after all the time that its last ones may take."""
-    until = time.monotonic() + SETTLED_S + 2 * IDLE_S
+    until = time.monotonic() + SETTLED_S + 2 * idle_s
     while (state := await told(lines))["tasks"] > tasks and time.monotonic() < until:
         pass
     return state
@@ -218,10 +221,11 @@ async def settled(lines: asyncio.StreamReader, tasks: int) -> dict[str, int]:
 
 async def soak(streams: int, seconds: float, seed: int = 0, every_s: float = 30.0) -> list[str]:
     """Runs it, and prints what it sees; what is wrong."""
-    async with await asyncio.start_server(functools.partial(answer, set()), "127.0.0.1", 0, backlog=4096) as upstream:
+    play = functools.partial(answer, set(), idle_s_for(streams))
+    async with await asyncio.start_server(play, "127.0.0.1", 0, backlog=4096) as upstream:
         url = f"http://127.0.0.1:{upstream.sockets[0].getsockname()[1]}"
         mine = asyncio.all_tasks()
-        async with gateway(url) as lines:
+        async with gateway(url, streams) as lines:
             found = await watch(lines, streams, seconds, seed, every_s)
         await asyncio.gather(*(asyncio.all_tasks() - mine))  # the ends of the upstream's connections
         return found
@@ -232,12 +236,12 @@ async def watch(lines: asyncio.StreamReader, streams: int, seconds: float, seed:
     idle = await told(lines)
     url = f"http://127.0.0.1:{idle['port']}"
     await keep_asking(url, streams, min(5.0, seconds), seed + 1000)  # what is loaded and kept once
-    before, began = await settled(lines, idle["tasks"]), time.monotonic()
+    before, began = await settled(lines, idle["tasks"], idle_s_for(streams)), time.monotonic()
     while (left := seconds - (time.monotonic() - began)) > 0:
         outcomes += await keep_asking(url, streams, min(left, every_s), seed)
         seed += 1
         say_state(time.monotonic() - began, outcomes, await told(lines))
-    after = await settled(lines, idle["tasks"])
+    after = await settled(lines, idle["tasks"], idle_s_for(streams))
     say_state(time.monotonic() - began, outcomes, after)
     wrong = [f"{count} x {outcome}" for outcome, count in outcomes.items() if outcome.startswith("WRONG")]
     bounds = {
@@ -267,7 +271,7 @@ def main() -> int:
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.serve:
-        asyncio.run(serve(given.serve))
+        asyncio.run(serve(given.serve, idle_s_for(given.streams)))
     agproxy.raise_file_limit()
     wrong = asyncio.run(soak(given.streams, given.seconds, given.seed))
     sys.stdout.write("\n".join([*wrong[:20], f"{len(wrong)} findings", ""]))
