@@ -1348,9 +1348,8 @@ def load_config(
     if not accounts:
         kinds["accounts"] = lambda _: ()
     given = Node(compose_yaml(text, source), "", source, env, load, problems).section(kinds)
-    models = given.get("models", {})
     names = {"default": "default_model", "map": "aliases"}
-    models = {names.get(key, key): value for key, value in models.items()}
+    models = {names.get(key, key): value for key, value in given.get("models", {}).items()}
     config = Config(given.get("accounts", ()), **given.get("proxy", {}), **models)
     problems += [f"{source}: {problem}" for problem in config_problems(config)]
     if problems:
