@@ -3790,7 +3790,12 @@ class SchemaReduction:
             self.losses.add("object")
             return None
         wanted = set(map(str, flat.get("required", ())))
-        return {"properties": properties, "required": [n for n in properties if n in wanted]}
+        if wanted - properties.keys():
+            self.losses.add("required")
+        members: JsonObject = {"properties": properties}
+        if required := [name for name in properties if name in wanted]:
+            members["required"] = required
+        return members
 
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
