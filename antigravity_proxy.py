@@ -11,30 +11,31 @@ The rooms, in reading order. A room may use the rooms above it, never below.
      3 Vocabulary      what a request and an answer are, in nobody's JSON
      4 Config          the accounts file becomes frozen dataclasses
      5 Doors           what the front formats share: a door, typed fields, renderers
-     6 Chat            chat and completions: fields, parser, renderer
-     7 Responses       OpenAI's Responses: fields, parser, renderer
-     8 Embeddings      texts to vectors
-     9 Models          which Gemini model a name means, and what that can do
-    10 Schemas         JSON Schemas as Gemini takes them
-    11 To Gemini       a Request becomes a generateContent body
-    12 From Gemini     bytes become Events: the only stream machine; Gemini's refusals
-    13 Signatures      thought signatures: remembered, sealed
-    14 Accounts        who is asked next, who is in cooldown until when
-    15 Journal         what is told of a request: headers, the log line, decisions
-    16 Store           SQLite on a thread of its own: what outlives the process
-    17 Credentials     API keys and tokens: each fetched once for all who wait
-    18 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
-    19 Media           linked files, from public addresses only
-    20 Upstream        what Gemini is asked, and the one retry loop
-    21 Kept responses  recall, keep, replay: what outlives its request
-    22 Exchanges       the one path of every answer: streamed, whole, in the background
-    23 Web             aiohttp.web: middlewares, and the handlers of the doors
-    24 Admin           /agproxy/: status, why, pool, reload
-    25 Server          the table of routes, the application, the listener
-    26 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    27 Command line    what a person types: options, config, log; serve and run
-    28 Setup           commands beside a gateway: models, check, explain, login, env
-    29 Operator        commands that ask the running gateway: status, pool, why, reload
+     6 Messages        contents, media, messages and tools, as chat and Responses share them
+     7 Chat            chat and completions: fields, parser, renderer
+     8 Responses       OpenAI's Responses: fields, parser, renderer
+     9 Embeddings      texts to vectors
+    10 Models          which Gemini model a name means, and what that can do
+    11 Schemas         JSON Schemas as Gemini takes them
+    12 To Gemini       a Request becomes a generateContent body
+    13 From Gemini     bytes become Events: the only stream machine; Gemini's refusals
+    14 Signatures      thought signatures: remembered, sealed
+    15 Accounts        who is asked next, who is in cooldown until when
+    16 Journal         what is told of a request: headers, the log line, decisions
+    17 Store           SQLite on a thread of its own: what outlives the process
+    18 Credentials     API keys and tokens: each fetched once for all who wait
+    19 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
+    20 Media           linked files, from public addresses only
+    21 Upstream        what Gemini is asked, and the one retry loop
+    22 Kept responses  recall, keep, replay: what outlives its request
+    23 Exchanges       the one path of every answer: streamed, whole, in the background
+    24 Web             aiohttp.web: middlewares, and the handlers of the doors
+    25 Admin           /agproxy/: status, why, pool, reload
+    26 Server          the table of routes, the application, the listener
+    27 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
+    28 Command line    what a person types: options, config, log; serve and run
+    29 Setup           commands beside a gateway: models, check, explain, login, env
+    30 Operator        commands that ask the running gateway: status, pool, why, reload
 """
 
 from __future__ import annotations
@@ -1347,9 +1348,8 @@ def load_config(
     if not accounts:
         kinds["accounts"] = lambda _: ()
     given = Node(compose_yaml(text, source), "", source, env, load, problems).section(kinds)
-    models = given.get("models", {})
     names = {"default": "default_model", "map": "aliases"}
-    models = {names.get(key, key): value for key, value in models.items()}
+    models = {names.get(key, key): value for key, value in given.get("models", {}).items()}
     config = Config(given.get("accounts", ()), **given.get("proxy", {}), **models)
     problems += [f"{source}: {problem}" for problem in config_problems(config)]
     if problems:
@@ -1425,8 +1425,11 @@ def is_address(host: str) -> bool:
 DONE = "data: [DONE]\n\n"
 
 Fate = Literal["mapped", "ignored", "dropped"]
-Fates = dict[str, tuple[Fate, str, str]]  # of each field: its fate, why, and its JSON type
+Reader = Callable[["Fields"], JsonObject]
+# Of each field: its fate, why, and its JSON type, or the function that reads it and its kin.
+Fates = dict[str, tuple[Fate, str, "str | Reader"]]
 UNKNOWN: tuple[Fate, str, str] = ("dropped", "unknown field", "")
+Parse = Callable[[Any, "Past"], "list[Request]"]
 Past = Sequence[Any] | None  # the items of a stored conversation; None where nothing is stored
 
 
@@ -1493,7 +1496,7 @@ class Door:
 
     path: str
     fields: Fates
-    parse: Callable[[Any, Past], list[Request]]
+    parse: Parse
     renderer: type[Renderer]
     error: Callable[[GatewayError], JsonObject] = openai_error
     models: Callable[[Sequence[Listed], bool], Any] = openai_models
@@ -1629,32 +1632,100 @@ class Fields:
 # ---- the fate of each field
 
 
-def fates(fate: Fate, kind: str = "", /, **reasons: str) -> Fates:
-    """Rows for fields with one fate. They name the JSON type where nothing else reads the field."""
-    return {field: (fate, reason, kind) for field, reason in reasons.items()}
+def fates(fate: Fate, read: str | Reader = "", /, **reasons: str) -> Fates:
+    """Rows for fields with one fate. They name what reads the fields, or their JSON type if nothing does."""
+    return {field: (fate, reason, read) for field, reason in reasons.items()}
+
+
+def read_fields(fields: Fields, table: Fates) -> JsonObject:
+    """The attributes of a Request that the fields of a body name; absent ones cost nothing.
+
+    Each loss becomes a Change. Raises BadRequest.
+    """
+    attributes: JsonObject = {}
+    sources: dict[str, str] = {}
+    done: set[Reader] = set()
+    for key, value in fields.value.items():
+        if value is None:
+            continue
+        fate, reason, read = table.get(key, UNKNOWN)
+        if isinstance(read, str):
+            if read:
+                fields.get(key, read)
+        elif read not in done:  # which reads several fields at once
+            done.add(read)
+            found = read(fields)
+            sources |= found.pop("sources", {})
+            attributes |= found
+        if fate == "dropped" and value is not False and value not in ([], {}):
+            fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
+    if sources:
+        attributes["sources"] = sources
+    return attributes
+
+
+# ---- fields of all doors
+
+STOPS_MAX = 5  # Gemini refuses more
+CHOICES_MAX = 128  # OpenAI's limit of `n`; each choice is a call of its own
+RANGES = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+}
+
+
+def read_ranges(fields: Fields) -> JsonObject:
+    return {key: fields.number(key, *limits) for key, limits in RANGES.items()}
+
+
+def read_seed(fields: Fields) -> JsonObject:
+    """The seed; Gemini's is a signed number of 32 bits."""
+    seed: int = fields.get("seed", "a whole number")
+    if seed != seed & 0x7FFFFFFF:
+        fields.change("seed", "clamped", "its lower 31 bits are sent")
+    return {"seed": seed & 0x7FFFFFFF}
+
+
+def read_stop(fields: Fields) -> JsonObject:
+    stops = [stop for stop in fields.texts("stop") if stop]
+    if len(stops) > STOPS_MAX:  # Continue sends more than OpenAI's 4 to hosts that it does not know
+        fields.change("stop", "dropped", f"only the first {STOPS_MAX} are sent")
+    return {"stop": tuple(stops[:STOPS_MAX])}
+
+
+def read_choices(fields: Fields) -> JsonObject:
+    return {"n": fields.count("n", CHOICES_MAX)}
+
+
+def read_stream(fields: Fields) -> JsonObject:
+    streamed: JsonObject = {"stream": fields.flag("stream")}
+    if options := fields.object("stream_options"):
+        streamed["include_usage"] = options.flag("include_usage")
+    return streamed
+
+
+def read_parallel(fields: Fields) -> JsonObject:
+    return {"parallel_calls": fields.flag("parallel_tool_calls", default=True)}
 
 
 NOT_HERE = "not served here"
 CACHED = "Gemini caches prompts by itself"
 SAMPLING_FIELDS = (
-    fates(
+    fates("mapped", model="the model in the URL")
+    | fates(
         "mapped",
-        model="the model in the URL",
+        read_ranges,
         temperature="generationConfig.temperature",
         top_p="generationConfig.topP",
         presence_penalty="generationConfig.presencePenalty",
         frequency_penalty="generationConfig.frequencyPenalty",
-        seed="generationConfig.seed",
-        stop="generationConfig.stopSequences",
-        n="as many upstream calls",
-        logprobs="generationConfig.responseLogprobs",
-        top_logprobs="generationConfig.logprobs, as far as logprobs are",
-        stream="streamGenerateContent",
-        stream_options="the usage chunk",
-        max_tokens="generationConfig.maxOutputTokens, where max_completion_tokens is not there",
-        extra_body="google.thinking_config",
-        google="google.thinking_config",
     )
+    | fates("mapped", read_seed, seed="generationConfig.seed")
+    | fates("mapped", read_stop, stop="generationConfig.stopSequences")
+    | fates("mapped", read_choices, n="as many upstream calls")
+    | fates("mapped", read_stream, stream="streamGenerateContent", stream_options="the usage chunk")
     | fates("dropped", "an object", logit_bias="Gemini has no bias by token")
     | fates("ignored", "a string", user="no effect on the answer", service_tier="there is one tier")
     | fates("ignored", "a string", safety_identifier="no effect on the answer")
@@ -1663,68 +1734,11 @@ SAMPLING_FIELDS = (
     | fates("ignored", "true or false", store="no effect on the answer")
 )
 TOOL_FIELDS = fates(
-    "mapped",
-    tools="tools[0].functionDeclarations",
-    tool_choice="toolConfig.functionCallingConfig",
-    parallel_tool_calls="further calls are left out of the answer",
+    "mapped", read_parallel, parallel_tool_calls="further calls are left out of the answer"
 ) | fates("ignored", "an object", moderation="Gemini has filters of its own")
-
-
-def with_changes(request: Request, fields: Fields, table: Fates) -> Request:
-    """The request, with all changes of its body, also by fields that are lost.
-
-    Raises BadRequest for a wrong type of a field that nothing reads.
-    """
-    for key, value in fields.value.items():
-        fate, reason, kind = table.get(key, UNKNOWN)
-        if kind:
-            fields.get(key, kind)
-        asks_for_nothing = value is False or value in (None, [], {})
-        if fate == "dropped" and not asks_for_nothing:
-            fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
-    if not fields.changes:
-        return request
-    return replace(request, changes=tuple(fields.changes))
-
-
-# ---- fields of all doors
-
-STOPS_MAX = 5  # Gemini refuses more
-CHOICES_MAX = 128  # OpenAI's limit of `n`; each choice is a call of its own
-
-
-def parse_sampling(fields: Fields) -> JsonObject:
-    """The attributes of a Request that chat, completions and Responses name alike."""
-    stream_options = fields.object("stream_options") or Fields({})
-    return {
-        "temperature": fields.number("temperature", 0, 2),
-        "top_p": fields.number("top_p", 0, 1),
-        "presence_penalty": fields.number("presence_penalty", -2, 2),
-        "frequency_penalty": fields.number("frequency_penalty", -2, 2),
-        "seed": parse_seed(fields),
-        "stop": parse_stop(fields),
-        "n": fields.count("n", CHOICES_MAX) or 1,
-        "stream": fields.flag("stream"),
-        "include_usage": stream_options.flag("include_usage"),
-    }
-
-
-def parse_seed(fields: Fields) -> int | None:
-    """The seed; Gemini's is a signed number of 32 bits."""
-    seed: int | None = fields.get("seed", "a whole number")
-    if seed is None:
-        return None
-    sent = seed & 0x7FFFFFFF
-    if sent != seed:
-        fields.change("seed", "clamped", "its lower 31 bits are sent")
-    return sent
-
-
-def parse_stop(fields: Fields) -> tuple[str, ...]:
-    stops = [stop for stop in fields.texts("stop") if stop]
-    if len(stops) > STOPS_MAX:  # Continue sends more than OpenAI's 4 to hosts that it does not know
-        fields.change("stop", "dropped", f"only the first {STOPS_MAX} are sent")
-    return tuple(stops[:STOPS_MAX])
+TOOLS_REASON = "tools[0].functionDeclarations"
+CHOICE_REASON = "toolConfig.functionCallingConfig"
+THINKING_REASON = "google.thinking_config"
 
 
 def parse_thinking(fields: Fields, effort: str | None, source: str, *, show: bool) -> ThinkingWish:
@@ -1767,6 +1781,10 @@ def parse_format(format: Fields | None, *, nested: bool) -> JsonFormat | None:
         format = format.object("json_schema") or format.missing("json_schema")
     return JsonFormat(format.get("schema", "an object"))
 
+
+# ==============================================================================
+# 6. Messages
+# ==============================================================================
 
 # ---- tools
 
@@ -2070,114 +2088,6 @@ def checked_base64(part: Fields, key: str, data: str) -> str:
     return data
 
 
-# ==============================================================================
-# 6. Chat
-# ==============================================================================
-
-FINGERPRINT = "fp_agproxy"
-TOP_LOGPROBS_MAX = 20  # OpenAI's limit
-COMPLETE_THE_MIDDLE = (
-    "Write the text that belongs between the prefix and the suffix. Answer with that text alone, "
-    "without repeating either and without Markdown fences."
-)
-CHAT_FIELDS = (
-    SAMPLING_FIELDS
-    | TOOL_FIELDS
-    | fates(
-        "mapped",
-        messages="contents and systemInstruction",
-        system="systemInstruction",
-        max_completion_tokens="generationConfig.maxOutputTokens",
-        functions="tools[0].functionDeclarations",
-        function_call="toolConfig.functionCallingConfig",
-        response_format="generationConfig.responseMimeType and responseJsonSchema",
-        reasoning_effort="generationConfig.thinkingConfig",
-        modalities="generationConfig.responseModalities, for images",
-        image_config="generationConfig.imageConfig",
-        audio="refused",
-        web_search_options="tools[0].googleSearch",
-    )
-    | fates("dropped", "a string", verbosity="Gemini has none; ask for it in the instructions")
-    | fates("ignored", "an object", prediction="only makes OpenAI's answer faster")
-)
-COMPLETION_FIELDS = (
-    SAMPLING_FIELDS
-    | fates("mapped", prompt="contents, one upstream call each", suffix="an instruction")
-    | fates("mapped", "true or false", echo="the prompt before the text")
-    | fates("ignored", "a whole number", best_of="the first answer is the best")
-    | fates("dropped", "a whole number", logprobs=NOT_HERE)
-    | fates("dropped", top_logprobs=NOT_HERE, extra_body=NOT_HERE, google=NOT_HERE)
-)
-
-
-def parse_chat(body: Any, past: Past = None) -> list[Request]:
-    """The one request of a chat body. Raises BadRequest."""
-    fields = Fields(body)
-    messages = fields.objects("messages") or fields.missing("messages")
-    tools = parse_tools(fields, hosted=False)
-    effort = fields.text("reasoning_effort")
-    request = Request(
-        model=fields.model(),
-        system=tuple(parse_system(fields, messages)),
-        messages=tuple(parse_message(m) for m in messages if not is_system(m)),
-        tools=tools,
-        tool_choice=parse_tool_choice(fields, tools),
-        parallel_calls=fields.flag("parallel_tool_calls", default=True),
-        thinking=parse_thinking(fields, effort, "/reasoning_effort", show=True),
-        **parse_output(fields),
-        **parse_sampling(fields),
-    )
-    return [with_changes(request, fields, CHAT_FIELDS)]
-
-
-def is_system(message: Fields) -> bool:
-    return message.value.get("role") in SYSTEM_ROLES
-
-
-def parse_system(fields: Fields, messages: Sequence[Fields]) -> list[str]:
-    """The instructions, wherever they stand; `system` is Anthropic's form, which Cursor sends."""
-    texts = texts_of(fields, "system") if fields.value.get("system") else []
-    for message in filter(is_system, messages):
-        texts += texts_of(message)
-    return texts
-
-
-def parse_output(fields: Fields) -> JsonObject:
-    """The attributes of a Request that say what its answer is to be, as chat names them.
-
-    Source of image_config: https://openrouter.ai/docs/guides/overview/multimodal/image-generation
-    """
-    limit = "max_completion_tokens"
-    if fields.count(limit) is None:
-        limit = "max_tokens"
-    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or 0
-    asked = fields.flag("logprobs")
-    image = fields.object("image_config") or Fields({})
-    return {
-        "max_output_tokens": fields.count(limit),
-        "logprobs": alternatives if asked or alternatives else None,
-        "json_format": parse_format(fields.object("response_format"), nested=True),
-        "modalities": parse_modalities(fields),
-        "sources": {
-            "max_output_tokens": f"/{limit}",
-            "json_format": "/response_format",
-            "logprobs": "logprobs" if asked else "top_logprobs",
-            **search_source(fields),
-        },
-        "aspect_ratio": image.text("aspect_ratio"),
-        "image_size": image.text("image_size"),
-    }
-
-
-def parse_modalities(fields: Fields) -> tuple[str, ...]:
-    fields.refuse("audio", "Leave it out")
-    modalities = fields.get("modalities", "an array") or []
-    if not all(modality in ("text", "image") for modality in modalities):
-        what = "asks for what is not served"
-        raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
-    return tuple(modalities)
-
-
 # ---- messages
 
 
@@ -2270,23 +2180,184 @@ def signature_of(call: Fields) -> str | None:
             return None
 
 
+def is_system(message: Fields) -> bool:
+    return message.value.get("role") in SYSTEM_ROLES
+
+
+PLAIN_KEYS = {"role", "content"}
+
+
+def parse_messages(fields: Fields) -> tuple[tuple[Message, ...], list[str]]:
+    """The messages of a chat body, and the instructions among them. Plain texts, which are most, cost no call."""
+    messages: list[Message] = []
+    system: list[str] = []
+    for i, item in enumerate(fields.get("messages", "an array") or fields.missing("messages")):
+        if item.__class__ is dict and item.keys() == PLAIN_KEYS:
+            role, text = item["role"], item["content"]
+            if role == "user" and text.__class__ is str and text:
+                messages.append(Message("user", (Text(text),)))
+                continue
+        message = Fields(item, f"messages[{i}]", fields.changes)
+        if is_system(message):
+            system += texts_of(message)
+        else:
+            messages.append(parse_message(message))
+    return tuple(messages), system
+
+
+# ==============================================================================
+# 7. Chat
+# ==============================================================================
+
+FINGERPRINT = "fp_agproxy"
+TOP_LOGPROBS_MAX = 20  # OpenAI's limit
+COMPLETE_THE_MIDDLE = (
+    "Write the text that belongs between the prefix and the suffix. Answer with that text alone, "
+    "without repeating either and without Markdown fences."
+)
+CHAT_THINKING = ThinkingWish(show=True, source="/reasoning_effort")
+
+
+def read_chat_limit(fields: Fields) -> JsonObject:
+    limit = "max_completion_tokens"
+    if fields.count(limit) is None:
+        limit = "max_tokens"
+    return {"max_output_tokens": fields.count(limit), "sources": {"max_output_tokens": f"/{limit}"}}
+
+
+def read_logprobs(fields: Fields) -> JsonObject:
+    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or 0
+    source = "logprobs" if fields.flag("logprobs") else "top_logprobs"
+    wanted = alternatives or source == "logprobs"
+    return {"logprobs": alternatives if wanted else None, "sources": {"logprobs": source}}
+
+
+def read_response_format(fields: Fields) -> JsonObject:
+    format = parse_format(fields.object("response_format"), nested=True)
+    return {"json_format": format, "sources": {"json_format": "/response_format"}}
+
+
+def read_effort(fields: Fields) -> JsonObject:
+    effort = fields.text("reasoning_effort")
+    return {"thinking": parse_thinking(fields, effort, "/reasoning_effort", show=True)}
+
+
+def read_image_config(fields: Fields) -> JsonObject:
+    """Source: https://openrouter.ai/docs/guides/overview/multimodal/image-generation"""
+    image = fields.object("image_config") or Fields({})
+    return {key: image.text(key) for key in ("aspect_ratio", "image_size")}
+
+
+def read_modalities(fields: Fields) -> JsonObject:
+    fields.refuse("audio", "Leave it out")
+    modalities = fields.get("modalities", "an array") or []
+    if not all(modality in ("text", "image") for modality in modalities):
+        what = "asks for what is not served"
+        raise fields.wrong("modalities", what, "Send text, or text and image", "unsupported_value")
+    return {"modalities": tuple(modalities)}
+
+
+def read_chat_tools(fields: Fields) -> JsonObject:
+    tools = parse_tools(fields, hosted=False)
+    choice = parse_tool_choice(fields, tools)
+    return {"tools": tools, "tool_choice": choice, "sources": search_source(fields)}
+
+
+CHAT_FIELDS = (
+    SAMPLING_FIELDS
+    | TOOL_FIELDS
+    | fates("mapped", messages="contents and systemInstruction", system="systemInstruction")
+    | fates(
+        "mapped",
+        read_chat_limit,
+        max_tokens="generationConfig.maxOutputTokens, where max_completion_tokens is not there",
+        max_completion_tokens="generationConfig.maxOutputTokens",
+    )
+    | fates(
+        "mapped",
+        read_logprobs,
+        logprobs="generationConfig.responseLogprobs",
+        top_logprobs="generationConfig.logprobs, as far as logprobs are",
+    )
+    | fates(
+        "mapped",
+        read_chat_tools,
+        tools=TOOLS_REASON,
+        functions=TOOLS_REASON,
+        tool_choice=CHOICE_REASON,
+        function_call=CHOICE_REASON,
+        web_search_options="tools[0].googleSearch",
+    )
+    | fates(
+        "mapped",
+        read_response_format,
+        response_format="generationConfig.responseMimeType and responseJsonSchema",
+    )
+    | fates(
+        "mapped",
+        read_effort,
+        reasoning_effort="generationConfig.thinkingConfig",
+        extra_body=THINKING_REASON,
+        google=THINKING_REASON,
+    )
+    | fates(
+        "mapped",
+        read_modalities,
+        modalities="generationConfig.responseModalities, for images",
+        audio="refused",
+    )
+    | fates("mapped", read_image_config, image_config="generationConfig.imageConfig")
+    | fates("dropped", "a string", verbosity="Gemini has none; ask for it in the instructions")
+    | fates("ignored", "an object", prediction="only makes OpenAI's answer faster")
+)
+
+
+def parse_chat(
+    body: Any, past: Past = None, *, without_messages: Parse | None = None
+) -> list[Request]:
+    """The one request of a chat body. Raises BadRequest.
+
+    `without_messages` reads a body that has `input` instead: Cursor sends Responses' bodies to the path of chat.
+    """
+    fields = Fields(body)
+    if without_messages and body.get("messages") is None and body.get("input") is not None:
+        return without_messages(body, past)
+    model = fields.model()
+    read: JsonObject = {"thinking": CHAT_THINKING} | read_fields(fields, CHAT_FIELDS)
+    messages, system = parse_messages(fields)
+    if body.get("system"):  # Anthropic's form, which Cursor sends
+        system[:0] = texts_of(fields, "system")
+    changes = tuple(fields.changes)
+    return [Request(model, messages, tuple(system), changes=changes, **read)]
+
+
 # ---- completions
+
+
+def read_completion_limit(fields: Fields) -> JsonObject:
+    limit = fields.count("max_tokens", low=0) or None
+    return {"max_output_tokens": limit, "sources": {"max_output_tokens": "/max_tokens"}}
+
+
+COMPLETION_FIELDS = (
+    SAMPLING_FIELDS
+    | fates("mapped", prompt="contents, one upstream call each", suffix="an instruction")
+    | fates("mapped", read_completion_limit, max_tokens="generationConfig.maxOutputTokens")
+    | fates("mapped", "true or false", echo="the prompt before the text")
+    | fates("ignored", "a whole number", best_of="the first answer is the best")
+    | fates("dropped", "a whole number", logprobs=NOT_HERE)
+    | fates("dropped", top_logprobs=NOT_HERE, extra_body=NOT_HERE, google=NOT_HERE)
+)
 
 
 def parse_completion(body: Any, past: Past = None) -> list[Request]:
     """A completions body: one request a prompt. Raises BadRequest."""
     fields = Fields(body)
-    sampling = parse_sampling(fields)
-    prompts = parse_prompts(fields, sampling["n"])
-    shared = Request(
-        model=fields.model(),
-        messages=(),
-        system=(COMPLETE_THE_MIDDLE,) if fields.text("suffix") else (),
-        max_output_tokens=fields.count("max_tokens", low=0) or None,
-        sources={"max_output_tokens": "/max_tokens"},
-        **sampling,
-    )
-    shared = with_changes(shared, fields, COMPLETION_FIELDS)
+    read = read_fields(fields, COMPLETION_FIELDS)
+    prompts = parse_prompts(fields, read.get("n", 1))
+    system = (COMPLETE_THE_MIDDLE,) if fields.text("suffix") else ()
+    changes = tuple(fields.changes)
+    shared = Request(fields.model(), (), system, changes=changes, **read)
     messages = [Message("user", (Text(prompt),)) for prompt in prompts]
     return [replace(shared, messages=(message,)) for message in messages]
 
@@ -2594,8 +2665,36 @@ COMPLETIONS = Door(
 )
 
 # ==============================================================================
-# 7. Responses
+# 8. Responses
 # ==============================================================================
+
+RESPONSE_THINKING = ThinkingWish(source="/reasoning/effort")
+
+
+def read_response_limit(fields: Fields) -> JsonObject:
+    limit = "max_output_tokens"
+    if fields.count(limit) is None:
+        limit = "max_tokens"
+    return {"max_output_tokens": fields.count(limit), "sources": {"max_output_tokens": f"/{limit}"}}
+
+
+def read_text(fields: Fields) -> JsonObject:
+    text = fields.object("text")
+    return {"json_format": parse_format(text and text.object("format"), nested=False)}
+
+
+def check_top_logprobs(fields: Fields) -> JsonObject:
+    fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0)
+    return {}
+
+
+def read_reasoning(fields: Fields) -> JsonObject:
+    reasoning = fields.object("reasoning") or Fields({})
+    effort = reasoning.text("effort")
+    summary = reasoning.text("summary") or reasoning.text("generate_summary")
+    wish = parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary))
+    return {"thinking": wish}
+
 
 RESPONSE_FIELDS = (
     SAMPLING_FIELDS
@@ -2604,14 +2703,26 @@ RESPONSE_FIELDS = (
         "mapped",
         input="contents and systemInstruction",
         instructions="systemInstruction",
-        max_output_tokens="generationConfig.maxOutputTokens",
-        text="generationConfig.responseMimeType and responseJsonSchema",
-        reasoning="generationConfig.thinkingConfig",
         previous_response_id="the conversation that is kept, before the input",
         background="answered beside the connection, where responses are kept",
         conversation="refused",
         prompt="refused",
     )
+    | fates(
+        "mapped",
+        read_response_limit,
+        max_tokens="generationConfig.maxOutputTokens, where max_output_tokens is not there",
+        max_output_tokens="generationConfig.maxOutputTokens",
+    )
+    | fates("mapped", read_text, text="generationConfig.responseMimeType and responseJsonSchema")
+    | fates(
+        "mapped",
+        read_reasoning,
+        reasoning="generationConfig.thinkingConfig",
+        extra_body=THINKING_REASON,
+        google=THINKING_REASON,
+    )
+    | fates("mapped", tools=TOOLS_REASON, tool_choice=CHOICE_REASON)
     | fates("mapped", "true or false", store="the response is kept, for previous_response_id")
     | fates("ignored", "a string", truncation="nothing is truncated")
     | fates(
@@ -2622,7 +2733,8 @@ RESPONSE_FIELDS = (
     )
     | fates("ignored", "a whole number", max_tool_calls="counts hosted tools only")
     | fates("ignored", "an object", client_metadata="no effect on the answer")
-    | fates("dropped", n=NOT_HERE, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
+    | fates("dropped", "a whole number", n=NOT_HERE)
+    | fates("dropped", check_top_logprobs, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
 )
 RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
@@ -2632,22 +2744,12 @@ def parse_response(body: Any, past: Past = None) -> list[Request]:
     fields = Fields(body)
     refuse_state(fields, keeps=past is not None)
     messages, system, tools = parse_input(fields, past or ())
-    limit = "max_output_tokens" if fields.count("max_output_tokens") is not None else "max_tokens"
-    fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0)
-    request = Request(
-        model=fields.model(),
-        system=system,
-        messages=messages,
-        tools=tools,
-        tool_choice=parse_tool_choice(fields, tools),
-        parallel_calls=fields.flag("parallel_tool_calls", default=True),
-        max_output_tokens=fields.count(limit),
-        json_format=parse_text_format(fields),
-        thinking=parse_reasoning(fields),
-        sources={**RESPONSE_SOURCES, "max_output_tokens": f"/{limit}", **search_source(fields)},
-        **parse_sampling(fields) | {"n": 1},
-    )
-    return [with_changes(request, fields, RESPONSE_FIELDS)]
+    choice = parse_tool_choice(fields, tools)
+    read: JsonObject = {"thinking": RESPONSE_THINKING} | read_fields(fields, RESPONSE_FIELDS)
+    read["sources"] = RESPONSE_SOURCES | read.get("sources", {}) | search_source(fields)
+    changes = tuple(fields.changes)
+    request = Request(fields.model(), messages, system, tools, choice, changes=changes, **read)
+    return [request]
 
 
 def refuse_state(fields: Fields, *, keeps: bool) -> None:
@@ -2665,18 +2767,6 @@ def refuse_state(fields: Fields, *, keeps: bool) -> None:
 def not_kept(id: str) -> BadRequest:
     text = f"'previous_response_id' names '{id}', which is not kept here. Send the whole input."
     return BadRequest(text, code="previous_response_not_found", param="previous_response_id")
-
-
-def parse_text_format(fields: Fields) -> JsonFormat | None:
-    text = fields.object("text")
-    return parse_format(text and text.object("format"), nested=False)
-
-
-def parse_reasoning(fields: Fields) -> ThinkingWish:
-    reasoning = fields.object("reasoning") or Fields({})
-    effort = reasoning.text("effort")
-    summary = reasoning.text("summary") or reasoning.text("generate_summary")
-    return parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary))
 
 
 # ---- input items
@@ -3273,7 +3363,7 @@ RESPONSES = Door(
 
 
 # ==============================================================================
-# 8. Embeddings
+# 9. Embeddings
 # ==============================================================================
 
 EMBEDDINGS_MAX = 2048  # OpenAI's limit
@@ -3350,19 +3440,13 @@ def explain_fields(body: JsonMap, table: Fates, changes: Iterable[Change]) -> di
     return explained | changed
 
 
-def parse_chat_or_response(body: Any, past: Past) -> list[Request]:
-    """A body of chat or Responses: Cursor sends both to the path of chat. Raises BadRequest."""
-    if door_of(body) is RESPONSES:
-        return parse_response(body, past)
-    return parse_chat(body, past)
-
-
 # In this order, because a Responses body too may have a `prompt`.
-DOORS = (replace(CHAT, parse=parse_chat_or_response), RESPONSES, COMPLETIONS)
+CURSOR = functools.partial(parse_chat, without_messages=parse_response)
+DOORS = (replace(CHAT, parse=CURSOR), RESPONSES, COMPLETIONS)
 
 
 # ==============================================================================
-# 9. Models
+# 10. Models
 # ==============================================================================
 
 # Names that OpenAI clients are set to by default, by what they promise: fast, strong or small.
@@ -3551,7 +3635,7 @@ def traits_of(model: str, overrides: Mapping[str, JsonMap]) -> Traits:
 
 
 # ==============================================================================
-# 10. Schemas
+# 11. Schemas
 # ==============================================================================
 
 # A function whose schema has none of these words takes no arguments.
@@ -3706,7 +3790,12 @@ class SchemaReduction:
             self.losses.add("object")
             return None
         wanted = set(map(str, flat.get("required", ())))
-        return {"properties": properties, "required": [n for n in properties if n in wanted]}
+        if wanted - properties.keys():
+            self.losses.add("required")
+        members: JsonObject = {"properties": properties}
+        if required := [name for name in properties if name in wanted]:
+            members["required"] = required
+        return members
 
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
@@ -3776,7 +3865,7 @@ def join_objects(options: Iterable[JsonObject]) -> JsonObject:
 
 
 # ==============================================================================
-# 11. To Gemini
+# 12. To Gemini
 # ==============================================================================
 
 # Accepted by Gemini 3 in place of a thought signature that it did not make.
@@ -4408,7 +4497,7 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 
 
 # ==============================================================================
-# 12. From Gemini
+# 13. From Gemini
 # ==============================================================================
 
 # What is not here counts as "stop", and is an error where nothing was said.
@@ -5113,7 +5202,7 @@ def duration_s(text: Any) -> float | None:
 
 
 # ==============================================================================
-# 13. Signatures
+# 14. Signatures
 # ==============================================================================
 
 # A signature has some 1,000 characters: this many take about 20 MB, and hold a day of several
@@ -5205,7 +5294,7 @@ def with_signatures(request: Request, signed: Callable[[Part], Part]) -> Request
 
 
 # ==============================================================================
-# 14. Accounts
+# 15. Accounts
 # ==============================================================================
 
 ATTEMPTS_MAX = 3  # of one request: more would only hold the client up
@@ -5812,7 +5901,7 @@ class AccountPool:
 
 
 # ==============================================================================
-# 15. Journal
+# 16. Journal
 # ==============================================================================
 
 JOURNAL_MAX = 1000  # requests that `agproxy why` can explain: the last minutes of a busy day
@@ -5944,7 +6033,7 @@ def log_text(fields: JsonMap) -> str:
 
 
 # ==============================================================================
-# 16. Store
+# 17. Store
 # ==============================================================================
 
 POOL_SAVE_S = 5.0  # what a killed process forgets of its counts
@@ -6274,7 +6363,7 @@ class PoolStore:
 
 
 # ==============================================================================
-# 17. Credentials
+# 18. Credentials
 # ==============================================================================
 
 LOGIN_URL = "https://accounts.google.com/o/oauth2/v2/auth"
@@ -6622,7 +6711,7 @@ def token_error(account: Account, status: int, answer: JsonMap) -> UpstreamError
 
 
 # ==============================================================================
-# 18. Transport
+# 19. Transport
 # ==============================================================================
 
 HEAD_BYTES_MAX = 64 << 10  # a server sends a few KiB; more is not the head of an answer
@@ -7143,7 +7232,7 @@ def broken_over(proxy: str | None, error: Exception) -> UpstreamBroken:
 
 
 # ==============================================================================
-# 19. Media
+# 20. Media
 # ==============================================================================
 
 MEDIA_BYTES_MAX = 20 << 20
@@ -7283,7 +7372,7 @@ def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[A
 
 
 # ==============================================================================
-# 20. Upstream
+# 21. Upstream
 # ==============================================================================
 
 MODELS_FRESH_S = 3600.0  # new models are seen within an hour
@@ -8138,7 +8227,7 @@ class Upstream:
 
 
 # ==============================================================================
-# 21. Kept responses
+# 22. Kept responses
 # ==============================================================================
 
 # An item's id, by which the response that it belongs to is found.
@@ -8356,7 +8445,7 @@ def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
 
 
 # ==============================================================================
-# 22. Exchanges
+# 23. Exchanges
 # ==============================================================================
 
 PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
@@ -8695,7 +8784,7 @@ def without_words(error: BaseException) -> Any:
 
 
 # ==============================================================================
-# 23. Web
+# 24. Web
 # ==============================================================================
 
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
@@ -9331,7 +9420,7 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
 
 
 # ==============================================================================
-# 24. Admin
+# 25. Admin
 # ==============================================================================
 
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -9449,7 +9538,7 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 
 
 # ==============================================================================
-# 25. Server
+# 26. Server
 # ==============================================================================
 
 KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
@@ -9658,7 +9747,7 @@ async def listen(
 
 
 # ==============================================================================
-# 26. Demo
+# 27. Demo
 # ==============================================================================
 
 DemoJson = JsonObject
@@ -9946,7 +10035,7 @@ def demo_embedding(request: DemoJson) -> DemoJson:
 
 
 # ==============================================================================
-# 27. Command line
+# 28. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -10419,7 +10508,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 
 
 # ==============================================================================
-# 28. Setup
+# 29. Setup
 # ==============================================================================
 
 CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it may be refused
@@ -10775,7 +10864,7 @@ def print_recipe(client: str, base_url: str, key: str) -> None:
 
 
 # ==============================================================================
-# 29. Operator
+# 30. Operator
 # ==============================================================================
 
 NO_GATEWAY = (

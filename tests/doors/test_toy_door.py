@@ -18,8 +18,8 @@ def parse_toy(body: Any, past: agproxy.Past) -> list[agproxy.Request]:
     fields = agproxy.Fields(body)
     message = agproxy.Message("user", (agproxy.Text(fields.needed_text("say")),))
     engine, live = fields.needed_text("engine"), fields.flag("live")
-    request = agproxy.Request(engine, (message,), stream=live)
-    return [agproxy.with_changes(request, fields, TOY.fields)]
+    agproxy.read_fields(fields, TOY.fields)
+    return [agproxy.Request(engine, (message,), stream=live, changes=tuple(fields.changes))]
 
 
 def toy_error(error: agproxy.GatewayError) -> dict[str, Any]:
@@ -41,8 +41,8 @@ class ToyRenderer(agproxy.Renderer):
         return ""
 
     def whole(self, events: Sequence[agproxy.Event]) -> Any:
-        reply = agproxy.collect(events)
-        return {"said": reply.choices[0].text, "words": reply.usage.completion, "by": self._model}
+        choices, usage = agproxy.collect(events)
+        return {"said": choices[0].text, "words": usage.completion, "by": self._model}
 
 
 TOY = agproxy.Door(
