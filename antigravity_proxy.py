@@ -3923,15 +3923,18 @@ def build_generate_content(
     tools = ToolBuilder(request, traits, changes)
     config = ConfigBuilder(request, traits, changes).build()
     system = [text for text in request.system if text]
-    tools.take_over_json(config, system)
+    if request.json_format and tools.tools:
+        tools.take_over_json(config, system)
     contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
     body: JsonObject = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-    body |= tools.build(config)
+    if tools.tools or "search" in request.sources:
+        body |= tools.build(config)
     if config:
         body["generationConfig"] = config
-    return Built(body, tuple(dict.fromkeys(changes)), tools.renamed())
+    renamed = tools.renamed() if tools.tools else {}
+    return Built(body, tuple(dict.fromkeys(changes)), renamed)
 
 
 @dataclass
@@ -3965,9 +3968,11 @@ class ToolBuilder(Builder):
     taken: set[str] = field(default_factory=set)  # Gemini's names, for a look-up in no time
 
     def __post_init__(self) -> None:
-        for tool in self.request.tools:
-            self.name_tool(tool.namespace, tool.name, tool.source)
-        self.tools = self.choose_tools()
+        self.tools: list[Tool] = []
+        if self.request.tools:
+            for tool in self.request.tools:
+                self.name_tool(tool.namespace, tool.name, tool.source)
+            self.tools = self.choose_tools()
 
     def name_tool(self, namespace: str | None, name: str, source: str = "") -> str:
         """The tool's own name where Gemini takes it, else a short one that no other tool has."""
@@ -4018,8 +4023,9 @@ class ToolBuilder(Builder):
         with a response mime type: 'application/json' is unsupported"; 3.x refuses it with mode ANY)
         """
         json_format, choice = self.request.json_format, self.request.tool_choice
+        assert json_format is not None
         forced = choice.mode == "required"
-        if not json_format or not self.tools or (self.traits.json_with_tools and not forced):
+        if self.traits.json_with_tools and not forced:
             return
         source = self.request.sources.get("json_format", "/response_format")
         schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
@@ -4100,17 +4106,22 @@ class ConfigBuilder(Builder):
     """Builds the generationConfig."""
 
     def build(self) -> JsonObject:
-        request = self.request
-        thinking = self.build_thinking()
-        config = self.build_sampling() | {
-            "seed": request.seed,
-            "stopSequences": list(request.stop) or None,
-            "responseModalities": self.choose_modalities(),
-            "imageConfig": self.build_image_config(),
-            **self.build_json_output(),
-            "thinkingConfig": thinking or None,
-            "maxOutputTokens": self.limit_output(thinking),
-        }
+        request, thinking = self.request, self.build_thinking()
+        config = self.build_sampling()
+        if request.seed is not None:
+            config["seed"] = request.seed
+        if request.stop:
+            config["stopSequences"] = list(request.stop)
+        if request.modalities or self.traits.answers == ("AUDIO",):
+            config["responseModalities"] = self.choose_modalities()
+        if request.aspect_ratio or request.image_size:
+            config["imageConfig"] = self.build_image_config()
+        if request.json_format:
+            config |= self.build_json_output(request.json_format)
+        if thinking:
+            config["thinkingConfig"] = thinking
+        if request.max_output_tokens is not None:
+            config["maxOutputTokens"] = self.limit_output(request.max_output_tokens, thinking)
         return {key: value for key, value in config.items() if value is not None}
 
     def build_sampling(self) -> JsonObject:
@@ -4119,17 +4130,18 @@ class ConfigBuilder(Builder):
             value = getattr(self.request, name)
             if trait == "penalties":
                 value = value or None  # no penalty is taken by all models, if it is not sent
-            if self.keeps(name, value, getattr(self.traits, trait)):
+            if value is not None and self.keeps(name, getattr(self.traits, trait)):
                 config[word] = value
-        field = self.request.sources.get("logprobs", "logprobs")
-        if self.keeps(field, self.request.logprobs, self.traits.logprobs):
-            config |= {"responseLogprobs": True, "logprobs": self.request.logprobs or None}
+        logprobs, sources = self.request.logprobs, self.request.sources
+        field = sources.get("logprobs", "logprobs")
+        if logprobs is not None and self.keeps(field, self.traits.logprobs):
+            config |= {"responseLogprobs": True, "logprobs": logprobs or None}
         return config
 
-    def keeps(self, field: str, value: float | None, supported: bool) -> bool:
-        if value is not None and not supported:
+    def keeps(self, field: str, supported: bool) -> bool:
+        if not supported:
             self.change(f"/{field}", "dropped", "this model does not take it")
-        return value is not None and supported
+        return supported
 
     def choose_modalities(self) -> list[str] | None:
         """The modalities of the answer, where they are not the model's default."""
@@ -4150,10 +4162,7 @@ class ConfigBuilder(Builder):
             return None
         return config or None
 
-    def build_json_output(self) -> JsonObject:
-        json_format = self.request.json_format
-        if json_format is None:
-            return {}
+    def build_json_output(self, json_format: JsonFormat) -> JsonObject:
         config: JsonObject = {"responseMimeType": "application/json"}
         schema = json_format.schema
         if schema and self.traits.json_schema:
@@ -4163,14 +4172,11 @@ class ConfigBuilder(Builder):
             config["responseSchema"] = self.reduce_schema(schema, source) or None
         return config
 
-    def limit_output(self, thinking: JsonMap) -> int | None:
+    def limit_output(self, wanted: int, thinking: JsonMap) -> int:
         """The tokens that the client wants to read, and its thoughts, which Gemini counts as well.
 
         Where nothing is said of thoughts none are added, for the limit bounds the bill too.
         """
-        wanted = self.request.max_output_tokens
-        if wanted is None:
-            return None
         level = thinking.get("thinkingLevel", "none").lower()
         thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
         limit = min(wanted + thoughts, self.traits.output_tokens_max)
