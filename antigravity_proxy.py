@@ -26,16 +26,17 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     18 Credentials     API keys and tokens: each fetched once for all who wait
     19 Transport       HTTP/1.1: a body goes out, the pieces of an answer come in
     20 Media           linked files, from public addresses only
-    21 Upstream        what Gemini is asked, and the one retry loop
-    22 Kept responses  recall, keep, replay: what outlives its request
-    23 Exchanges       the one path of every answer: streamed, whole, in the background
-    24 Web             aiohttp.web: middlewares, and the handlers of the doors
-    25 Admin           /agproxy/: status, why, pool, reload
-    26 Server          the table of routes, the application, the listener
-    27 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
-    28 Command line    what a person types: options, config, log; serve and run
-    29 Setup           commands beside a gateway: models, check, explain, login, env
-    30 Operator        commands that ask the running gateway: status, pool, why, reload
+    21 Wire            calls of an upstream: credential, envelope; the models that it lists
+    22 Upstream        what Gemini is asked, and the one retry loop
+    23 Kept responses  recall, keep, replay: what outlives its request
+    24 Exchanges       the one path of every answer: streamed, whole, in the background
+    25 Web             aiohttp.web: middlewares, and the handlers of the doors
+    26 Admin           /agproxy/: status, why, pool, reload
+    27 Server          the table of routes, the application, the listener
+    28 Demo            a small Gemini for --demo; it shares nothing with the rooms that it proves
+    29 Command line    what a person types: options, config, log; serve and run
+    30 Setup           commands beside a gateway: models, check, explain, login, env
+    31 Operator        commands that ask the running gateway: status, pool, why, reload
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ Answered_co = TypeVar("Answered_co", covariant=True)
 
 @dataclass_transform(frozen_default=True)
 def value(cls: type[T]) -> type[T]:
-    """A frozen dataclass with slots; the type checker freezes it, for what does it at run time doubles the cost of making one."""
+    """A frozen dataclass with slots; the type checker freezes it, for what does it at run time
+    doubles the cost of making one.
+    """
     return dataclass(slots=True, unsafe_hash=True)(cls)
 
 
@@ -1633,7 +1636,10 @@ class Fields:
 
 
 def fates(fate: Fate, read: str | Reader = "", /, **reasons: str) -> Fates:
-    """Rows for fields with one fate. They name what reads the fields, or their JSON type if nothing does."""
+    """Rows for fields with one fate.
+
+    They name what reads the fields, or their JSON type if nothing does.
+    """
     return {field: (fate, reason, read) for field, reason in reasons.items()}
 
 
@@ -2188,7 +2194,10 @@ PLAIN_KEYS = {"role", "content"}
 
 
 def parse_messages(fields: Fields) -> tuple[tuple[Message, ...], list[str]]:
-    """The messages of a chat body, and the instructions among them. Plain texts, which are most, cost no call."""
+    """The messages of a chat body, and the instructions among them.
+
+    Plain texts, which are most, cost no call.
+    """
     messages: list[Message] = []
     system: list[str] = []
     for i, item in enumerate(fields.get("messages", "an array") or fields.missing("messages")):
@@ -2317,7 +2326,8 @@ def parse_chat(
 ) -> list[Request]:
     """The one request of a chat body. Raises BadRequest.
 
-    `without_messages` reads a body that has `input` instead: Cursor sends Responses' bodies to the path of chat.
+    `without_messages` reads a body that has `input` instead: Cursor sends Responses' bodies to the
+    path of chat.
     """
     fields = Fields(body)
     if without_messages and body.get("messages") is None and body.get("input") is not None:
@@ -3913,15 +3923,18 @@ def build_generate_content(
     tools = ToolBuilder(request, traits, changes)
     config = ConfigBuilder(request, traits, changes).build()
     system = [text for text in request.system if text]
-    tools.take_over_json(config, system)
+    if request.json_format and tools.tools:
+        tools.take_over_json(config, system)
     contents = ContentBuilder(request, traits, changes, tools.name_tool).build()
     body: JsonObject = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-    body |= tools.build(config)
+    if tools.tools or "search" in request.sources:
+        body |= tools.build(config)
     if config:
         body["generationConfig"] = config
-    return Built(body, tuple(dict.fromkeys(changes)), tools.renamed())
+    renamed = tools.renamed() if tools.tools else {}
+    return Built(body, tuple(dict.fromkeys(changes)), renamed)
 
 
 @dataclass
@@ -3955,9 +3968,11 @@ class ToolBuilder(Builder):
     taken: set[str] = field(default_factory=set)  # Gemini's names, for a look-up in no time
 
     def __post_init__(self) -> None:
-        for tool in self.request.tools:
-            self.name_tool(tool.namespace, tool.name, tool.source)
-        self.tools = self.choose_tools()
+        self.tools: list[Tool] = []
+        if self.request.tools:
+            for tool in self.request.tools:
+                self.name_tool(tool.namespace, tool.name, tool.source)
+            self.tools = self.choose_tools()
 
     def name_tool(self, namespace: str | None, name: str, source: str = "") -> str:
         """The tool's own name where Gemini takes it, else a short one that no other tool has."""
@@ -4008,8 +4023,9 @@ class ToolBuilder(Builder):
         with a response mime type: 'application/json' is unsupported"; 3.x refuses it with mode ANY)
         """
         json_format, choice = self.request.json_format, self.request.tool_choice
+        assert json_format is not None
         forced = choice.mode == "required"
-        if not json_format or not self.tools or (self.traits.json_with_tools and not forced):
+        if self.traits.json_with_tools and not forced:
             return
         source = self.request.sources.get("json_format", "/response_format")
         schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
@@ -4090,17 +4106,22 @@ class ConfigBuilder(Builder):
     """Builds the generationConfig."""
 
     def build(self) -> JsonObject:
-        request = self.request
-        thinking = self.build_thinking()
-        config = self.build_sampling() | {
-            "seed": request.seed,
-            "stopSequences": list(request.stop) or None,
-            "responseModalities": self.choose_modalities(),
-            "imageConfig": self.build_image_config(),
-            **self.build_json_output(),
-            "thinkingConfig": thinking or None,
-            "maxOutputTokens": self.limit_output(thinking),
-        }
+        request, thinking = self.request, self.build_thinking()
+        config = self.build_sampling()
+        if request.seed is not None:
+            config["seed"] = request.seed
+        if request.stop:
+            config["stopSequences"] = list(request.stop)
+        if request.modalities or self.traits.answers == ("AUDIO",):
+            config["responseModalities"] = self.choose_modalities()
+        if request.aspect_ratio or request.image_size:
+            config["imageConfig"] = self.build_image_config()
+        if request.json_format:
+            config |= self.build_json_output(request.json_format)
+        if thinking:
+            config["thinkingConfig"] = thinking
+        if request.max_output_tokens is not None:
+            config["maxOutputTokens"] = self.limit_output(request.max_output_tokens, thinking)
         return {key: value for key, value in config.items() if value is not None}
 
     def build_sampling(self) -> JsonObject:
@@ -4109,17 +4130,18 @@ class ConfigBuilder(Builder):
             value = getattr(self.request, name)
             if trait == "penalties":
                 value = value or None  # no penalty is taken by all models, if it is not sent
-            if self.keeps(name, value, getattr(self.traits, trait)):
+            if value is not None and self.keeps(name, getattr(self.traits, trait)):
                 config[word] = value
-        field = self.request.sources.get("logprobs", "logprobs")
-        if self.keeps(field, self.request.logprobs, self.traits.logprobs):
-            config |= {"responseLogprobs": True, "logprobs": self.request.logprobs or None}
+        logprobs, sources = self.request.logprobs, self.request.sources
+        field = sources.get("logprobs", "logprobs")
+        if logprobs is not None and self.keeps(field, self.traits.logprobs):
+            config |= {"responseLogprobs": True, "logprobs": logprobs or None}
         return config
 
-    def keeps(self, field: str, value: float | None, supported: bool) -> bool:
-        if value is not None and not supported:
+    def keeps(self, field: str, supported: bool) -> bool:
+        if not supported:
             self.change(f"/{field}", "dropped", "this model does not take it")
-        return value is not None and supported
+        return supported
 
     def choose_modalities(self) -> list[str] | None:
         """The modalities of the answer, where they are not the model's default."""
@@ -4140,10 +4162,7 @@ class ConfigBuilder(Builder):
             return None
         return config or None
 
-    def build_json_output(self) -> JsonObject:
-        json_format = self.request.json_format
-        if json_format is None:
-            return {}
+    def build_json_output(self, json_format: JsonFormat) -> JsonObject:
         config: JsonObject = {"responseMimeType": "application/json"}
         schema = json_format.schema
         if schema and self.traits.json_schema:
@@ -4153,14 +4172,11 @@ class ConfigBuilder(Builder):
             config["responseSchema"] = self.reduce_schema(schema, source) or None
         return config
 
-    def limit_output(self, thinking: JsonMap) -> int | None:
+    def limit_output(self, wanted: int, thinking: JsonMap) -> int:
         """The tokens that the client wants to read, and its thoughts, which Gemini counts as well.
 
         Where nothing is said of thoughts none are added, for the limit bounds the bill too.
         """
-        wanted = self.request.max_output_tokens
-        if wanted is None:
-            return None
         level = thinking.get("thinkingLevel", "none").lower()
         thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
         limit = min(wanted + thoughts, self.traits.output_tokens_max)
@@ -4502,17 +4518,12 @@ def refuse_dropped(changes: Iterable[Change]) -> None:
 
 # What is not here counts as "stop", and is an error where nothing was said.
 # Source: https://ai.google.dev/api/generate-content#FinishReason
+FILTERED = "SAFETY RECITATION LANGUAGE BLOCKLIST PROHIBITED_CONTENT SPII MODEL_ARMOR"
+FILTERED_IMAGES = "IMAGE_SAFETY IMAGE_PROHIBITED_CONTENT IMAGE_RECITATION"
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "STOP": "stop",
     "MAX_TOKENS": "length",
-    **dict.fromkeys(
-        ("SAFETY", "RECITATION", "LANGUAGE", "BLOCKLIST", "PROHIBITED_CONTENT", "SPII"),
-        "content_filter",
-    ),
-    **dict.fromkeys(
-        ("IMAGE_SAFETY", "IMAGE_PROHIBITED_CONTENT", "IMAGE_RECITATION", "MODEL_ARMOR"),
-        "content_filter",
-    ),
+    **dict.fromkeys(f"{FILTERED} {FILTERED_IMAGES}".split(), "content_filter"),
 }
 CALLS_MAX = 1000  # a model that repeats its call over and over does not end by itself
 CALL_ID_MAX = 64  # OpenAI's own limit
@@ -5005,7 +5016,8 @@ TEXT_START = re.compile(r'"text"\s*:\s*"')
 KEY = re.compile(r'"(\w+)"\s*:')
 RUN_KEYS = {"response", "candidates", "content", "parts", "text", "thought", "role", "index"}
 USAGE = b'"usageMetadata"'
-scan_string: Callable[[str, int], tuple[str, int]] = json.decoder.scanstring  # type: ignore[attr-defined]
+scan_string: Callable[[str, int], tuple[str, int]]
+scan_string = json.decoder.scanstring  # type: ignore[attr-defined]
 
 
 @value
@@ -5163,7 +5175,10 @@ def tell_quota(refused: RateLimited, details: Sequence[JsonMap]) -> None:
 
 
 def quota_of(fields: JsonMap) -> tuple[str, int | None] | None:
-    """Our name and the size of a quota such as GenerateRequestsPerDayPerProjectPerModel-FreeTier."""
+    """Our name and the size of a quota.
+
+    Such as GenerateRequestsPerDayPerProjectPerModel-FreeTier.
+    """
     name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
         return None
@@ -5261,7 +5276,7 @@ def signature_entry(part: ToolCall | Text, model: str) -> list[Any]:
 
 
 def seal_entry(entry: list[Any], secret: bytes) -> str:
-    """An entry of the memory for a client to carry; only this gateway reads it, and only unchanged."""
+    """An entry of the memory for a client to carry; only this gateway reads it, if unchanged."""
     body = encoded(dumps(entry))
     data = hmac.digest(secret, body, "sha256") + body
     return SEAL_VERSION + base64.urlsafe_b64encode(data).decode()
@@ -5979,7 +5994,9 @@ class Journal:
             self._entries.append((trace, status, now))
 
     def find(self, id: str) -> JsonObject | None:
-        """The log's fields of a request and the decisions of its retry loop; None where it is not known."""
+        """The log's fields of a request and the decisions of its retry loop; None where it is not
+        known.
+        """
         for trace, status, ended in self._entries:
             if trace.id == id:
                 return log_fields(trace, status, ended) | {"decisions": decisions_of(trace)}
@@ -6080,8 +6097,9 @@ class Database:
     """One SQLite file, used by a thread of its own, so that the event loop never waits for a disk.
 
     It is opened at its first use. Where another gateway uses it, or it cannot be opened, that is
-    told in the log and everything is kept in memory, as without a path. Other programs may read
-    the file meanwhile. What was committed outlives a killed process. Source: https://www.sqlite.org/wal.html
+    told in the log and everything is kept in memory, as without a path. Other programs may read the
+    file meanwhile. What was committed outlives a killed process. Source:
+    https://www.sqlite.org/wal.html
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -6625,7 +6643,8 @@ def proxy_for(url: str, own: str | None) -> str | None:
         return own
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    if not proxy or environment.proxy_bypass_environment(parts.netloc, proxies):  # type: ignore[attr-defined]
+    bypass: Any = environment.proxy_bypass_environment  # type: ignore[attr-defined]
+    if not proxy or bypass(parts.netloc, proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
 
@@ -6662,7 +6681,8 @@ def login_code(address: str, state: str) -> str:
 def signed_assertion(account: Account, now: float) -> str:
     """A service account's word that it is itself. Raises CredentialRefused.
 
-    Source: https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests
+    Source:
+    https://developers.google.com/identity/protocols/oauth2/service-account#authorizingrequests
     """
     try:
         crypt, jwt = (importlib.import_module(f"google.auth.{name}") for name in ("crypt", "jwt"))
@@ -7241,7 +7261,8 @@ MEDIA_S_MAX = 20.0
 REDIRECTS_MAX = 5
 # What Gemini itself follows: its Files API, YouTube, and on Vertex a bucket.
 PASSED_LINKS = re.compile(
-    r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/|(www\.)?youtube\.com/|youtu\.be/)|gs://"
+    r"(?i)https://(generativelanguage\.googleapis\.com/v1beta/files/"
+    r"|(www\.)?youtube\.com/|youtu\.be/)|gs://"
 )
 
 
@@ -7254,7 +7275,8 @@ class MediaFetcher:
     @functools.cached_property
     def _session(self) -> aiohttp.ClientSession:
         # imported late
-        connector = aiohttp.TCPConnector(resolver=PublicResolver(self._may_ask))  # type: ignore[arg-type]
+        resolver: Any = PublicResolver(self._may_ask)  # no class of aiohttp's: it is imported late
+        connector = aiohttp.TCPConnector(resolver=resolver)
         return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
 
     async def close(self) -> None:
@@ -7262,7 +7284,10 @@ class MediaFetcher:
             await self._session.close()
 
     async def filled(self, request: Request) -> Request:
-        """The request with the content of its links. Raises BadRequest with the path of the part."""
+        """The request with the content of its links.
+
+        Raises BadRequest with the path of the part.
+        """
         links = {part.url: part for message in request.messages for part in links_in(message.parts)}
         if not links:
             return request
@@ -7372,18 +7397,14 @@ def with_content(parts: Iterable[Part], content: Mapping[str, Media]) -> tuple[A
 
 
 # ==============================================================================
-# 21. Upstream
+# 21. Wire
 # ==============================================================================
 
 MODELS_FRESH_S = 3600.0  # new models are seen within an hour
 MODELS_RETRY_S = 60.0
 MODEL_PAGES_MAX = 100
 MODELS_WAIT_S = 3.0  # a chat waits no longer for the list of models
-EMBEDDINGS_A_CALL = 100  # Gemini's own limit of batchEmbedContents
-RELOAD_CHECK_S = 1.0  # a reload, or a person, is noticed within a second
-PAUSE_S = (0.2, 1.0)  # before the same account is asked again, where nobody says how long
 
-Barred = Mapping[str, UpstreamError]
 
 START = secrets.token_hex(8)
 # 24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a
@@ -7483,7 +7504,10 @@ def enveloped(
 
 
 async def json_of(incoming: Incoming) -> Any:
-    """The JSON of an answer. Raises what a status other than 200 means, and the transport's errors."""
+    """The JSON of an answer.
+
+    Raises what a status other than 200 means, and the transport's errors.
+    """
     answer = parse_json(await incoming.read())
     if incoming.status != 200:
         raise classify_error(incoming.status, answer, incoming.headers.get("retry-after", ""))
@@ -7619,7 +7643,14 @@ def clock_skew(date: str | None, now: float) -> float:
         return 0.0
 
 
-# ---- answers
+# ==============================================================================
+# 22. Upstream
+# ==============================================================================
+
+EMBEDDINGS_A_CALL = 100  # Gemini's own limit of batchEmbedContents
+RELOAD_CHECK_S = 1.0  # a reload, or a person, is noticed within a second
+PAUSE_S = (0.2, 1.0)  # before the same account is asked again, where nobody says how long
+Barred = Mapping[str, UpstreamError]
 
 
 @dataclass(eq=False, slots=True)
@@ -7714,7 +7745,7 @@ class Merged:
         return self
 
     async def __anext__(self) -> list[Event]:
-        """The events of all answers that were read meanwhile, under the numbers of their choices."""
+        """The events that all answers had meanwhile, under the numbers of their choices."""
         if self._reads is None:
             self._reads = {}
             for choice in range(len(self._answers)):
@@ -8024,7 +8055,7 @@ class Attempts:
 
 
 class Upstream:
-    """The accounts' Gemini, as the doors see it: answers, vectors, counts, by the one retry loop."""
+    """The accounts' Gemini as the doors see it: answers, vectors, counts, by one retry loop."""
 
     def __init__(self, config: Config, *, direct: bool = True) -> None:
         self.clock: Clock = time.time
@@ -8113,7 +8144,10 @@ class Upstream:
         return count_of((await self._retry(question, trace)).get("totalTokens"))
 
     async def embed(self, request: EmbeddingRequest, trace: Trace) -> tuple[list[list[float]], int]:
-        """The vectors of the texts, in their order, and how many tokens they took. Raises as `ask`."""
+        """The vectors of the texts, in their order, and how many tokens they took.
+
+        Raises as `ask`.
+        """
         vectors: list[list[float]] = []
         tokens, model = 0, trace.mapped_model
         others = [account.name for account in self.pool.accounts if account.kind != "gemini"]
@@ -8227,7 +8261,7 @@ class Upstream:
 
 
 # ==============================================================================
-# 22. Kept responses
+# 23. Kept responses
 # ==============================================================================
 
 # An item's id, by which the response that it belongs to is found.
@@ -8420,7 +8454,10 @@ def numbers_in(query: Mapping[str, str]) -> JsonObject:
 
 
 def page_of(items: list[Any], query: Mapping[str, str]) -> JsonObject:
-    """A page of a response's input, its last item first unless `order` is asc. Raises BadRequest."""
+    """A page of a response's input, its last item first unless `order` is asc.
+
+    Raises BadRequest.
+    """
     fields = Fields(numbers_in(query))
     limit, order = fields.count("limit", 100) or 20, query.get("order", "desc")
     if order not in ("asc", "desc"):
@@ -8445,7 +8482,7 @@ def page_start(fields: Fields, ids: Sequence[str], after: str | None) -> int:
 
 
 # ==============================================================================
-# 23. Exchanges
+# 24. Exchanges
 # ==============================================================================
 
 PAYLOAD_MARK = secrets.token_hex(16)  # is base64 itself, and nobody's text
@@ -8656,7 +8693,7 @@ def refuse_damaged(door: Door, body: Any, payloads: Mapping[str, bytes]) -> None
 
 
 class Background:
-    """A response that is made beside every connection; its frames are kept for whoever follows it."""
+    """A response that is made beside every connection; whoever follows it gets its frames."""
 
     def __init__(self, exchange: Exchange, requests: Sequence[Request], body: Any) -> None:
         assert exchange.kept is not None
@@ -8784,7 +8821,7 @@ def without_words(error: BaseException) -> Any:
 
 
 # ==============================================================================
-# 24. Web
+# 25. Web
 # ==============================================================================
 
 BODY_S_MAX = 120.0  # a body that trickles longer holds nobody up
@@ -8810,7 +8847,7 @@ STACKED = re.compile(
 
 @functools.lru_cache(256)
 def place_of(path: str) -> tuple[str, str]:
-    """The path that is meant by one that is doubled, stacked or lacks /v1, and its name in the log."""
+    """The path that a doubled, stacked or bare one means, and its name in the log."""
     match = STACKED.fullmatch(re.sub("/{2,}", "/", path))
     if match is None:
         return path, path
@@ -9075,7 +9112,7 @@ async def handle_embeddings(request: web.Request) -> web.StreamResponse:
 
 
 async def handle_token_count(request: web.Request) -> web.StreamResponse:
-    """The number of tokens that the input of a response would be; all of its fields may be missing."""
+    """The number of tokens of a response's input; all of its fields may be missing."""
     exchange = request[exchange_key()]
     gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
     body = parse_body(await read_body(request))
@@ -9296,7 +9333,7 @@ async def handle_door(request: web.Request) -> web.StreamResponse:
 async def answer_detached(
     stream: EventStream, background: Background, request: web.Request
 ) -> web.StreamResponse:
-    """What is told of a response that is made in the background: the object so far, or its stream."""
+    """The answer to a request in the background: the object so far, or its stream."""
     if background.exchange.streamed:
         return await follow(stream, background, 0, request)
     return bytes_reply(request, background.kept.object())
@@ -9410,7 +9447,7 @@ async def handle_delete(request: web.Request) -> web.StreamResponse:
 
 
 async def break_off(gateway: Gateway, id: str) -> Background | None:
-    """Ends a response that is made in the background, if it is; what was said so far stays in it."""
+    """Ends a response in the background, if there is one; what was said so far stays in it."""
     background = gateway.backgrounds.get(id)
     if background:
         text = "The response was cancelled. Ask again for another."
@@ -9420,7 +9457,7 @@ async def break_off(gateway: Gateway, id: str) -> Background | None:
 
 
 # ==============================================================================
-# 25. Admin
+# 26. Admin
 # ==============================================================================
 
 POOL_ACTIONS = ("reset", "pause", "resume")
@@ -9538,7 +9575,7 @@ def stamp_of(path: str) -> tuple[int, int] | None:
 
 
 # ==============================================================================
-# 26. Server
+# 27. Server
 # ==============================================================================
 
 KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole head of one
@@ -9643,43 +9680,22 @@ def refuse_broken_http() -> web.Response:
 
 
 # counts all methods
-def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901
-    """The class of a client's connection, made here so that nothing loads aiohttp before a server
-    is wanted.
+def connection_class(stall_s: float) -> type[web.RequestHandler]:
+    """The class of a client's connection, made here so that nothing loads aiohttp before `serve`.
+
+    It repeats nothing that is not HTTP, and cuts off a client that takes nothing for `stall_s`.
     """
 
-    class ClientConnection(web.RequestHandler):
-        """aiohttp's connection; it repeats nothing that is not HTTP, and cuts off a client that
-        takes nothing.
-        """
+    class Stalling(web.RequestHandler):
+        """aiohttp's connection, watched while a client does not take what was written."""
 
         __slots__ = ("_stall",)
-
-        def handle_error(self, request, status=500, exc=None, message=None):  # type: ignore[no-untyped-def]
-            """aiohttp would repeat the malformed line to the client and log it, with a key that
-            stands in it.
-            """
-            if isinstance(exc, ConnectionError):
-                raise exc  # the client is gone, which is no mistake
-            if status != 400:
-                return super().handle_error(request, status, exc, message)
-            return refuse_broken_http()
 
         def connection_made(self, transport: asyncio.BaseTransport) -> None:
             super().connection_made(transport)
             self._stall: asyncio.TimerHandle | None = None
             wire = cast("asyncio.Transport", transport)
             wire.set_write_buffer_limits(UNSENT_BYTES_MAX, UNSENT_BYTES_MAX // 4)
-
-        def data_received(self, data: bytes) -> None:
-            """Fails a body whose framing breaks after its handler began to read: aiohttp would let
-            the reader wait.
-            """
-            super().data_received(data)
-            request = self._current_request
-            if request and self._messages and not request.content.is_eof():
-                request.content.set_exception(web.RequestPayloadError("broken framing"))
-                request.content.feed_eof()
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -9694,7 +9710,6 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901
             self._stop_watch()
 
         def _watch(self, unsent: int) -> None:
-            """Cuts off a client that has taken nothing for `stall_s`."""
             left = self.transport.get_write_buffer_size() if self.transport else unsent
             if left != unsent:
                 self._stall = self._loop.call_later(stall_s, self._watch, left)
@@ -9704,6 +9719,34 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:  # noqa: C901
         def _stop_watch(self) -> None:
             if self._stall:
                 self._stall.cancel()
+
+    return refusing(Stalling)
+
+
+def refusing(base: type[web.RequestHandler]) -> type[web.RequestHandler]:
+    """The class of a connection that answers broken HTTP itself."""
+
+    class ClientConnection(base):  # type: ignore[valid-type,misc]
+        __slots__ = ()
+
+        def handle_error(
+            self, request: web.BaseRequest, status: int = 500, exc: Any = None, message: Any = None
+        ) -> web.StreamResponse:
+            """aiohttp would repeat a malformed line to the client and log it, keys and all."""
+            if isinstance(exc, ConnectionError):
+                raise exc  # the client is gone, which is no mistake
+            if status != 400:
+                response: web.StreamResponse = super().handle_error(request, status, exc, message)
+                return response
+            return refuse_broken_http()
+
+        def data_received(self, data: bytes) -> None:
+            """Fails a body whose framing breaks later: aiohttp would let the reader wait."""
+            super().data_received(data)
+            request = self._current_request
+            if request and self._messages and not request.content.is_eof():
+                request.content.set_exception(web.RequestPayloadError("broken framing"))
+                request.content.feed_eof()
 
     return ClientConnection
 
@@ -9747,7 +9790,7 @@ async def listen(
 
 
 # ==============================================================================
-# 27. Demo
+# 28. Demo
 # ==============================================================================
 
 DemoJson = JsonObject
@@ -10035,7 +10078,7 @@ def demo_embedding(request: DemoJson) -> DemoJson:
 
 
 # ==============================================================================
-# 28. Command line
+# 29. Command line
 # ==============================================================================
 
 THREE_WAYS = """\
@@ -10508,7 +10551,7 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
 
 
 # ==============================================================================
-# 29. Setup
+# 30. Setup
 # ==============================================================================
 
 CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it may be refused
@@ -10864,7 +10907,7 @@ def print_recipe(client: str, base_url: str, key: str) -> None:
 
 
 # ==============================================================================
-# 30. Operator
+# 31. Operator
 # ==============================================================================
 
 NO_GATEWAY = (
