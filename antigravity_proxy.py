@@ -5065,17 +5065,16 @@ def run_of(raw: bytes, chunk: JsonMap, events: Sequence[Event]) -> TextRun | Non
 
 # The class of an error of Gemini: of the first row whose pattern fits its status and what it says.
 # Source of all that name no other: https://ai.google.dev/gemini-api/docs/troubleshooting
+BARRED_WORDS = "abus|unusual traffic|terms of service|TOS_VIOLATION|suspended|leaked"
 REFUSALS: Sequence[tuple[str, type[UpstreamError]]] = (
     # A day's quota, or one that the tier does not have at all: no wait of seconds helps.
     # Source: https://ai.google.dev/gemini-api/docs/rate-limits; the words in capitals: v1internal
     (r"429 .*(limit: 0\b|PerDay|Daily|QUOTA_EXHAUSTED|INSUFFICIENT_G1_CREDITS)", QuotaGone),
     # The model is full, for whatever account. Source: seen of v1internal with either status
     (r"(429|503) .*(MODEL_CAPACITY_EX|No capacity available)", Overloaded),
-    # The owner broke a rule. Source: seen of v1internal
-    (r"(?i)(403|429) .*(abus|unusual traffic|terms of service|TOS_VIOLATION)", AccountBarred),
-    # The key was found in public, or its project was shut.
-    (r"(?i)(403|429) .*(suspended|leaked)", AccountBarred),
-    # The owner or the organisation has to act first. Source: seen of v1internal
+    # The owner broke a rule, or the key was found in public; the owner has to act first.
+    # Source: seen of v1internal
+    (rf"(?i)(403|429) .*({BARRED_WORDS})", AccountBarred),
     (r"403 .*(VALIDATION_REQUIRED|SECURITY_POLICY_VIOLATED)", AccountBarred),
     # Any other quota is a minute's. Source: https://ai.google.dev/gemini-api/docs/rate-limits
     (r"429", RateLimited),
@@ -5175,10 +5174,7 @@ def tell_quota(refused: RateLimited, details: Sequence[JsonMap]) -> None:
 
 
 def quota_of(fields: JsonMap) -> tuple[str, int | None] | None:
-    """Our name and the size of a quota.
-
-    Such as GenerateRequestsPerDayPerProjectPerModel-FreeTier.
-    """
+    """Our name and the size of a quota, by an id such as GenerateRequestsPerDayPerProject."""
     name = fields.get("quotaId") or fields.get("quota_limit")
     if not isinstance(name, str):
         return None
