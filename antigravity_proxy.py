@@ -5144,13 +5144,13 @@ def error_of(body: Any) -> JsonMap:
 
 def refusal_of(status: int, error: JsonMap) -> UpstreamError:
     """The error of the row of REFUSALS that fits."""
-    about, message = f"{status} ", ""
+    about, message = f"{status} ", error.get("message")
     with contextlib.suppress(RecursionError):
-        message = str(error.get("message") or "")
         about += str(error)
     kind = next(kind for pattern, kind in REFUSALS if re.match(pattern, about))
     hint = f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip()
-    return kind((message or hint)[:ERROR_CHARS_MAX])
+    text = message if isinstance(message, str) and message else hint
+    return kind(text[:ERROR_CHARS_MAX])
 
 
 def details_of(error: JsonMap) -> list[JsonObject]:
@@ -7187,7 +7187,7 @@ class ProxiedIncoming(Incoming):
                 data = await self._response.content.readany()  # b"" at the end
         except TimeoutError:
             self.abort(too_slow(first))
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             self.abort(broken_over(self._proxy, error))
         if self._error and not data:
             raise self._error
@@ -7225,7 +7225,7 @@ class ProxiedTransport:
                 response = await asked
         except TimeoutError:
             raise too_slow(first=True) from None
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
             raise broken_over(self.proxy, error) from None
         return ProxiedIncoming(response, begins_by, self._timeouts.idle_s, self.proxy)
 
@@ -9321,9 +9321,9 @@ async def handle_door(request: web.Request) -> web.StreamResponse:
         await exchange.deliver(events, exchange.renderer.frames, stream.send)
         return await stream.end()
     finally:
-        stream.close()
         if exchange.kept or exchange.answer is None or not exchange.answer.closed:
             await exchange.close()
+        stream.close()  # which may end this task, too
 
 
 async def answer_detached(
