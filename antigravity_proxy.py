@@ -37,6 +37,18 @@ The rooms, in reading order. A room may use the rooms above it, never below.
     29 Command line    what a person types: options, config, log; serve and run
     30 Setup           commands beside a gateway: models, check, explain, login, env
     31 Operator        commands that ask the running gateway: status, pool, why, reload
+
+Words of this file's own:
+    door      a front format: its path, fields, parser, renderer and error form
+    exchange  one request and its answer, whether streamed, whole or in the background
+    event     a piece of an answer, in nobody's JSON
+    change    something of a request that could not be carried over as it was
+    trait     something that a model can or must do
+    question  a call of Gemini that the retry loop makes of one account after another
+    decision  one step of the retry loop, as `agproxy why` shows it
+    lease     one request's use of an account
+    payload   long base64, cut out of a body while that is parsed
+    seal      an entry of the signature memory, signed, for a client to carry
 """
 
 from __future__ import annotations
@@ -4562,7 +4574,7 @@ class SseSplitter:
         return texts
 
     def close(self) -> list[bytes]:
-        """What is left at the end; of what was cut nobody can tell more than that it was."""
+        """Returns the texts left at the end, without one that was cut."""
         texts = [*self.feed(b"\n"), b"\n".join(self._bare)]
         return [text for text in texts if text and parse_json(text) is not None]
 
@@ -7707,7 +7719,7 @@ class Answer:
         self._incoming.abort()
 
     async def whole(self) -> Answer:
-        """The same answer, read to its end. Raises the error that it ends with."""
+        """Reads the answer to its end. Raises the error that it ends with."""
         try:
             events = [event async for some in self for event in some]
         finally:
@@ -8496,7 +8508,7 @@ Send = Callable[[bytes], Awaitable[None]]
 
 @value
 class Source:
-    """Where the config came from:
+    """Leads back to the config's file.
 
     `load` reads it again, or raises ConfigError; `asked` is set to have that done.
     """
@@ -8508,7 +8520,7 @@ class Source:
 
 @dataclass(eq=False, slots=True)
 class Gateway:
-    """What all exchanges share, and which of them run."""
+    """Holds what all exchanges share, and knows which of them run."""
 
     config: Config
     upstream: Upstream
@@ -8809,9 +8821,7 @@ def log_exchange(gateway: Gateway, trace: Trace, status: int) -> None:
 
 
 def without_words(error: BaseException) -> Any:
-    """What the log may tell of a mistake: where it was made, but not its words, which may be a
-    client's.
-    """
+    """Keeps where a mistake was made, for the log, but not its words: a client's may be there."""
     text = f"{type(error).__name__}, without its words: they may be a client's"
     return RuntimeError, RuntimeError(text), error.__traceback__
 
