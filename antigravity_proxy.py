@@ -1655,6 +1655,11 @@ def fates(fate: Fate, read: str | Reader = "", /, **reasons: str) -> Fates:
     return {field: (fate, reason, read) for field, reason in reasons.items()}
 
 
+mapped = functools.partial(fates, "mapped")
+ignored = functools.partial(fates, "ignored")
+dropped = functools.partial(fates, "dropped")
+
+
 def read_fields(fields: Fields, table: Fates) -> JsonObject:
     """The attributes of a Request that the fields of a body name; absent ones cost nothing.
 
@@ -1731,29 +1736,28 @@ def read_parallel(fields: Fields) -> JsonObject:
 NOT_HERE = "not served here"
 CACHED = "Gemini caches prompts by itself"
 SAMPLING_FIELDS = (
-    fates("mapped", model="the model in the URL")
-    | fates(
-        "mapped",
+    mapped(model="the model in the URL")
+    | mapped(
         read_ranges,
         temperature="generationConfig.temperature",
         top_p="generationConfig.topP",
         presence_penalty="generationConfig.presencePenalty",
         frequency_penalty="generationConfig.frequencyPenalty",
     )
-    | fates("mapped", read_seed, seed="generationConfig.seed")
-    | fates("mapped", read_stop, stop="generationConfig.stopSequences")
-    | fates("mapped", read_choices, n="as many upstream calls")
-    | fates("mapped", read_stream, stream="streamGenerateContent", stream_options="the usage chunk")
-    | fates("dropped", "an object", logit_bias="Gemini has no bias by token")
-    | fates("ignored", "a string", user="no effect on the answer", service_tier="there is one tier")
-    | fates("ignored", "a string", safety_identifier="no effect on the answer")
-    | fates("ignored", "a string", prompt_cache_key=CACHED, prompt_cache_retention=CACHED)
-    | fates("ignored", "an object", prompt_cache_options=CACHED, metadata="no effect on the answer")
-    | fates("ignored", "true or false", store="no effect on the answer")
+    | mapped(read_seed, seed="generationConfig.seed")
+    | mapped(read_stop, stop="generationConfig.stopSequences")
+    | mapped(read_choices, n="as many upstream calls")
+    | mapped(read_stream, stream="streamGenerateContent", stream_options="the usage chunk")
+    | dropped("an object", logit_bias="Gemini has no bias by token")
+    | ignored("a string", user="no effect on the answer", service_tier="there is one tier")
+    | ignored("a string", safety_identifier="no effect on the answer")
+    | ignored("a string", prompt_cache_key=CACHED, prompt_cache_retention=CACHED)
+    | ignored("an object", prompt_cache_options=CACHED, metadata="no effect on the answer")
+    | ignored("true or false", store="no effect on the answer")
 )
-TOOL_FIELDS = fates(
-    "mapped", read_parallel, parallel_tool_calls="further calls are left out of the answer"
-) | fates("ignored", "an object", moderation="Gemini has filters of its own")
+TOOL_FIELDS = mapped(
+    read_parallel, parallel_tool_calls="further calls are left out of the answer"
+) | ignored("an object", moderation="Gemini has filters of its own")
 TOOLS_REASON = "tools[0].functionDeclarations"
 CHOICE_REASON = "toolConfig.functionCallingConfig"
 THINKING_REASON = "google.thinking_config"
@@ -2287,21 +2291,18 @@ def read_chat_tools(fields: Fields) -> JsonObject:
 CHAT_FIELDS = (
     SAMPLING_FIELDS
     | TOOL_FIELDS
-    | fates("mapped", messages="contents and systemInstruction", system="systemInstruction")
-    | fates(
-        "mapped",
+    | mapped(messages="contents and systemInstruction", system="systemInstruction")
+    | mapped(
         read_chat_limit,
         max_tokens="generationConfig.maxOutputTokens, where max_completion_tokens is not there",
         max_completion_tokens="generationConfig.maxOutputTokens",
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_logprobs,
         logprobs="generationConfig.responseLogprobs",
         top_logprobs="generationConfig.logprobs, as far as logprobs are",
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_chat_tools,
         tools=TOOLS_REASON,
         functions=TOOLS_REASON,
@@ -2309,27 +2310,24 @@ CHAT_FIELDS = (
         function_call=CHOICE_REASON,
         web_search_options="tools[0].googleSearch",
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_response_format,
         response_format="generationConfig.responseMimeType and responseJsonSchema",
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_effort,
         reasoning_effort="generationConfig.thinkingConfig",
         extra_body=THINKING_REASON,
         google=THINKING_REASON,
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_modalities,
         modalities="generationConfig.responseModalities, for images",
         audio="refused",
     )
-    | fates("mapped", read_image_config, image_config="generationConfig.imageConfig")
-    | fates("dropped", "a string", verbosity="Gemini has none; ask for it in the instructions")
-    | fates("ignored", "an object", prediction="only makes OpenAI's answer faster")
+    | mapped(read_image_config, image_config="generationConfig.imageConfig")
+    | dropped("a string", verbosity="Gemini has none; ask for it in the instructions")
+    | ignored("an object", prediction="only makes OpenAI's answer faster")
 )
 
 
@@ -2363,12 +2361,12 @@ def read_completion_limit(fields: Fields) -> JsonObject:
 
 COMPLETION_FIELDS = (
     SAMPLING_FIELDS
-    | fates("mapped", prompt="contents, one upstream call each", suffix="an instruction")
-    | fates("mapped", read_completion_limit, max_tokens="generationConfig.maxOutputTokens")
-    | fates("mapped", "true or false", echo="the prompt before the text")
-    | fates("ignored", "a whole number", best_of="the first answer is the best")
-    | fates("dropped", "a whole number", logprobs=NOT_HERE)
-    | fates("dropped", top_logprobs=NOT_HERE, extra_body=NOT_HERE, google=NOT_HERE)
+    | mapped(prompt="contents, one upstream call each", suffix="an instruction")
+    | mapped(read_completion_limit, max_tokens="generationConfig.maxOutputTokens")
+    | mapped("true or false", echo="the prompt before the text")
+    | ignored("a whole number", best_of="the first answer is the best")
+    | dropped("a whole number", logprobs=NOT_HERE)
+    | dropped(top_logprobs=NOT_HERE, extra_body=NOT_HERE, google=NOT_HERE)
 )
 
 
@@ -2721,8 +2719,7 @@ def read_reasoning(fields: Fields) -> JsonObject:
 RESPONSE_FIELDS = (
     SAMPLING_FIELDS
     | TOOL_FIELDS
-    | fates(
-        "mapped",
+    | mapped(
         input="contents and systemInstruction",
         instructions="systemInstruction",
         previous_response_id="the conversation that is kept, before the input",
@@ -2730,33 +2727,30 @@ RESPONSE_FIELDS = (
         conversation="refused",
         prompt="refused",
     )
-    | fates(
-        "mapped",
+    | mapped(
         read_response_limit,
         max_tokens="generationConfig.maxOutputTokens, where max_output_tokens is not there",
         max_output_tokens="generationConfig.maxOutputTokens",
     )
-    | fates("mapped", read_text, text="generationConfig.responseMimeType and responseJsonSchema")
-    | fates(
-        "mapped",
+    | mapped(read_text, text="generationConfig.responseMimeType and responseJsonSchema")
+    | mapped(
         read_reasoning,
         reasoning="generationConfig.thinkingConfig",
         extra_body=THINKING_REASON,
         google=THINKING_REASON,
     )
-    | fates("mapped", tools=TOOLS_REASON, tool_choice=CHOICE_REASON)
-    | fates("mapped", "true or false", store="the response is kept, for previous_response_id")
-    | fates("ignored", "a string", truncation="nothing is truncated")
-    | fates(
-        "ignored",
+    | mapped(tools=TOOLS_REASON, tool_choice=CHOICE_REASON)
+    | mapped("true or false", store="the response is kept, for previous_response_id")
+    | ignored("a string", truncation="nothing is truncated")
+    | ignored(
         "an array",
         include="what there is, is included",
         context_management="nothing is truncated",
     )
-    | fates("ignored", "a whole number", max_tool_calls="counts hosted tools only")
-    | fates("ignored", "an object", client_metadata="no effect on the answer")
-    | fates("dropped", "a whole number", n=NOT_HERE)
-    | fates("dropped", check_top_logprobs, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
+    | ignored("a whole number", max_tool_calls="counts hosted tools only")
+    | ignored("an object", client_metadata="no effect on the answer")
+    | dropped("a whole number", n=NOT_HERE)
+    | dropped(check_top_logprobs, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
 )
 RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
