@@ -415,7 +415,7 @@ class UpstreamBroken(UpstreamError):
 
 
 class PoolExhausted(GatewayError):
-    """No account could answer. Clients are told so as of the last refusal."""
+    """No account could answer. The status, type and code are those of the last refusal."""
 
     def __init__(self, message: str, last: UpstreamError, retry_after_s: float | None) -> None:
         super().__init__(message, code=last.code, param=last.param, retry_after_s=retry_after_s)
@@ -1675,11 +1675,12 @@ def read_fields(fields: Fields, table: Fates) -> JsonObject:
         if isinstance(read, str):
             if read:
                 fields.get(key, read)
-        elif read not in done:  # which reads several fields at once
+        elif read not in done:  # one reader may serve several fields: it is called once
             done.add(read)
             found = read(fields)
-            sources |= found.pop("sources", {})
+            sources |= found.pop("sources", {})  # those of all readers add up
             attributes |= found
+        # An empty value asks for nothing, so nothing is lost.
         if fate == "dropped" and value is not False and value not in ([], {}):
             fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
     if sources:
@@ -2048,9 +2049,8 @@ def parse_image(part: Fields) -> Media:
 
 
 def parse_audio(audio: Fields) -> Media:
-    format = audio.needed_text("format").removeprefix(
-        "x-"
-    )  # LangChain sends the end of a MIME type
+    # LangChain sends the end of a MIME type.
+    format = audio.needed_text("format").removeprefix("x-")
     if format not in AUDIO_FORMATS:
         raise audio.not_served("format", f"Send one of {', '.join(AUDIO_FORMATS)}")
     return Media(f"audio/{format}", checked_base64(audio, "data", audio.needed_text("data")))
@@ -3168,7 +3168,7 @@ class ResponseRenderer(Renderer):
         frames = self.begin("in_progress")
         for item in response["output"]:
             text = filling_of(item).text
-            frames += self._open(item) + (text and self._delta(text)) + self._done(item)
+            frames += self._open_item(item) + (text and self._delta(text)) + self._done(item)
         self.response, self._sequence = response, max(self._sequence, at)
         return frames + self._end()
 
@@ -3232,7 +3232,8 @@ class ResponseRenderer(Renderer):
     def _next_id(self) -> str:
         return f"{self._head.id}{len(self.response['output']):04x}"
 
-    def _open(self, item: JsonObject | None) -> str:
+    def _open_item(self, item: JsonObject | None) -> str:
+        """The frames that open an item. What its deltas have in common is dumped here, once."""
         if item is None or self._silent:
             return ""
         self._item_id, filling = item["id"], filling_of(item)
@@ -3255,7 +3256,7 @@ class ResponseRenderer(Renderer):
 
     def _start_part(self, part: Part) -> str:
         frames = self._release("completed", part)
-        return frames + self._open(render_item(part, self._next_id(), "in_progress"))
+        return frames + self._open_item(render_item(part, self._next_id(), "in_progress"))
 
     def _end_part(self, part: Part) -> str:
         if isinstance(part, Text | Thinking):
@@ -3302,7 +3303,7 @@ class ResponseRenderer(Renderer):
         return self._add(item | {"action": action})
 
     def _add(self, item: JsonObject) -> str:
-        return self._open(item) + self._done(item)
+        return self._open_item(item) + self._done(item)
 
 
 def render_token_count(tokens: int) -> JsonObject:
@@ -5426,6 +5427,10 @@ class Cooldown:
     prober: Lease | None = None
 
     def holds(self, now: float) -> bool:
+        """Tells whether nobody may ask now; the probe on its way keeps the others out too.
+
+        An end that is too far off was set before the clock was put back, and does not count.
+        """
         if self.prober is not None and now < self.prober.begun + PROBE_S_MAX:
             return True
         return now < self.until <= now + COOLDOWN_END_S_MAX or math.isinf(self.until)
@@ -5747,7 +5752,7 @@ class AccountPool:
     # ---- what came of it
 
     def succeeded(self, lease: Lease, now: float) -> None:
-        """An answer has begun: what was probed is over, and a limit that it exceeds is none."""
+        """Ends the cooldowns that a begun answer probed; forgets learned limits that it exceeds."""
         if lease.probes:
             self._cooldowns.drop(lambda key, cooldown: cooldown in lease.probes)
             lease.probes.clear()
@@ -6216,7 +6221,10 @@ class ResponseStore:
         self._running: set[str] = set()  # of those that are written as running
 
     async def secret(self) -> bytes:
-        """The key for what clients carry for all gateways that ever have this file."""
+        """The key that seals what clients carry; each gateway with this file has the same one.
+
+        Without a usable file it is one that lasts as long as the process.
+        """
 
         def read(connection: sqlite3.Connection) -> bytes:
             connection.execute(INSERT_SECRET, (secrets.token_bytes(32),))
@@ -6254,7 +6262,7 @@ class ResponseStore:
         await self._database.run(write)
 
     def leave(self, id: str) -> None:
-        """Nobody goes on with a response. Where its end could not be written, it is not told."""
+        """Stops counting a response as running. If its end was not written, no client finds it."""
         self._running.discard(id)
 
     def _sweep(self, connection: sqlite3.Connection) -> None:
@@ -6297,7 +6305,7 @@ class ResponseStore:
         return await self._database.run(read)
 
     def _stored(self, id: str, *columns: Any) -> StoredResponse | None:
-        """None for a response whose end could not be written."""
+        """The response of a row; None if its end could not be written."""
         previous, input, response, signatures, events, keeper = columns
         states: dict[str | None, StoredState] = {None: "over", self._database.process: "running"}
         state = states.get(keeper, "lost")
@@ -6317,9 +6325,9 @@ class ResponseStore:
 
 
 def empty_journal(connection: sqlite3.Connection) -> None:
-    """The journal holds nothing deleted then, unless another program goes on reading it.
+    """Empties SQLite's journal, so that nothing deleted stays in it.
 
-    Nobody waits for such a program.
+    It does not wait long for another program that is still reading.
     """
     pragmas = (
         "busy_timeout = 100",
@@ -6475,7 +6483,7 @@ class Credentials:
     # ---- tokens
 
     async def header(self, account: Account, refused: str = "") -> dict[str, str]:
-        """`refused` is a token that the upstream did not take.
+        """The header that lets the account in; with a new token if the upstream `refused` this one.
 
         Raises CredentialRefused, AccountBarred and TokenTrouble.
         """
@@ -6554,7 +6562,7 @@ class Credentials:
         return found
 
     def forget_project(self, account: Account) -> None:
-        """After a refusal: it may be another one by now."""
+        """Has the account's project asked for anew: after a refusal it may be another one."""
         self._projects.pop(account.name, None)
 
     async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
@@ -7215,7 +7223,7 @@ class ProxiedTransport:
         self._session = open_session(timeouts)
 
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
-        """As a DirectTransport's."""
+        """Does what `DirectTransport.send` does. Raises UpstreamTimeout and UpstreamBroken."""
         method = "GET" if body is None else "POST"
         begins_by = asyncio.get_running_loop().time() + self._timeouts.first_event_s
         asked = self._session.request(
@@ -7573,8 +7581,9 @@ class Catalog:
         return self._listed
 
     async def _list(self) -> None:
-        """Asks every account, for they may differ in their models; one that fails may have had
-        those that were known.
+        """Asks every account, for they may differ in their models.
+
+        If one fails, the models known so far stay listed, for they may be its own.
         """
         config, fresh_s = self._config, MODELS_FRESH_S
         accounts = [account for account in config.accounts if account.kind == "gemini"]
@@ -7701,11 +7710,11 @@ class Answer:
     def closed(self) -> bool:
         return self.on_close is None
 
-    def end_by(self, seconds: float) -> None:
-        """Breaks the answer off when it lasts longer."""
+    def end_within(self, left_s: float) -> None:
+        """Lets the answer go on for `left_s` at most; then it is broken off."""
         text = "The answer took longer than proxy.timeouts.total_s. Raise it, or ask for less."
         loop = asyncio.get_running_loop()
-        self._alarm = loop.call_later(seconds, self.break_off, UpstreamTimeout(text))
+        self._alarm = loop.call_later(left_s, self.break_off, UpstreamTimeout(text))
 
     def break_off(self, error: UpstreamError) -> None:
         """Ends the answer; unless it was whole, its last event says why."""
@@ -7820,8 +7829,7 @@ class Question(Protocol[Answered_co]):
     comes from.
     """
 
-    # accounts that cannot answer it, and why; nobody writes to it
-    barred: Barred  # accounts that cannot answer it, and why
+    barred: Barred  # accounts that cannot answer it, and why; nobody writes to it
 
     async def ask(self, lease: Lease) -> Answered_co:
         """Makes one attempt. Raises UpstreamError."""
@@ -8065,9 +8073,8 @@ class Upstream:
         self.signatures = SignatureMemory()
         self.wire = Wire(config, Credentials(config, lambda: self.clock()), direct=direct)
         self.catalog = Catalog(config, self.wire)
-        self.long_cooldown = (
-            asyncio.Event()
-        )  # set when an account is in cooldown for the rest of a day
+        # Set when an account is in cooldown for the rest of a day.
+        self.long_cooldown = asyncio.Event()
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
@@ -8128,7 +8135,7 @@ class Upstream:
         except TimeoutError:
             text = "No answer began within proxy.timeouts.total_s. Raise it, or try again."
             raise UpstreamTimeout(text) from None
-        answer.end_by(total_s - (time.monotonic() - trace.started))
+        answer.end_within(total_s - (time.monotonic() - trace.started))
         return answer
 
     def _generation(self, request: Request, trace: Trace) -> Generation:
@@ -8305,6 +8312,7 @@ class KeptResponse:
 
     @property
     def written(self) -> bool:
+        """True unless its first row is still to be written; that row may be behind by now."""
         return not self._first_row
 
     def object(self) -> bytes:
@@ -8329,7 +8337,7 @@ class KeptResponse:
             log.warning("%s cannot be kept: %s", self.id, error.message)
 
     async def leave(self) -> None:
-        """Tells the store that nobody goes on with a response that has begun."""
+        """Gives the response up: one that is still being made is kept as lost."""
         if self._state == "running":
             await self.save("lost")
         self._store.leave(self.id)
@@ -8569,6 +8577,7 @@ class Exchange:
     kept: KeptResponse | None = None
     answer: Answer | Merged | None = None
     error: GatewayError | None = None  # by which it was broken off
+    follows: bool = False  # it ends with the response that it follows, not before
 
     # ---- from a body to an answer that has begun
 
@@ -8622,7 +8631,7 @@ class Exchange:
         """Ends the exchange in whatever phase it is; its client is told why."""
         if self.answer is not None:
             self.answer.break_off(error)
-        elif self.error is None:
+        elif self.error is None and not self.follows:
             self.error = error
             self.task.cancel()
 
@@ -8685,9 +8694,9 @@ def affinity_of(client: str, headers: Mapping[str, str], body: JsonMap, request:
 
 
 def refuse_damaged(door: Door, body: Any, payloads: Mapping[str, bytes]) -> None:
-    """Raises BadRequest, by the field's name, where what only seemed base64 is none:
+    """Finds out, once Gemini refused a request, whether some of its base64 is damaged.
 
-    Gemini refused the request.
+    Raises BadRequest that names the field.
     """
     for mark, payload in payloads.items():
         if not is_base64(payload):
@@ -8737,9 +8746,8 @@ class Background:
                 await exchange.deliver([Failed(error)], self._render, self._show)
             self._over = True
             await self._show(b"")
-            while (
-                self.kept.written and not self.kept.saved
-            ):  # else it would read as running for ever
+            # Else it would read as running for ever.
+            while self.kept.written and not self.kept.saved:
                 await asyncio.sleep(DATABASE_BUSY_S)
                 await self.kept.save()
         finally:
@@ -8847,7 +8855,7 @@ STACKED = re.compile(
 
 @functools.lru_cache(256)
 def place_of(path: str) -> tuple[str, str]:
-    """The path that a doubled, stacked or bare one means, and its name in the log."""
+    """The route that a doubled, stacked or bare path means, and its name in the log."""
     match = STACKED.fullmatch(re.sub("/{2,}", "/", path))
     if match is None:
         return path, path
@@ -8861,6 +8869,7 @@ def place_of(path: str) -> tuple[str, str]:
     return f"/v1/{endpoint}", endpoint
 
 
+# The keys are made at their first use, for aiohttp is loaded only by what serves.
 @functools.cache
 def gateway_key() -> web.AppKey[Gateway]:
     return web.AppKey("gateway", Gateway)
@@ -8881,7 +8890,7 @@ async def name_request(
     form, and logged.
     """
     path, route = place_of(request.path)
-    trace = Trace(gateway.config, f"req_{next_id()}", route, time.monotonic())
+    trace = Trace(gateway.config, f"req_{next_id()}", route or "/", time.monotonic())
     client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
     if client_id and CLIENT_ID.fullmatch(client_id):
         trace.client_id = client_id
@@ -8893,7 +8902,7 @@ async def name_request(
     try:
         response = await handler(request)
         status = response.status
-    except (GatewayError, RecursionError, asyncio.CancelledError) as error:
+    except (GatewayError, RecursionError, asyncio.CancelledError, web.HTTPNotFound) as error:
         response = error_reply(request, told_of(exchange, error))
         status = response.status
     except ConnectionError:
@@ -8910,12 +8919,14 @@ async def name_request(
 
 
 def told_of(exchange: Exchange, error: BaseException) -> GatewayError:
-    """The error that a client is told.
+    """The error to tell the client.
 
-    A cancellation is one where the exchange was broken off; else it is raised.
+    A cancellation has one only if the exchange was broken off; any other is raised again.
     """
     if isinstance(error, RecursionError):
         return BadRequest("The body is nested too deep. Send flatter JSON.")
+    if isinstance(error, web.HTTPNotFound):
+        return UnknownUrl("Invalid URL: its path is empty. Ask for one that begins with /v1.")
     if isinstance(error, asyncio.CancelledError) and exchange.error:
         exchange.task.uncancel()
         return exchange.error
@@ -8937,6 +8948,8 @@ async def let_in(gateway: Gateway, request: web.Request, handler: Handler) -> we
         request[exchange_key()].trace.client = client_of(config, headers)
     if request.method == "OPTIONS":
         return web.Response(status=204, headers=headers_of(request))
+    if path.startswith("/agproxy/"):  # who operates the gateway may ask while it is full
+        return await handler(request)
     if gateway.draining:
         raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
     if len(gateway.running) - len(gateway.backgrounds) > config.max_requests:
@@ -8952,6 +8965,7 @@ async def reroute(request: web.Request, path: str) -> web.StreamResponse:
     url = request.rel_url.with_path(path).with_query(request.query)
     again = request.clone(rel_url=url)
     match = await request.app.router.resolve(again)
+    match.add_app(request.app)  # `again.app` is read from it
     again._match_info = match  # as aiohttp's own normalize_path_middleware does
     return await match.handler(again)
 
@@ -9118,10 +9132,12 @@ async def handle_token_count(request: web.Request) -> web.StreamResponse:
     body = parse_body(await read_body(request))
     if isinstance(body, dict):
         fields = {key: value for key, value in body.items() if value is not None}
+        # Without a model and a default, a name that the built-in mapping knows.
         body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
     past = await gateway.kept.recall(body, trace.client)
     wanted = door.parse(body, past or ())[0]
-    trace.model, trace.affinity = wanted.model, zlib.crc32(trace.id.encode())
+    trace.model = wanted.model
+    trace.affinity = zlib.crc32(trace.id.encode())  # a count uses no prompt cache: any account
     trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
     tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
     assert door.counts is not None
@@ -9241,7 +9257,6 @@ class EventStream:
     response: web.StreamResponse | None = None  # once its head went out
     ended: bool = False
     _quiet: bool = True  # nothing was sent since the heartbeat looked
-    _sends: bool = False  # what was sent last is not taken yet
     _beating: asyncio.Task[None] | None = None
     _alarm: asyncio.TimerHandle | None = None
 
@@ -9255,13 +9270,13 @@ class EventStream:
         if response is None:
             headers = headers_of(self._request) | EVENT_STREAM
             response = self.response = web.StreamResponse(headers=headers)
+            if self._request.version < (1, 1):
+                response.force_close()  # its end is the connection's
             await response.prepare(self._request)
-        self._sends = True
         if data:
             await response.write(data)
         else:
             self._request.writer.send_headers()
-        self._sends = False
 
     def start_heartbeat(self) -> None:
         """A heartbeat may begin a stream, and then an error is told in it."""
@@ -9273,7 +9288,8 @@ class EventStream:
     def _beat(self, loop: asyncio.AbstractEventLoop, seconds: float) -> None:
         """Looks twice in each `heartbeat_s`, so that a write costs no timer."""
         begun = self.response or (self._exchange.streamed and self._exchange.renderer)
-        if self._quiet and begun and not self._sends:  # whoever takes nothing needs no heartbeat
+        full = self._request.protocol.writing_paused
+        if self._quiet and begun and not full:  # whoever takes nothing needs no heartbeat
             self._beating = loop.create_task(self._send_heartbeat())
         self._quiet = True
         self._alarm = loop.call_later(seconds, self._beat, loop, seconds)
@@ -9342,7 +9358,7 @@ async def answer_detached(
 async def follow(
     stream: EventStream, background: Background, at: int, request: web.Request
 ) -> web.StreamResponse:
-    request[exchange_key()].error = STOPPED  # it ends with the response that it follows, not before
+    request[exchange_key()].follows = True
     await stream.send(b"")
     async for frames in background.follow(at):
         await stream.send(frames)
@@ -9410,6 +9426,9 @@ async def replay(
     after = Fields(numbers_in(request.query)).count("starting_after", low=0)
     at = 0 if after is None else after + 1
     if background is None:
+        if stored.state == "running":
+            text = "This response cannot be followed from here"
+            raise BadRequest(f"{text}. Ask without 'stream' until it is over.")
         frames = b"".join(replay_frames(stored, at))
         return bytes_reply(request, frames, media_type="text/event-stream")
     if request.method == "HEAD":
@@ -9679,7 +9698,6 @@ def refuse_broken_http() -> web.Response:
     return response
 
 
-# counts all methods
 def connection_class(stall_s: float) -> type[web.RequestHandler]:
     """The class of a client's connection, made here so that nothing loads aiohttp before `serve`.
 
@@ -9710,6 +9728,9 @@ def connection_class(stall_s: float) -> type[web.RequestHandler]:
             self._stop_watch()
 
         def _watch(self, unsent: int) -> None:
+            """Cuts the client off if it took nothing since `unsent` bytes were left; else looks
+            again after `stall_s`.
+            """
             left = self.transport.get_write_buffer_size() if self.transport else unsent
             if left != unsent:
                 self._stall = self._loop.call_later(stall_s, self._watch, left)
@@ -9767,9 +9788,8 @@ async def listen(
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=1)
     stack.push_async_callback(runner.cleanup)
     await runner.setup()
-    stack.push_async_callback(
-        runner.shutdown
-    )  # what runs is finished before connections are closed
+    # What runs is finished before connections are closed.
+    stack.push_async_callback(runner.shutdown)
     limits: JsonObject = {
         "keepalive_timeout": KEEP_ALIVE_S,
         "lingering_time": LINGER_S,
@@ -10048,7 +10068,10 @@ def demo_size(wanted: Any) -> int:
 
 
 def demo_tokens(parts: Iterable[DemoJson]) -> int:
-    """Words, for tokens; a file counts as the 258 that Gemini takes for a small image."""
+    """Counts each word as a token, also those of a call's JSON, and a file as 258.
+
+    That is what Gemini counts for a small image.
+    """
     return sum(
         258 if "inlineData" in part else max(1, len(str(part.get("text", part)).split()))
         for part in parts
