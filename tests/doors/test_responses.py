@@ -10,7 +10,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp.test_utils import TestClient
-from conftest import sdk
+from conftest import sdk, until
 from fake_gemini import FakeGemini, error, said
 from golden import CASES, frames, without_null_usage
 from kept import ASK, GEMINI_3, TOOL, Start, ask, ask_stream, fetch, starter
@@ -431,6 +431,8 @@ async def test_a_client_that_leaves_is_not_waited_for(client: TestClient, gemini
     response = await client.post("/v1/responses", json=ASK | {"stream": True})
     id = json.loads((await response.content.readuntil(b"\n\n")).decode().partition("data: ")[2])["response"]["id"]
     assert (await fetch(client, id))[1]["status"] == "in_progress"
+    followed = await client.get(f"/v1/responses/{id}?stream=true")
+    assert (followed.status, "cannot be followed" in await followed.text()) == (400, True)
     response.close()
     for _ in range(100):
         kept = (await fetch(client, id))[1]
@@ -487,6 +489,21 @@ async def test_what_is_made_in_the_background_takes_no_request_its_place(
     gemini.script, gemini.silence_s = [said("one")], 5
     made = await ask(client, background=True)
     assert (await fetch(client, f"{made['id']}/cancel", "POST"))[1]["status"] == "cancelled"
+
+
+async def test_a_follower_that_leaves_is_logged_as_gone(
+    client: TestClient, gemini: FakeGemini, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    gemini.script, gemini.silence_s = [said("one")], 5
+    made = await ask(client, background=True)
+    followed = await client.get(f"/v1/responses/{made['id']}?stream=true")
+    await followed.content.readuntil(b"\n\n")
+    followed.close()
+    await until(lambda: "responses/{id} attempts=0 status=" in caplog.text)
+    assert "responses/{id} attempts=0 status=499" in caplog.text
+    assert (await fetch(client, made["id"]))[1]["status"] in ("queued", "in_progress")  # it goes on
+    await fetch(client, f"{made['id']}/cancel", "POST")
 
 
 async def test_cancelled_by_many_at_once(client: TestClient, gemini: FakeGemini) -> None:

@@ -582,6 +582,7 @@ async def test_more_at_once_than_files_allow_is_told(gemini: Any, aiohttp_client
     await until(lambda: gemini[0].bodies)
     second = await client.post("/v1/chat/completions", json=HELLO)
     assert (second.status, "proxy.max_requests" in (await second.json())["error"]["message"]) == (503, True)
+    assert (await client.get("/agproxy/status")).status == 200  # the operator is let in
     gemini[0].go_on.set()
     assert (await first).status == 200
 

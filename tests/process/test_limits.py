@@ -11,7 +11,8 @@ import sys
 import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -407,3 +408,17 @@ async def test_a_bomb_does_not_fill_the_memory(start: Start, gemini: Any) -> Non
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert b" 413 " in (await wire(url, bomb))[:20]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 160 << 10  # in KiB, of 256 MiB
+
+
+async def test_a_client_that_takes_nothing_gets_no_heartbeat() -> None:
+    """One that is written behind the end of a stream would be read as the next answer."""
+    protocol = SimpleNamespace(writing_paused=True)
+    stream: Any = agproxy.EventStream(cast(Any, SimpleNamespace(protocol=protocol)), cast(Any, None))
+    stream.response = object()
+    loop = asyncio.get_running_loop()
+    for paused, beats in ((True, False), (False, True)):
+        protocol.writing_paused, stream._quiet = paused, True
+        stream._beat(loop, 60)
+        stream._alarm.cancel()
+        assert (stream._beating is not None) == beats
+    stream._beating.cancel()

@@ -91,6 +91,34 @@ def body_of(answer: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
+    "target", ["GET /chat/completions", "POST /models", "POST //v1//models", "DELETE /v1/v1/responses"]
+)
+async def test_a_wrong_method_on_a_shortened_path_is_told(target: str, gateway: int) -> None:
+    answer = await wire(gateway, f"{target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 405 "), answer
+    assert b"\r\nAllow: " in answer
+
+
+@pytest.mark.parametrize("target", ["CONNECT example.com:443", "GET http://localhost"])
+async def test_a_target_without_a_path_is_an_unknown_url(target: str, gateway: int) -> None:
+    answer = await wire(gateway, f"{target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+    assert answer.startswith(b"HTTP/1.1 404 "), answer
+    assert json.loads(body_of(answer))["error"]["code"] == "unknown_url"
+
+
+async def test_a_stream_for_a_client_of_1_0_ends_with_its_connection(guarded: int, gemini: FakeGemini) -> None:
+    gemini.script = [said("whole")]
+    body = json.dumps(HELLO | {"stream": True}).encode()
+    head = "POST /v1/chat/completions HTTP/1.0\r\nAuthorization: Bearer right\r\nConnection: keep-alive"
+    _, writer = opened = await asyncio.open_connection("127.0.0.1", guarded)
+    writer.write(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+    async with asyncio.timeout(5):
+        answer = await opened[0].read()
+    writer.close()
+    assert answer.endswith(b"data: [DONE]\n\n"), answer
+
+
+@pytest.mark.parametrize(
     "head",
     [
         "get /healthz HTTP/1.1\r\nHost: x",
