@@ -54,7 +54,6 @@ Words of this file's own:
 from __future__ import annotations
 
 import base64
-import contextlib
 import difflib
 import errno
 import functools
@@ -90,10 +89,13 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from contextlib import AsyncExitStack, ExitStack, closing, contextmanager, suppress
 from dataclasses import MISSING, dataclass, field, replace
 from dataclasses import fields as fields_of
+from functools import cache, cached_property, lru_cache, partial
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from json.encoder import encode_basestring
+from math import inf, isfinite, isinf
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -112,7 +114,7 @@ from urllib.parse import parse_qs, quote, unquote, urlencode, urljoin, urlsplit
 import click
 
 orjson: Any = None  # twice as fast; what it cannot do, the standard library does
-with contextlib.suppress(ImportError):
+with suppress(ImportError):
     orjson = importlib.import_module("orjson")
 
 
@@ -374,7 +376,7 @@ class CredentialRefused(UpstreamError):
 
 
 class AccountBarred(CredentialRefused):
-    cooldown_s = math.inf
+    cooldown_s = inf
     quota = "barred"
     advice = "Do what it says, change the account's credentials, or run `agproxy pool reset NAME`."
 
@@ -397,7 +399,7 @@ class Overloaded(UpstreamError):
 
 class Paused(Overloaded):
     scope = "account"
-    cooldown_s = math.inf
+    cooldown_s = inf
     quota = "paused"
     lasting = 1
     advice = "Resume it by `agproxy pool resume NAME`."
@@ -454,7 +456,7 @@ dumps = json.JSONEncoder(
 def dump_bytes(value: Any) -> bytes:
     """Compact JSON in UTF-8. Raises ValueError as `dumps` does."""
     if orjson is not None:
-        with contextlib.suppress(TypeError):  # half a surrogate pair, more than 64 bits, 254 levels
+        with suppress(TypeError):  # half a surrogate pair, more than 64 bits, 254 levels
             return b"%b" % orjson.dumps(value)  # a copy: its own holds several times what it needs
     return encoded(dumps(value))
 
@@ -470,7 +472,7 @@ def fast_loads(text: str | bytes, loads: Callable[[str], Any] = json.loads) -> A
     Raises ValueError and RecursionError.
     """
     if orjson is not None:
-        with contextlib.suppress(ValueError):
+        with suppress(ValueError):
             return orjson.loads(text)
     if isinstance(text, bytes):
         text = text.removeprefix(BOM).decode()
@@ -480,7 +482,7 @@ def fast_loads(text: str | bytes, loads: Callable[[str], Any] = json.loads) -> A
 def parse_json(text: str | bytes) -> Any:
     """The value of a JSON text, None if it is none."""
     for loads in (fast_loads, json.loads):  # which takes half a surrogate pair in bytes
-        with contextlib.suppress(ValueError, RecursionError):
+        with suppress(ValueError, RecursionError):
             return loads(text)
     return None
 
@@ -488,7 +490,7 @@ def parse_json(text: str | bytes) -> Any:
 def finite(number: str) -> float:
     """A number that JSON can hold. Raises ValueError for NaN, and beyond a float's range."""
     value = float(number)
-    if not math.isfinite(value):
+    if not isfinite(value):
         raise ValueError(f"{number} is no JSON number")
     return value
 
@@ -499,7 +501,7 @@ STRICT = json.JSONDecoder(parse_constant=finite, parse_float=finite)
 def parse_strict(text: str) -> Any:
     """The value of a JSON text that is sent on. None if it is none, holds a number that JSON cannot
     hold, or is nested deeper than DEPTH_MAX. Keeps all digits of integers, as orjson does not."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         value = STRICT.decode(text)
         if not is_deep(value):
             return value
@@ -516,8 +518,9 @@ def parse_body(data: bytes) -> Any:
     except RecursionError:
         raise BadRequest("The body is nested too deep. Send flatter JSON.") from None
     except ValueError as error:
-        text = f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
-        raise BadRequest(text) from None
+        raise BadRequest(
+            f"The body is not valid JSON ({error}). Send a JSON object in UTF-8."
+        ) from None
     return body
 
 
@@ -1035,7 +1038,7 @@ def read_path(node: Node) -> str:
 
 def read_number(low: float, high: float, kind: type[int | float] = float) -> Kind:
     def read(node: Node) -> float:
-        with contextlib.suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError):
             if low <= (number := kind(node.yaml.value)) <= high:
                 return number
         raise ValueError(f"must be a {'whole ' * (kind is int)}number from {low} to {high}.")
@@ -1310,8 +1313,9 @@ def find_credentials(node: Node, given: JsonObject) -> None:
         read_credentials(node.load(Path(given["credentials"])), given)
     except (OSError, UnicodeDecodeError):
         if named:
-            text = f"names {given['credentials']}, which cannot be read. Check `credentials`."
-            raise ValueError(text) from None
+            raise ValueError(
+                f"names {given['credentials']}, which cannot be read. Check `credentials`."
+            ) from None
 
 
 def read_credentials(text: str, given: JsonObject) -> None:
@@ -1397,17 +1401,17 @@ def config_problems(config: Config) -> list[str]:
     return [f"host {config.bind} is reachable from outside; {remedy}"]
 
 
-@functools.lru_cache(256)
+@lru_cache(256)
 def host_of(url: str) -> str:
     """The host of a URL in lower case, without a final dot; empty if the URL is malformed."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         parts = urlsplit(url)
         host, _ = parts.hostname or "", parts.port  # a bad port raises too
         return host.removesuffix(".")
     return ""
 
 
-@functools.lru_cache(256)
+@lru_cache(256)
 def is_loopback(host: str) -> bool:
     return host == "localhost" or (is_address(host) and ip_address(host.strip("[]")).is_loopback)
 
@@ -1544,8 +1548,11 @@ class Fields:
     def __init__(self, value: Any, path: str = "", changes: list[Change] | None = None) -> None:
         if not isinstance(value, dict):
             name = f"'{path}'" if path else "The body"
-            text = f"{name} is not a JSON object. Send {{...}}."
-            raise BadRequest(text, code="invalid_type", param=path or None)
+            raise BadRequest(
+                f"{name} is not a JSON object. Send {{...}}.",
+                code="invalid_type",
+                param=path or None,
+            )
         if changes is None:
             changes = []
         self.value = value
@@ -1603,8 +1610,7 @@ class Fields:
         texts = [value] if isinstance(value, str) else value
         if isinstance(texts, list) and all(isinstance(text, str) for text in texts):
             return texts
-        what = "is neither a string nor an array of strings"
-        raise self.wrong(key, what, remedy, "invalid_type")
+        raise self.wrong(key, "is neither a string nor an array of strings", remedy, "invalid_type")
 
     def model(self) -> str:
         name = self.needed_text("model")
@@ -1625,10 +1631,10 @@ class Fields:
         if low <= value <= high:
             return value
         code = f"{RANGE_CODES[kind]}_{'below_min' if value < low else 'above_max'}_value"
-        limits = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
+        limits = f"at least {low}" if isinf(high) else f"from {low} to {high}"
         raise self.wrong(key, f"is {value}", f"Send {kind}, {limits}", code)
 
-    def count(self, key: str, high: float = math.inf, low: int = 1) -> int | None:
+    def count(self, key: str, high: float = inf, low: int = 1) -> int | None:
         count: int | None = self.number(key, low, high, "a whole number")
         return count
 
@@ -1655,9 +1661,9 @@ def fates(fate: Fate, read: str | Reader = "", /, **reasons: str) -> Fates:
     return {field: (fate, reason, read) for field, reason in reasons.items()}
 
 
-mapped = functools.partial(fates, "mapped")
-ignored = functools.partial(fates, "ignored")
-dropped = functools.partial(fates, "dropped")
+mapped = partial(fates, "mapped")
+ignored = partial(fates, "ignored")
+dropped = partial(fates, "dropped")
 
 
 def read_fields(fields: Fields, table: Fates) -> JsonObject:
@@ -1914,8 +1920,11 @@ def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
         case "required" | {"type": "any"}:
             return ToolChoice("required")
         case str():
-            remedy = "Send none, auto, required or an object that names one of 'tools'"
-            raise fields.wrong(key, f"is '{choice}'", remedy)
+            raise fields.wrong(
+                key,
+                f"is '{choice}'",
+                "Send none, auto, required or an object that names one of 'tools'",
+            )
         case _:
             forced = parse_forced_tool(Fields(choice, key, fields.changes))
     if not forced.names <= {tool.name for tool in tools}:
@@ -2081,8 +2090,12 @@ def parse_url(part: Fields, key: str) -> Media:
         return Media(checked_type(part, key, mime), data)
     if LINK.match(url):
         return Media("", "", url=url, path=part.at(key))
-    what = "is neither a data: URL with base64 nor an http(s) URL"
-    raise part.wrong(key, what, "Send data:image/png;base64,...", "invalid_image_url")
+    raise part.wrong(
+        key,
+        "is neither a data: URL with base64 nor an http(s) URL",
+        "Send data:image/png;base64,...",
+        "invalid_image_url",
+    )
 
 
 def image_type(data: str) -> str:
@@ -2126,8 +2139,9 @@ def parse_message(message: Fields) -> Message:
         case "function":
             return parse_result(message, f"call_{message.needed_text('name')}")
         case role:
-            remedy = "Send system, developer, user, assistant or tool"
-            raise message.wrong("role", f"is '{role}'", remedy)
+            raise message.wrong(
+                "role", f"is '{role}'", "Send system, developer, user, assistant or tool"
+            )
 
 
 def parse_result(message: Fields, call_id: str) -> Message:
@@ -2453,7 +2467,7 @@ class ChoiceRenderer(Renderer):
         self._include_usage = head.include_usage
         self._after = '],"usage":null}\n\n' if head.include_usage else "]}\n\n"
 
-    @functools.cached_property
+    @cached_property
     def _before(self) -> str:
         """The start of a chunk, up to its choices. An answer that is not streamed needs none."""
         return f'data: {dumps(self._known)[:-1]},"choices":['
@@ -2886,8 +2900,11 @@ def parse_other_item(item: Fields) -> Message | None:
         return None
     if kind == "item_reference":
         raise item.wrong("id", "names an item that is not kept here", "Send the item itself")
-    remedy = "Send message, function_call or function_call_output"
-    raise item.wrong("type", f"is '{kind}', which is not served", remedy)
+    raise item.wrong(
+        "type",
+        f"is '{kind}', which is not served",
+        "Send message, function_call or function_call_output",
+    )
 
 
 ITEM_PARSERS: Mapping[str, Callable[[Fields], Message | None]] = {
@@ -3400,8 +3417,9 @@ def parse_embeddings(body: Any) -> EmbeddingRequest:
     if not texts or not all(texts):
         raise fields.wrong("input", "holds nothing", EMBEDDINGS_REMEDY, "invalid_type")
     if len(texts) > EMBEDDINGS_MAX:
-        remedy = f"Send at most {EMBEDDINGS_MAX} at once"
-        raise fields.wrong("input", f"holds {len(texts)} texts", remedy)
+        raise fields.wrong(
+            "input", f"holds {len(texts)} texts", f"Send at most {EMBEDDINGS_MAX} at once"
+        )
     encoding = fields.text("encoding_format") or "float"
     if encoding not in ("float", "base64"):
         raise fields.wrong("encoding_format", f"is '{encoding}'", "Send float or base64")
@@ -3458,7 +3476,7 @@ def explain_fields(body: JsonMap, table: Fates, changes: Iterable[Change]) -> di
 
 
 # In this order, because a Responses body too may have a `prompt`.
-CURSOR = functools.partial(parse_chat, without_messages=parse_response)
+CURSOR = partial(parse_chat, without_messages=parse_response)
 DOORS = (replace(CHAT, parse=CURSOR), RESPONSES, COMPLETIONS)
 
 
@@ -3583,7 +3601,7 @@ def look_up(name: str, table: Iterable[str]) -> str | None:
     return max(hits, key=lambda p: (len(p.replace("*", "")), len(p.split("*")[0])), default=None)
 
 
-@functools.lru_cache(1024)
+@lru_cache(1024)
 def wildcard(pattern: str) -> re.Pattern[str]:
     """The expression of a pattern with stars.
 
@@ -4972,7 +4990,7 @@ def logprobs_of(result: JsonMap) -> list[JsonObject]:
 def logprob_of(raw: JsonMap) -> JsonObject:
     token = checked_text(raw.get("token") or "")
     logprob = float(raw.get("logProbability") or 0)
-    if not LOGPROB_MIN <= logprob < math.inf:
+    if not LOGPROB_MIN <= logprob < inf:
         logprob = LOGPROB_MIN
     return {"token": token, "logprob": logprob, "bytes": list(encoded(token))}
 
@@ -5009,7 +5027,7 @@ def unit_vector(values: Iterable[Any]) -> list[float]:
     """The vector of these values at length 1. Raises ValueError where one is not finite."""
     vector = [float(value) for value in values]
     length = math.hypot(*vector) or 1.0
-    if not math.isfinite(length):
+    if not isfinite(length):
         raise ValueError("a vector has no length")
     if abs(length - 1) < 1e-6:
         return vector
@@ -5152,7 +5170,7 @@ def error_of(body: Any) -> JsonMap:
 def refusal_of(status: int, error: JsonMap) -> UpstreamError:
     """The error of the row of REFUSALS that fits."""
     about, message = f"{status} ", error.get("message")
-    with contextlib.suppress(RecursionError):
+    with suppress(RecursionError):
         about += str(error)
     kind = next(kind for pattern, kind in REFUSALS if re.match(pattern, about))
     hint = f"Gemini answered HTTP {status}. {HTTP_HINTS.get(status // 100, '')}".strip()
@@ -5196,7 +5214,7 @@ def reset_at_of(fields: JsonMap) -> float | None:
     from datetime import datetime
 
     if not duration_s(fields.get("quotaResetDelay")):
-        with contextlib.suppress(KeyError, OverflowError, TypeError, ValueError):
+        with suppress(KeyError, OverflowError, TypeError, ValueError):
             return datetime.fromisoformat(fields["quotaResetTimeStamp"]).timestamp()
     return None
 
@@ -5358,8 +5376,8 @@ def cooldown_of(error: UpstreamError, strikes: int, now: float) -> float:
     They last as long as the upstream says, else as the quota's day or minute; else twice as long
     after each strike, a probe that failed.
     """
-    if math.isinf(error.cooldown_s):
-        return math.inf
+    if isinf(error.cooldown_s):
+        return inf
     if error.reset_at is not None:
         cooldown_s = error.reset_at - now
     elif error.retry_after_s is not None:
@@ -5394,7 +5412,7 @@ class PoolEntry:
 
     def adopt(self, account: Account) -> None:
         self.account, self.owners = account, (account.name,)
-        self.busy_max = account.max_concurrency or math.inf
+        self.busy_max = account.max_concurrency or inf
         if account.quota_group:
             self.owners += (f"@{account.quota_group}",)
 
@@ -5433,7 +5451,7 @@ class Cooldown:
         """
         if self.prober is not None and now < self.prober.begun + PROBE_S_MAX:
             return True
-        return now < self.until <= now + COOLDOWN_END_S_MAX or math.isinf(self.until)
+        return now < self.until <= now + COOLDOWN_END_S_MAX or isinf(self.until)
 
     def wait_s(self, now: float) -> float:
         if self is BUSY or self.prober:
@@ -5446,12 +5464,12 @@ class Cooldown:
         state = "is in cooldown"
         if self.prober:
             state = "is probed"
-        elif self.until < math.inf:
+        elif self.until < inf:
             state = f"is in cooldown for {self.wait_s(now):.0f} s"
         return f"{state} ({self.error.quota}): {self.error.message}"
 
 
-BUSY = Cooldown(Overloaded("has max_concurrency requests already"), math.inf)
+BUSY = Cooldown(Overloaded("has max_concurrency requests already"), inf)
 UNASKED = Cooldown(RateLimited(f"was not asked, for a request is tried {ATTEMPTS_MAX} times"), 0.0)
 
 
@@ -5547,7 +5565,7 @@ class Ledger:
     def adopt(self, entries: Sequence[PoolEntry]) -> None:
         """Takes over the limits of the accounts file; a project has those of all its accounts."""
 
-        @functools.lru_cache(STATES_MAX)
+        @lru_cache(STATES_MAX)
         def given(key: Key) -> dict[str, int]:
             owner, model = key
             limits: dict[str, int] = {}
@@ -5636,7 +5654,7 @@ LASTING = {kind.__name__: kind for kind in (RateLimited, QuotaGone, ModelGone, P
 def exhaustion(why: str, last: UpstreamError, wait_s: float) -> PoolExhausted:
     """The error with its advice and, if an account will ever be free, the wait."""
     message = f"{why} {last.advice}"
-    if math.isinf(wait_s):
+    if isinf(wait_s):
         return PoolExhausted(message, last, None)
     if wait_s and last.waits:
         message += f" Please try again in {wait_s:.1f}s."
@@ -5747,7 +5765,7 @@ class AccountPool:
             for entry in self._entries
             if entry.account.name not in tried
         )
-        return min((obstacle.wait_s(now) for obstacle in obstacles), default=math.inf)
+        return min((obstacle.wait_s(now) for obstacle in obstacles), default=inf)
 
     # ---- what came of it
 
@@ -5800,7 +5818,7 @@ class AccountPool:
         error = min([*refusals.values()][::-1] + soonest, key=lambda error: error.lasting)
         why = "; ".join(f"{name}: {each.message.rstrip('.')}" for name, each in reasons.items())
         if not isinstance(error, ModelGone):  # then nobody waits for those without the model
-            waits |= {n: math.inf for n, each in reasons.items() if isinstance(each, ModelGone)}
+            waits |= {n: inf for n, each in reasons.items() if isinstance(each, ModelGone)}
         return exhaustion(f"No account could answer ({why}).", error, min(waits.values()))
 
     def _reasons(
@@ -5825,7 +5843,7 @@ class AccountPool:
         if owners is None:
             return False
         if action == "pause":
-            paused = Cooldown(Paused("A person paused it."), math.inf)
+            paused = Cooldown(Paused("A person paused it."), inf)
             self._cooldowns.add((name, model), paused)
         elif action == "resume":
             self._cooldowns.drop(
@@ -5896,7 +5914,7 @@ class AccountPool:
         credentials."""
         fingerprints = self._fingerprints()
         for name, text in rows.items():
-            with contextlib.suppress(LookupError, TypeError, ValueError):  # another version's
+            with suppress(LookupError, TypeError, ValueError):  # another version's
                 key, (mark, *value) = json.loads(name), json.loads(text)
                 if key[3:] == ["paused"] or mark == fingerprints[key[1]]:
                     self._restore_row(key, value, now)
@@ -6016,7 +6034,7 @@ class Journal:
         return f"{requests} ({self._failed} failed), {tokens}; accounts: {accounts}"
 
 
-@functools.lru_cache(1024)
+@lru_cache(1024)
 def masked(name: str) -> str:
     """An e-mail with its first letter and domain left; any other name as it is."""
     return re.sub(r"^(.)[^@]*@", r"\1***@", name)
@@ -6115,7 +6133,7 @@ class Database:
         self.path = path
         self.process = secrets.token_hex(8)  # tells the rows of this process from older ones
         self._thread = ThreadPoolExecutor(1, "agproxy-store")
-        self._files = contextlib.ExitStack()
+        self._files = ExitStack()
         self._connection: sqlite3.Connection | None = None
         self._busy_until = 0.0
 
@@ -6164,7 +6182,7 @@ class Database:
 
     def _connect(self, path: Path | str) -> sqlite3.Connection:
         connection = sqlite3.connect(path, timeout=DATABASE_BUSY_S, check_same_thread=False)
-        self._files.enter_context(contextlib.closing(connection))
+        self._files.enter_context(closing(connection))
         connection.executescript(DATABASE_TABLES)
         return connection
 
@@ -6173,14 +6191,14 @@ class Database:
         self._thread.shutdown()
 
 
-@contextlib.contextmanager
+@contextmanager
 def file_held(path: Path) -> Iterator[None]:
     """Holds a file that the gateway of a store holds; in a killed process that ends, too.
 
     SQLite's lock is the one that all systems have. Raises OSError, and sqlite3.Error.
     """
     connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
-    with contextlib.closing(connection):
+    with closing(connection):
         try:
             connection.execute("PRAGMA journal_mode = OFF")  # it would be left behind
             connection.execute("BEGIN EXCLUSIVE")
@@ -6298,7 +6316,7 @@ class ResponseStore:
                 if row[0] < now - USED_S:
                     unused.append((now, wanted))
                 wanted = response.previous
-            with contextlib.suppress(sqlite3.OperationalError):  # a full disk can be read
+            with suppress(sqlite3.OperationalError):  # a full disk can be read
                 connection.executemany("UPDATE responses SET used = ? WHERE id = ?", unused)
             return found[::-1]
 
@@ -6363,7 +6381,7 @@ class PoolStore:
 
     async def keep(self, urgent: asyncio.Event) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
+            with suppress(TimeoutError):
                 async with asyncio.timeout(POOL_SAVE_S):
                     await urgent.wait()
             urgent.clear()
@@ -6464,7 +6482,7 @@ class Credentials:
         self._config = config
         self._projects.clear()
 
-    @functools.cached_property
+    @cached_property
     def _session(self) -> aiohttp.ClientSession:
         return open_session(self._config.timeouts)
 
@@ -6491,7 +6509,7 @@ class Credentials:
             return {"x-goog-api-key": account.api_key}
         key = (account.token_url, account.client_id, account.refresh_token, account.service_account)
         token = self._tokens.setdefault(key, Token())
-        renew = functools.partial(self._renew, account, token)
+        renew = partial(self._renew, account, token)
         left_s = token.until - self._clock()
         if left_s <= 0 or token.header == refused:
             await self._shared.do(key, renew)
@@ -6556,7 +6574,7 @@ class Credentials:
         known = account.project or self._projects.get(account.name)
         if known or account.kind != "cloudcode":
             return known or ""
-        find = functools.partial(self._find_project, account, header)
+        find = partial(self._find_project, account, header)
         found = await self._shared.do(("project", account.name), find)
         self._projects[account.name] = found
         return found
@@ -6567,7 +6585,7 @@ class Credentials:
 
     async def _find_project(self, account: Account, header: Mapping[str, str]) -> str:
         """Raises CredentialRefused with what keeps the account out."""
-        ask = functools.partial(self._ask_service, account, header)
+        ask = partial(self._ask_service, account, header)
         try:
             answer = await ask(":loadCodeAssist", CODE_ASSIST_CLIENT)
             project = answer.get("cloudaicompanionProject")
@@ -7101,7 +7119,7 @@ class Connection:
     def resume_writing(self) -> None: ...
 
 
-@functools.lru_cache(256)
+@lru_cache(256)
 def known_field(line: str) -> tuple[str, str]:
     """Name and value of an answer's header; most lines are those of the last answer."""
     name, _, value = line.partition(":")
@@ -7167,7 +7185,7 @@ class DirectTransport:
             connection.transport.abort()
 
 
-@functools.cache
+@cache
 def tls_context() -> ssl.SSLContext:
     import ssl
 
@@ -7282,7 +7300,7 @@ class MediaFetcher:
     def __init__(self, config: Config) -> None:
         self.config = config
 
-    @functools.cached_property
+    @cached_property
     def _session(self) -> aiohttp.ClientSession:
         # imported late
         resolver: Any = PublicResolver(self._may_ask)  # no class of aiohttp's: it is imported late
@@ -7302,8 +7320,10 @@ class MediaFetcher:
         if not links:
             return request
         if len(links) > MEDIA_LINKS_MAX:
-            text = f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}."
-            raise BadRequest(text, code="invalid_value")
+            raise BadRequest(
+                f"There are {len(links)} links to media. Send at most {MEDIA_LINKS_MAX}.",
+                code="invalid_value",
+            )
         tasks = [asyncio.create_task(self._fetch_in_time(media)) for media in links.values()]
         try:
             content = dict(zip(links, await asyncio.gather(*tasks), strict=True))
@@ -7420,7 +7440,7 @@ START = secrets.token_hex(8)
 # 24 hexadecimal digits that no other start of a gateway gives, at a tenth of what chance costs a
 # request.
 next_id = (f"{START}{number:08x}" for number in itertools.count(1)).__next__
-quoted_model = functools.lru_cache(256)(quote)
+quoted_model = lru_cache(256)(quote)
 
 
 # ---- the wire
@@ -7535,15 +7555,15 @@ class Catalog:
         self._shared = Shared()
         self._listed: tuple[str, ...] | None = None
         self._listing: asyncio.Task[None] | None = None
-        self._warn_once = functools.lru_cache(1024)(log.warning)
+        self._warn_once = lru_cache(1024)(log.warning)
         self.skew_s = 0.0  # seconds by which this machine's clock is ahead of an upstream's
         self.adopt(config)
 
     def adopt(self, config: Config) -> None:
         self._config = config
         self._fresh_until = 0.0
-        self._map = functools.lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
-        self.traits_of = functools.lru_cache(lambda model: traits_of(model, config.traits))
+        self._map = lru_cache(1024)(lambda name, listed: map_model(name, config, listed))
+        self.traits_of = lru_cache(lambda model: traits_of(model, config.traits))
 
     def close(self) -> None:
         self._shared.close()
@@ -8133,8 +8153,9 @@ class Upstream:
             async with asyncio.timeout(total_s):
                 answer = await asked
         except TimeoutError:
-            text = "No answer began within proxy.timeouts.total_s. Raise it, or try again."
-            raise UpstreamTimeout(text) from None
+            raise UpstreamTimeout(
+                "No answer began within proxy.timeouts.total_s. Raise it, or try again."
+            ) from None
         answer.end_within(total_s - (time.monotonic() - trace.started))
         return answer
 
@@ -8247,7 +8268,7 @@ class Upstream:
         if lease.probes or lease.limited:
             self.pool.succeeded(lease, self.clock())
         if isinstance(answer, Answer):
-            answer.on_close = functools.partial(self._release, lease)
+            answer.on_close = partial(self._release, lease)
         else:
             usage = answer.get("usageMetadata") if isinstance(answer, dict) else None
             self._release(lease, Ended(usage_of(usage)) if isinstance(usage, dict) else None)
@@ -8782,8 +8803,9 @@ async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> 
     """
     gateway, request_trace = exchange.gateway, exchange.trace
     if len(gateway.backgrounds) >= BACKGROUND_MAX:
-        text = f"{BACKGROUND_MAX} responses are made in the background already. Try again later."
-        raise Overloaded(text)
+        raise Overloaded(
+            f"{BACKGROUND_MAX} responses are made in the background already. Try again later."
+        )
     trace = replace(request_trace, decisions=[])
     request_trace.model = ""
     detached = Exchange(gateway, trace, exchange.door, exchange.task)
@@ -8793,7 +8815,7 @@ async def detach(exchange: Exchange, requests: Sequence[Request], body: Any) -> 
     background = Background(detached, streamed, body)
     gateway.running.add(detached)
     gateway.backgrounds[background.kept.id] = background
-    background.task.add_done_callback(functools.partial(finish_background, background))
+    background.task.add_done_callback(partial(finish_background, background))
     await background.kept.save()
     if not (background.kept.saved or requests[0].stream):  # its stream can be read all the same
         text = "The response cannot be kept, and nobody could ask for it."
@@ -8853,7 +8875,7 @@ STACKED = re.compile(
 )
 
 
-@functools.lru_cache(256)
+@lru_cache(256)
 def place_of(path: str) -> tuple[str, str]:
     """The route that a doubled, stacked or bare path means, and its name in the log."""
     match = STACKED.fullmatch(re.sub("/{2,}", "/", path))
@@ -8870,12 +8892,12 @@ def place_of(path: str) -> tuple[str, str]:
 
 
 # The keys are made at their first use, for aiohttp is loaded only by what serves.
-@functools.cache
+@cache
 def gateway_key() -> web.AppKey[Gateway]:
     return web.AppKey("gateway", Gateway)
 
 
-@functools.cache
+@cache
 def exchange_key() -> web.RequestKey[Exchange]:
     return web.RequestKey("exchange", Exchange)
 
@@ -9153,11 +9175,12 @@ async def handle_unknown(request: web.Request) -> web.StreamResponse:
         allowed |= (await resource.resolve(request))[1]
     methods = ", ".join(sorted(allowed - {"*", "HEAD"}, reverse=False))
     if methods:
-        text = f"{request.method} is not served at {request.path}. Use {methods}."
-        raise MethodNotAllowed(text, headers={"Allow": methods})
+        raise MethodNotAllowed(
+            f"{request.method} is not served at {request.path}. Use {methods}.",
+            headers={"Allow": methods},
+        )
     base = f"http://{request.headers.get('host', 'localhost')}/v1"
-    text = f"Invalid URL ({request.method} {request.path}). Set the base URL to {base}."
-    raise UnknownUrl(text)
+    raise UnknownUrl(f"Invalid URL ({request.method} {request.path}). Set the base URL to {base}.")
 
 
 # ---- a body
@@ -9192,8 +9215,10 @@ async def read_pieces(content: StreamReader) -> bytes:
                 if size > BODY_BYTES_MAX:
                     raise too_large()
     except TimeoutError:
-        text = f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one."
-        raise BodyTooSlow(text, headers=CLOSE) from None
+        raise BodyTooSlow(
+            f"The body did not come within {BODY_S_MAX:.0f} s. Send it faster, or a smaller one.",
+            headers=CLOSE,
+        ) from None
     except web.RequestPayloadError:
         raise BadRequest(NOT_HTTP, headers=CLOSE) from None
     return b"".join(pieces)
@@ -9219,12 +9244,14 @@ def unpacked(data: bytes, packing: str) -> bytes:
     if len(body) > BODY_BYTES_MAX:
         raise too_large(" when unpacked")
     if not unpack.eof or unpack.unused_data:
-        text = "The body cannot be unpacked as its Content-Encoding says. Send it as it is."
-        raise BadRequest(text, headers=CLOSE)
+        raise BadRequest(
+            "The body cannot be unpacked as its Content-Encoding says. Send it as it is.",
+            headers=CLOSE,
+        )
     return body
 
 
-@functools.cache
+@cache
 def keep_buffers() -> None:
     """Keeps glibc from giving the buffers of large bodies back to the system, only to fault them in
     anew each time.
@@ -9235,7 +9262,7 @@ def keep_buffers() -> None:
     if sys.platform == "linux":
         import ctypes
 
-        with contextlib.suppress(OSError, AttributeError):
+        with suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
             libc.mallopt(-1, 64 << 20)  # M_TRIM_THRESHOLD
@@ -9295,7 +9322,7 @@ class EventStream:
         self._alarm = loop.call_later(seconds, self._beat, loop, seconds)
 
     async def _send_heartbeat(self) -> None:
-        with contextlib.suppress(ConnectionError):
+        with suppress(ConnectionError):
             await self.send(HEARTBEAT)
 
     async def end(self) -> web.StreamResponse:
@@ -9401,8 +9428,9 @@ async def stored_for(request: web.Request) -> StoredResponse:
     id = request.match_info["id"]
     stored = await exchange.gateway.kept.store.get(id, exchange.trace.client)
     if stored is None:
-        text = f"Response with id '{id}' not found. It was not kept here, or not for this key."
-        raise ResponseNotFound(text)
+        raise ResponseNotFound(
+            f"Response with id '{id}' not found. It was not kept here, or not for this key."
+        )
     if stored.state == "lost":
         return replace(stored, response=interrupted(stored.response))
     return stored
@@ -9533,8 +9561,9 @@ async def handle_reload(request: web.Request) -> web.StreamResponse:
     try:
         count = await reload_gateway_config(gateway)
     except ConfigError as error:
-        text = f"{error}\nThe config stays as it was. Mend that."
-        raise BadRequest(text, code="config_invalid") from None
+        raise BadRequest(
+            f"{error}\nThe config stays as it was. Mend that.", code="config_invalid"
+        ) from None
     return json_reply(request, {"accounts": count})
 
 
@@ -9549,11 +9578,13 @@ async def reload_gateway_config(gateway: Gateway) -> int:
             raise ConfigError("This gateway has no accounts file that it could read again.")
         config = await asyncio.to_thread(gateway.source.load)
         if (config.bind, config.port) != (old.bind, old.port):
-            text = "Where it listens changed (host, port, allow_lan_access). Restart it for that."
-            raise ConfigError(text)
+            raise ConfigError(
+                "Where it listens changed (host, port, allow_lan_access). Restart it for that."
+            )
         if config.store != old.store:
-            text = "Where responses are kept changed (proxy.store). Restart it for that."
-            raise ConfigError(text)
+            raise ConfigError(
+                "Where responses are kept changed (proxy.store). Restart it for that."
+            )
     except ConfigError as error:
         log.warning("the config stays as it was: %s", error)
         raise
@@ -9568,13 +9599,13 @@ async def watch_files(gateway: Gateway, source: Source) -> None:
     """Reloads when a file of the config's changes, and when that is asked for."""
     seen = stamps_of(gateway, source)
     while True:
-        with contextlib.suppress(TimeoutError):
+        with suppress(TimeoutError):
             async with asyncio.timeout(RELOAD_CHECK_S):
                 await source.asked.wait()
         stamps = stamps_of(gateway, source)
         if source.asked.is_set() or stamps != seen:
             source.asked.clear()
-            with contextlib.suppress(ConfigError):  # told by the log
+            with suppress(ConfigError):  # told by the log
                 await reload_gateway_config(gateway)
                 stamps = [stamps[0], *stamps_of(gateway, source)[1:]]
             seen = stamps
@@ -9587,7 +9618,7 @@ def stamps_of(gateway: Gateway, source: Source) -> list[tuple[int, int] | None]:
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         stat = os.stat(path)
         return stat.st_mtime_ns, stat.st_size
     return None
@@ -9606,8 +9637,8 @@ DRAIN_S = 30.0
 
 def routes(doors: Sequence[Door]) -> list[web.RouteDef]:
     """The table of routes. A path in another writing is brought into this one by `place_of`."""
-    get = functools.partial(web.get, expect_handler=expect_later)
-    post = functools.partial(web.post, expect_handler=expect_later)
+    get = partial(web.get, expect_handler=expect_later)
+    post = partial(web.post, expect_handler=expect_later)
     return [
         get("/healthz", handle_health),
         get("/v1/models", handle_models),
@@ -9647,7 +9678,7 @@ def create_app(
     gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors, config.auth)
 
     async def live(app: web.Application) -> AsyncIterator[None]:
-        async with contextlib.AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:
             await open_gateway(gateway, database, source, stack)
             yield
             for exchange in gateway.running:
@@ -9658,7 +9689,7 @@ def create_app(
     async def drain(app: web.Application) -> None:
         await gateway.drain(drain_s)
 
-    layers = [functools.partial(layer, gateway) for layer in (name_request, let_in)]
+    layers = [partial(layer, gateway) for layer in (name_request, let_in)]
     app = web.Application(middlewares=[web.middleware(layer) for layer in layers])
     app.add_routes(routes(doors))
     app.on_shutdown.append(drain)
@@ -9668,7 +9699,7 @@ def create_app(
 
 
 async def open_gateway(
-    gateway: Gateway, database: Database, source: Source | None, stack: contextlib.AsyncExitStack
+    gateway: Gateway, database: Database, source: Source | None, stack: AsyncExitStack
 ) -> None:
     """Opens what an application needs while it lives; the stack closes it."""
     upstream = gateway.upstream
@@ -9776,7 +9807,7 @@ async def listen(
     app: web.Application,
     host: str,
     port: int,
-    stack: contextlib.AsyncExitStack,
+    stack: AsyncExitStack,
     *,
     stall_s: float = 120.0,
 ) -> int:
@@ -9800,7 +9831,7 @@ async def listen(
     }
     assert runner.server is not None
     connection = connection_class(stall_s)
-    connect = functools.partial(connection, runner.server, loop=loop, **limits)
+    connect = partial(connection, runner.server, loop=loop, **limits)
     listener = await loop.create_server(connect, host, port, backlog=1024)
     stack.callback(listener.close)
     for socket in listener.sockets:
@@ -9855,7 +9886,7 @@ def demo_app(fault: str | None) -> web.Application:
     app.add_routes(
         [
             web.get("/v1beta/models", demo_models),
-            web.post("/v1beta/models/{model}:{method}", functools.partial(demo_call, fault)),
+            web.post("/v1beta/models/{model}:{method}", partial(demo_call, fault)),
             web.route("*", "/{path:.*}", demo_nothing),
         ]
     )
@@ -10025,7 +10056,7 @@ class DemoValues:
             return self.fit(target, seen | {ref})
         options = [*schema.get("anyOf", ()), *schema.get("oneOf", ())]
         for option in options:
-            with contextlib.suppress(LookupError):  # a linked list ends with its other option, null
+            with suppress(LookupError):  # a linked list ends with its other option, null
                 return self.fit(schema | {"anyOf": (), "oneOf": ()} | option, seen)
         if options:
             raise LookupError("no option has an end")
@@ -10046,7 +10077,7 @@ class DemoValues:
             case "array":
                 size = demo_size(schema.get("minItems", 1))
                 items = schema.get("prefixItems") or [schema.get("items")] * size
-                with contextlib.suppress(LookupError):
+                with suppress(LookupError):
                     return [self.fit(item, seen) for item in items]
                 return []  # a tree ends where there are no children
             case scalar:
@@ -10162,7 +10193,7 @@ Clients must show a key (proxy.auth_mode, proxy.allow_lan_access), but proxy.api
 Paste this fresh one into the accounts file:
 proxy:
   api_key: sk-{}"""
-read_utf8 = functools.partial(Path.read_text, encoding="utf-8")
+read_utf8 = partial(Path.read_text, encoding="utf-8")
 
 
 def find_file(accounts: str | None) -> Path | None:
@@ -10211,16 +10242,18 @@ def configured(
         config = load_file(path, with_pool and not demo) if path else load_environment()
         named = os.environ.get("AGPROXY_PORT") or str(config.port)
         if not re.fullmatch(r"\d{1,5}", named) or int(named) > 65535:
-            text = f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it."
-            raise ConfigError(text)
+            raise ConfigError(
+                f"AGPROXY_PORT is '{named}'. Set it to a number from 0 to 65535, or unset it."
+            )
         port = int(named) if port is None else port
         config = replace(config, host=host or config.host, port=port, demo=demo)
         if problems := config_problems(config):
             raise ConfigError("\n".join(problems))
         return config
     except ConfigError as error:
-        text = f"{error}\nMend that; `agproxy check` tries again."
-        raise Unusable(text, "config_invalid") from None
+        raise Unusable(
+            f"{error}\nMend that; `agproxy check` tries again.", "config_invalid"
+        ) from None
 
 
 def servable(config: Config, with_pool: bool = True) -> Config:
@@ -10231,8 +10264,9 @@ def servable(config: Config, with_pool: bool = True) -> Config:
     if config.auth != "off" and not config.api_key:
         raise Unusable(NO_KEY.format(secrets.token_urlsafe(32)), "key_needed")
     if with_pool and not config.accounts and not config.demo:
-        text = f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}"
-        raise Unusable(text, "no_accounts")
+        raise Unusable(
+            f"There is no account to ask. Three ways to go on:\n{THREE_WAYS}", "no_accounts"
+        )
     return config
 
 
@@ -10363,7 +10397,7 @@ def raise_file_limit() -> None:
     except ImportError:  # Windows has no such limit
         return
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
+    with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
@@ -10387,7 +10421,7 @@ class LoopErrors:
 def run_loop(main: Coroutine[Any, Any, None]) -> None:
     """Runs the coroutine, on uvloop where that is installed."""
     factory = None
-    with contextlib.suppress(ImportError):
+    with suppress(ImportError):
         factory = importlib.import_module("uvloop").new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main)
@@ -10405,7 +10439,7 @@ async def run_until_signal(
     source = None
     if path and not config.demo:
         source = Source(path, lambda: with_store_path(load()), asyncio.Event())
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         config = await with_demo(with_store_path(config), stack)
         await start_serving(config, source, drain_s, stack)
         tell_systemd("READY=1")
@@ -10419,7 +10453,7 @@ async def run_until_signal(
 
 
 async def start_serving(
-    config: Config, source: Source | None, drain_s: float, stack: contextlib.AsyncExitStack
+    config: Config, source: Source | None, drain_s: float, stack: AsyncExitStack
 ) -> None:
     """Listens until the stack ends, and says where. Raises OSError."""
     raise_file_limit()
@@ -10439,25 +10473,27 @@ def tell_systemd(state: str) -> None:
     if path := os.environ.get("NOTIFY_SOCKET"):
         import socket
 
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, contextlib.suppress(OSError):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as to, suppress(OSError):
             to.sendto(state.encode(), re.sub("^@", "\0", path))
 
 
 def on_signals(names: Iterable[str], act: Callable[[int], None]) -> None:
     # Windows has no signal handlers; Ctrl-C ends the loop there
-    with contextlib.suppress(NotImplementedError):
+    with suppress(NotImplementedError):
         for number in (getattr(signal, name) for name in names if hasattr(signal, name)):
             asyncio.get_running_loop().add_signal_handler(number, act, number)
 
 
-async def with_demo(config: Config, stack: contextlib.AsyncExitStack) -> Config:
+async def with_demo(config: Config, stack: AsyncExitStack) -> Config:
     """The config, with the demo's account instead of the file's where the demo is asked for."""
     if not config.demo:
         return config
     fault = os.environ.get("AGPROXY_DEMO_FAULT") or None
     if fault not in (None, "cut", *DEMO_FAULTS):
-        text = f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it."
-        raise Unusable(text, "config_invalid")
+        raise Unusable(
+            f"AGPROXY_DEMO_FAULT is '{fault}'. Set it to 429, 503 or cut, or unset it.",
+            "config_invalid",
+        )
     port = await listen(demo_app(fault), "127.0.0.1", 0, stack)
     demo = Account("demo", "demo", f"http://127.0.0.1:{port}")
     # without a wait, so that a fault is seen at once
@@ -10530,7 +10566,7 @@ async def run_command(config: Config, command: Sequence[str]) -> int:
     """
     keys = (ClientKey("run", f"sk-{secrets.token_urlsafe(32)}"),)
     config = replace(config, host="127.0.0.1", auth_mode="strict", api_key=keys, store="memory")
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         config = await with_demo(config, stack)
         app = create_app(config)
         port = await listen(app, "127.0.0.1", 0, stack)
@@ -10569,8 +10605,10 @@ def run(accounts: str | None, demo: bool, command: tuple[str, ...]) -> None:
     try:
         sys.exit(asyncio.run(run_command(config, command)))
     except OSError as error:
-        text = f"'{command[0]}' cannot be started ({error.strerror}). Check its name and $PATH."
-        raise Unusable(text, "command_not_started") from None
+        raise Unusable(
+            f"'{command[0]}' cannot be started ({error.strerror}). Check its name and $PATH.",
+            "command_not_started",
+        ) from None
 
 
 # ==============================================================================
@@ -10582,7 +10620,7 @@ CLOCK_SKEW_S_MAX = 300.0  # a signed login holds for minutes only; above that it
 
 async def with_upstream(config: Config, ask: Callable[[Upstream], Awaitable[T]]) -> T:
     """The answer of `ask` to an upstream that is opened for it alone."""
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         upstream = Upstream(await with_demo(config, stack))
         stack.push_async_callback(upstream.close)
         return await ask(upstream)
@@ -10769,8 +10807,10 @@ def log_in_account(accounts: str | None, paste: bool, name: str) -> None:
     try:
         write_private(path, json.dumps(user | {"refresh_token": token}, indent=2))
     except OSError as error:
-        text = f"{path}: cannot be written ({error.strerror}). Mend that, and log in again."
-        raise Unusable(text, "login_failed") from None
+        raise Unusable(
+            f"{path}: cannot be written ({error.strerror}). Mend that, and log in again.",
+            "login_failed",
+        ) from None
     click.echo(f"The login of {name} is kept in {path}. A running gateway takes it by itself.")
 
 
@@ -10802,7 +10842,7 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     Source: https://developers.google.com/identity/protocols/oauth2/native-app
     """
     state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
-    async with contextlib.AsyncExitStack() as stack:
+    async with AsyncExitStack() as stack:
         landed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         port = 1 if paste else await listen(landing_app(state, landed), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
@@ -10914,8 +10954,9 @@ def print_env(shell: str, client: str | None, **where: Any) -> None:
 def print_recipe(client: str, base_url: str, key: str) -> None:
     """Prints what to paste for a client, and on stderr where. Raises Unusable."""
     if client in DOORS_NOT_BUILT:
-        text = f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`."
-        raise Unusable(text, "client_not_served")
+        raise Unusable(
+            f"{DOORS_NOT_BUILT[client]}. Use a client of `agproxy env --help`.", "client_not_served"
+        )
     recipe = CLIENTS[client].format(
         base=base_url,
         root=base_url.removesuffix("/v1"),
@@ -10953,7 +10994,7 @@ def ask_gateway(where: JsonMap, path: str, data: bytes | None = None) -> Any:
     if config.api_key:
         headers["Authorization"] = f"Bearer {config.api_key[0].key}".encode()
     gateway = HTTPConnection(place, timeout=10)
-    with contextlib.suppress(OSError, HTTPException), contextlib.closing(gateway):
+    with suppress(OSError, HTTPException), closing(gateway):
         gateway.request("POST" if data else "GET", f"/agproxy/{path}", data, headers)
         response = gateway.getresponse()
         if answer := parse_answer(response.status, response.read()):
