@@ -8891,9 +8891,9 @@ def place_of(path: str) -> tuple[str, str]:
     return f"/v1/{endpoint}", endpoint
 
 
-# The keys are made at their first use, for aiohttp is loaded only by what serves.
 @cache
 def gateway_key() -> web.AppKey[Gateway]:
+    """The key of an application's gateway, made late: aiohttp is loaded only by what serves."""
     return web.AppKey("gateway", Gateway)
 
 
@@ -8924,15 +8924,8 @@ async def name_request(
     try:
         response = await handler(request)
         status = response.status
-    except (GatewayError, RecursionError, asyncio.CancelledError, web.HTTPNotFound) as error:
+    except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001
         response = error_reply(request, told_of(exchange, error))
-        status = response.status
-    except ConnectionError:
-        raise  # the client is gone
-    except Exception as mistake:
-        log.error("%s failed", trace.id, exc_info=without_words(mistake))
-        text = "The gateway failed. Its log says why; please report it."
-        response = error_reply(request, GatewayError(text))
         status = response.status
     finally:
         gateway.running.discard(exchange)
@@ -8941,45 +8934,58 @@ async def name_request(
 
 
 def told_of(exchange: Exchange, error: BaseException) -> GatewayError:
-    """The error to tell the client.
-
-    A cancellation has one only if the exchange was broken off; any other is raised again.
-    """
-    if isinstance(error, RecursionError):
-        return BadRequest("The body is nested too deep. Send flatter JSON.")
-    if isinstance(error, web.HTTPNotFound):
-        return UnknownUrl("Invalid URL: its path is empty. Ask for one that begins with /v1.")
-    if isinstance(error, asyncio.CancelledError) and exchange.error:
-        exchange.task.uncancel()
-        return exchange.error
-    if isinstance(error, GatewayError):
-        return error
-    raise error
+    """The error to tell the client. Raises `error` again where the client is gone."""
+    match error:
+        case GatewayError():
+            return error
+        case RecursionError():
+            return BadRequest("The body is nested too deep. Send flatter JSON.")
+        case web.HTTPNotFound():
+            return UnknownUrl("Invalid URL: its path is empty. Ask for one that begins with /v1.")
+        case asyncio.CancelledError() if exchange.error:
+            exchange.task.uncancel()
+            return exchange.error
+        case asyncio.CancelledError() | ConnectionError():
+            raise error
+        case _:
+            log.error("%s failed", exchange.trace.id, exc_info=without_words(error))
+            return GatewayError("The gateway failed. Its log says why; please report it.")
 
 
 async def let_in(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
     """Keeps out whom the config keeps out; finds the handler of a path in another writing."""
-    config, headers = gateway.config, request.headers
-    for name in GIVEN_ONCE:
-        if len(headers.getall(name, ())) > 1:
-            raise BadRequest(f"The header {name} is given twice. Send it once.", headers=CLOSE)
     path, _ = place_of(request.path)
-    if gateway.auth == "off":
-        guard(config, request)
-    elif request.method != "OPTIONS" and (gateway.auth == "strict" or path != "/healthz"):
-        request[exchange_key()].trace.client = client_of(config, headers)
+    check_client(gateway, request, path)
     if request.method == "OPTIONS":
         return web.Response(status=204, headers=headers_of(request))
-    if path.startswith("/agproxy/"):  # who operates the gateway may ask while it is full
-        return await handler(request)
-    if gateway.draining:
-        raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
-    if len(gateway.running) - len(gateway.backgrounds) > config.max_requests:
-        text = f"The gateway serves {config.max_requests} requests at once."
-        raise Overloaded(f"{text} Try again in a moment, or raise proxy.max_requests.")
+    if not path.startswith("/agproxy/"):  # who operates the gateway may ask while it is full
+        check_load(gateway)
     if path != request.path:
         return await reroute(request, path)
     return await handler(request)
+
+
+def check_client(gateway: Gateway, request: web.Request, path: str) -> None:
+    """Raises BadRequest for doubled headers, Unauthorized or Forbidden for who may not ask."""
+    for name in GIVEN_ONCE:
+        if len(request.headers.getall(name, ())) > 1:
+            raise BadRequest(f"The header {name} is given twice. Send it once.", headers=CLOSE)
+    if gateway.auth == "off":
+        guard(gateway.config, request)
+    elif request.method != "OPTIONS" and (gateway.auth == "strict" or path != "/healthz"):
+        request[exchange_key()].trace.client = client_of(gateway.config, request.headers)
+
+
+def check_load(gateway: Gateway) -> None:
+    """Raises Overloaded while the gateway is being stopped, and beyond proxy.max_requests."""
+    if gateway.draining:
+        raise Overloaded("The gateway is being stopped. Ask again in a moment.", headers=CLOSE)
+    requests_max = gateway.config.max_requests
+    if len(gateway.running) - len(gateway.backgrounds) > requests_max:
+        raise Overloaded(
+            f"The gateway serves {requests_max} requests at once."
+            " Try again in a moment, or raise proxy.max_requests."
+        )
 
 
 async def reroute(request: web.Request, path: str) -> web.StreamResponse:
@@ -9095,7 +9101,8 @@ def error_reply(request: web.Request, error: GatewayError) -> web.Response:
         body["error"]["decisions"] = decisions_of(trace)
     response = bytes_reply(request, dump_bytes(body), error.status)
     response.headers.update(error.headers)
-    if response.headers.get("Connection") == "close":
+    unsent = "expect" in request.headers and not request.content.is_eof()
+    if unsent or "Connection" in error.headers:  # a body that nobody asked for may never come
         response.force_close()
     if error.waits:
         wait_s = error.retry_after_s or 1.0
@@ -9137,31 +9144,33 @@ async def models_of(gateway: Gateway) -> list[Listed]:
 
 async def handle_embeddings(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
-    trace, upstream = exchange.trace, exchange.gateway.upstream
-    trace.affinity = zlib.crc32(trace.id.encode())  # no prompt cache knows it: any account
     wanted = parse_embeddings(parse_body(await read_body(request)))
-    trace.model = wanted.model
-    trace.mapped_model = await upstream.catalog.resolve(wanted.model)
-    vectors, tokens = await upstream.embed(wanted, trace)
-    trace.usage = Usage(prompt=tokens)
+    await map_uncached(exchange, wanted.model)
+    vectors, tokens = await exchange.gateway.upstream.embed(wanted, exchange.trace)
+    exchange.trace.usage = Usage(prompt=tokens)
     return json_reply(request, render_embeddings(wanted, vectors, tokens))
+
+
+async def map_uncached(exchange: Exchange, model: str) -> None:
+    """Maps the model of a request that no prompt cache knows, so that any account may answer."""
+    trace = exchange.trace
+    trace.model, trace.affinity = model, zlib.crc32(trace.id.encode())
+    trace.mapped_model = await exchange.gateway.upstream.catalog.resolve(model)
 
 
 async def handle_token_count(request: web.Request) -> web.StreamResponse:
     """The number of tokens of a response's input; all of its fields may be missing."""
     exchange = request[exchange_key()]
-    gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
+    gateway, door = exchange.gateway, exchange.door
     body = parse_body(await read_body(request))
     if isinstance(body, dict):
         fields = {key: value for key, value in body.items() if value is not None}
         # Without a model and a default, a name that the built-in mapping knows.
         body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
-    past = await gateway.kept.recall(body, trace.client)
+    past = await gateway.kept.recall(body, exchange.trace.client)
     wanted = door.parse(body, past or ())[0]
-    trace.model = wanted.model
-    trace.affinity = zlib.crc32(trace.id.encode())  # a count uses no prompt cache: any account
-    trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
-    tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
+    await map_uncached(exchange, wanted.model)
+    tokens = await gateway.upstream.count(await gateway.media.filled(wanted), exchange.trace)
     assert door.counts is not None
     return json_reply(request, door.counts(tokens))
 
@@ -9632,6 +9641,7 @@ KEEP_ALIVE_S = 75.0  # for the next request on a connection, and for the whole h
 LINGER_S = 10.0  # for the rest of a body that nobody reads
 UNSENT_BYTES_MAX = 256 << 10  # of a client that is slow; then its answer waits
 LINE_BYTES_MAX = 8190  # of the request line, and of a header: room for any key or token
+LONG_HEAD = f"The headers are too many, or one is longer than {LINE_BYTES_MAX} bytes. Send fewer."
 DRAIN_S = 30.0
 
 
@@ -9720,9 +9730,9 @@ async def open_gateway(
 # ---- the listener
 
 
-def refuse_broken_http() -> web.Response:
-    log.warning("what a client sent is not HTTP/1.1; it may use TLS on this plain port")
-    body = dump_bytes(openai_error(BadRequest(NOT_HTTP)))
+def refuse_broken_http(reason: str) -> web.Response:
+    log.warning("a client was refused: %s", reason)
+    body = dump_bytes(openai_error(BadRequest(reason)))
     response = web.Response(body=body, status=400, content_type="application/json")
     response.headers["Server"] = "agproxy"
     response.force_close()
@@ -9790,7 +9800,9 @@ def refusing(base: type[web.RequestHandler]) -> type[web.RequestHandler]:
             if status != 400:
                 response: web.StreamResponse = super().handle_error(request, status, exc, message)
                 return response
-            return refuse_broken_http()
+            if "Got more than" in str(message) or "Too many" in str(message):  # aiohttp's own words
+                return refuse_broken_http(LONG_HEAD)
+            return refuse_broken_http(NOT_HTTP)
 
         def data_received(self, data: bytes) -> None:
             """Fails a body whose framing breaks later: aiohttp would let the reader wait."""

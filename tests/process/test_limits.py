@@ -381,6 +381,13 @@ async def test_whatever_comes_is_answered_and_closed(
     assert b'"status":"ok"' in await wire(url, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
 
 
+@pytest.mark.parametrize("lines", ["X-A: " + "a" * 9000, "\r\n".join(f"X-{i}: a" for i in range(300))])
+async def test_a_head_that_is_too_long_is_told_so(lines: str, start: Start, gemini: Any) -> None:
+    answer = await wire(await start(gemini.url), post(GOOD, lines))
+    assert b" 400 " in answer[:20]
+    assert b"headers are too many, or one is longer than 8190 bytes" in answer
+
+
 async def test_a_broken_body_that_nobody_reads_is_no_mistake_of_the_gateways(
     start: Start, gemini: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -329,6 +329,14 @@ async def test_a_path_that_is_not_served_asks_for_no_body(guarded: int) -> None:
     assert (answer[:13], json.loads(body_of(answer))["error"]["code"]) == (b"HTTP/1.1 404 ", "unknown_url")
 
 
+async def test_a_body_that_nobody_asked_for_is_not_waited_for(guarded: int) -> None:
+    """Its connection ends, or the client's next request would be read as that body."""
+    first = posted(CHAT, "Expect: 100-continue")
+    answer = await wire(guarded, first, b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nConnection: close\r\n" in answer
+
+
 async def test_another_expectation_is_passed_over(guarded: int, gemini: FakeGemini) -> None:
     gemini.script = [said("x")]
     answer = await wire(guarded, posted(CHAT, "x-api-key: right", "Expect: tea") + ASKED)
