@@ -9687,15 +9687,6 @@ def create_app(
     kept = KeptResponses(ResponseStore(database), upstream.signatures, keeps=config.store != "off")
     gateway = Gateway(config, upstream, MediaFetcher(config), kept, doors, config.auth)
 
-    async def live(app: web.Application) -> AsyncIterator[None]:
-        async with AsyncExitStack() as stack:
-            await open_gateway(gateway, database, source, stack)
-            yield
-            for exchange in gateway.running:
-                exchange.task.cancel()
-            tasks = [exchange.task for exchange in gateway.running]
-            await asyncio.gather(*tasks, return_exceptions=True)
-
     async def drain(app: web.Application) -> None:
         await gateway.drain(drain_s)
 
@@ -9703,28 +9694,29 @@ def create_app(
     app = web.Application(middlewares=[web.middleware(layer) for layer in layers])
     app.add_routes(routes(doors))
     app.on_shutdown.append(drain)
-    app.cleanup_ctx.append(live)
+    app.cleanup_ctx.append(partial(live, gateway, database, source))
     app[gateway_key()] = gateway
     return app
 
 
-async def open_gateway(
-    gateway: Gateway, database: Database, source: Source | None, stack: AsyncExitStack
-) -> None:
-    """Opens what an application needs while it lives; the stack closes it."""
+async def live(
+    gateway: Gateway, database: Database, source: Source | None, app: web.Application
+) -> AsyncIterator[None]:
+    """Opens what an application needs, and closes it when the application ends."""
     upstream = gateway.upstream
-    stack.push_async_callback(database.close)
-    stack.push_async_callback(gateway.media.close)
-    stack.push_async_callback(upstream.close)
-    if source:
-        stack.callback(asyncio.create_task(watch_files(gateway, source)).cancel)
-        gateway.source = source
-    if database.path:
-        pool_store = PoolStore(database, upstream.pool)
-        if database.path.exists():  # what keeps nothing leaves nothing on disk
-            await pool_store.load(upstream.clock())
-        stack.push_async_callback(pool_store.save)
-        stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
+    async with AsyncExitStack() as stack:
+        for part in (database, gateway.media, upstream):
+            stack.push_async_callback(part.close)
+        if source:
+            stack.callback(asyncio.create_task(watch_files(gateway, source)).cancel)
+            gateway.source = source
+        if database.path:
+            pool_store = PoolStore(database, upstream.pool)
+            if database.path.exists():  # what keeps nothing leaves nothing on disk
+                await pool_store.load(upstream.clock())
+            stack.push_async_callback(pool_store.save)
+            stack.callback(asyncio.create_task(pool_store.keep(upstream.long_cooldown)).cancel)
+        yield
 
 
 # ---- the listener
