@@ -8913,6 +8913,7 @@ async def name_request(
     """
     path, route = place_of(request.path)
     trace = Trace(gateway.config, f"req_{next_id()}", route or "/", time.monotonic())
+    trace.affinity = zlib.crc32(trace.id.encode())  # any account, where no prompt cache is known
     client_id = request.headers.get("x-request-id") or request.headers.get("x-client-request-id")
     if client_id and CLIENT_ID.fullmatch(client_id):
         trace.client_id = client_id
@@ -9015,6 +9016,7 @@ def guard(config: Config, request: web.Request) -> None:
 
 
 def may_call(config: Config, origin: str) -> bool:
+    """True for pages of this machine, and those that proxy.cors_origins names."""
     return is_loopback(host_of(origin)) or origin.lower() in config.cors_origins
 
 
@@ -9145,32 +9147,28 @@ async def models_of(gateway: Gateway) -> list[Listed]:
 async def handle_embeddings(request: web.Request) -> web.StreamResponse:
     exchange = request[exchange_key()]
     wanted = parse_embeddings(parse_body(await read_body(request)))
-    await map_uncached(exchange, wanted.model)
-    vectors, tokens = await exchange.gateway.upstream.embed(wanted, exchange.trace)
-    exchange.trace.usage = Usage(prompt=tokens)
+    trace, upstream = exchange.trace, exchange.gateway.upstream
+    trace.model = wanted.model
+    trace.mapped_model = await upstream.catalog.resolve(wanted.model)
+    vectors, tokens = await upstream.embed(wanted, trace)
+    trace.usage = Usage(prompt=tokens)
     return json_reply(request, render_embeddings(wanted, vectors, tokens))
-
-
-async def map_uncached(exchange: Exchange, model: str) -> None:
-    """Maps the model of a request that no prompt cache knows, so that any account may answer."""
-    trace = exchange.trace
-    trace.model, trace.affinity = model, zlib.crc32(trace.id.encode())
-    trace.mapped_model = await exchange.gateway.upstream.catalog.resolve(model)
 
 
 async def handle_token_count(request: web.Request) -> web.StreamResponse:
     """The number of tokens of a response's input; all of its fields may be missing."""
     exchange = request[exchange_key()]
-    gateway, door = exchange.gateway, exchange.door
+    gateway, trace, door = exchange.gateway, exchange.trace, exchange.door
     body = parse_body(await read_body(request))
     if isinstance(body, dict):
         fields = {key: value for key, value in body.items() if value is not None}
         # Without a model and a default, a name that the built-in mapping knows.
         body = {"input": [], "model": gateway.config.default_model or "gpt-4o", **fields}
-    past = await gateway.kept.recall(body, exchange.trace.client)
+    past = await gateway.kept.recall(body, trace.client)
     wanted = door.parse(body, past or ())[0]
-    await map_uncached(exchange, wanted.model)
-    tokens = await gateway.upstream.count(await gateway.media.filled(wanted), exchange.trace)
+    trace.model = wanted.model
+    trace.mapped_model = await gateway.upstream.catalog.resolve(wanted.model)
+    tokens = await gateway.upstream.count(await gateway.media.filled(wanted), trace)
     assert door.counts is not None
     return json_reply(request, door.counts(tokens))
 
@@ -9182,7 +9180,7 @@ async def handle_unknown(request: web.Request) -> web.StreamResponse:
     allowed: set[str] = set()
     for resource in request.app.router.resources():
         allowed |= (await resource.resolve(request))[1]
-    methods = ", ".join(sorted(allowed - {"*", "HEAD"}, reverse=False))
+    methods = ", ".join(sorted(allowed - {"*", "HEAD"}))
     if methods:
         raise MethodNotAllowed(
             f"{request.method} is not served at {request.path}. Use {methods}.",
@@ -9335,6 +9333,7 @@ class EventStream:
             await self.send(HEARTBEAT)
 
     async def end(self) -> web.StreamResponse:
+        """Ends the stream; one of which nothing was sent ends after its head."""
         if self.response is None:
             await self.send(b"")
         assert self.response is not None
@@ -9394,6 +9393,7 @@ async def answer_detached(
 async def follow(
     stream: EventStream, background: Background, at: int, request: web.Request
 ) -> web.StreamResponse:
+    """Sends a background response from its frame `at` on, as it grows; ends with its end."""
     request[exchange_key()].follows = True
     await stream.send(b"")
     async for frames in background.follow(at):
@@ -9460,6 +9460,9 @@ async def handle_response(request: web.Request) -> web.StreamResponse:
 async def replay(
     request: web.Request, stored: StoredResponse, background: Background | None
 ) -> web.StreamResponse:
+    """The stream of a response, from the frame behind `starting_after` on: as it is stored, or as
+    it is being made. Raises BadRequest.
+    """
     after = Fields(numbers_in(request.query)).count("starting_after", low=0)
     at = 0 if after is None else after + 1
     if background is None:
@@ -9627,6 +9630,7 @@ def stamps_of(gateway: Gateway, source: Source) -> list[tuple[int, int] | None]:
 
 
 def stamp_of(path: str) -> tuple[int, int] | None:
+    """The time and length that a change of the file would change; None where there is no file."""
     with suppress(OSError):
         stat = os.stat(path)
         return stat.st_mtime_ns, stat.st_size
@@ -9723,6 +9727,7 @@ async def live(
 
 
 def refuse_broken_http(reason: str) -> web.Response:
+    """An answer outside of every door: no request came that one could read."""
     log.warning("a client was refused: %s", reason)
     body = dump_bytes(openai_error(BadRequest(reason)))
     response = web.Response(body=body, status=400, content_type="application/json")
