@@ -1252,7 +1252,7 @@ class Config:
 def read_accounts(node: Node) -> tuple[Account, ...]:
     if node.yaml.tag != YAML_LIST:
         raise ValueError("must be a list: each account begins with '- name: ...'.")
-    accounts: dict[str, Account] = {}
+    accounts = {}
     for item in node.items():
         if account := item.read(read_account):
             if account.name in accounts:
@@ -1594,7 +1594,7 @@ class Fields:
         raise self.wrong_type(key, kind)
 
     def text(self, key: str) -> str | None:
-        value: str | None = self.value.get(key)
+        value = self.value.get(key)
         if value is None or value.__class__ is str:
             return value
         raise self.wrong_type(key, "a string")
@@ -1673,7 +1673,7 @@ def read_fields(fields: Fields, table: Fates) -> JsonObject:
     """
     attributes: JsonObject = {}
     sources: dict[str, str] = {}
-    done: set[Reader] = set()
+    done = set()
     for key, value in fields.value.items():
         if value is None:
             continue
@@ -1712,7 +1712,7 @@ def read_ranges(fields: Fields) -> JsonObject:
 
 def read_seed(fields: Fields) -> JsonObject:
     """The seed; Gemini's is a signed number of 32 bits."""
-    seed: int = fields.get("seed", "a whole number")
+    seed = fields.get("seed", "a whole number")
     if seed != seed & 0x7FFFFFFF:
         fields.change("seed", "clamped", "its lower 31 bits are sent")
     return {"seed": seed & 0x7FFFFFFF}
@@ -1730,7 +1730,7 @@ def read_choices(fields: Fields) -> JsonObject:
 
 
 def read_stream(fields: Fields) -> JsonObject:
-    streamed: JsonObject = {"stream": fields.flag("stream")}
+    streamed = {"stream": fields.flag("stream")}
     if options := fields.object("stream_options"):
         streamed["include_usage"] = options.flag("include_usage")
     return streamed
@@ -2228,8 +2228,8 @@ def parse_messages(fields: Fields) -> tuple[tuple[Message, ...], list[str]]:
 
     Plain texts, which are most, cost no call.
     """
-    messages: list[Message] = []
-    system: list[str] = []
+    messages = []
+    system = []
     for i, item in enumerate(fields.get("messages", "an array") or fields.missing("messages")):
         if item.__class__ is dict and item.keys() == PLAIN_KEYS:
             role, text = item["role"], item["content"]
@@ -2431,7 +2431,7 @@ def render_usage(usage: Usage) -> JsonObject:
 def render_call(call: ToolCall) -> JsonObject:
     kind, key = CALL_KEYS[call.custom]
     function = {"name": call.name, key: call.arguments}
-    entry: JsonObject = {"id": call.id, "type": kind, kind: function}
+    entry = {"id": call.id, "type": kind, kind: function}
     if call.signature:
         entry["extra_content"] = {"google": {"thought_signature": call.signature}}
     return entry
@@ -2811,8 +2811,8 @@ def parse_input(
     fields: Fields, past: Sequence[Any]
 ) -> tuple[tuple[Message, ...], tuple[str, ...], tuple[Tool, ...]]:
     """The messages, instructions and tools of a Responses body. Items can bring tools too."""
-    messages: list[Message] = []
-    system: list[str] = []
+    messages = []
+    system = []
     added: list[Tool] = []
     if instructions := fields.text("instructions"):
         system.append(instructions)
@@ -3334,7 +3334,7 @@ def render_input(items: Any, id: str) -> list[JsonObject]:
     """The items of an input, each with a type, an id and a status, and its content as parts."""
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
-    ids: set[str] = set()
+    ids = set()
     rendered = [render_input_item(item, f"{id}i{i:04x}") for i, item in enumerate(items)]
     for i, item in enumerate(rendered):
         if item["id"] in ids:  # with two of one id, clients would ask for one page for ever
@@ -3460,7 +3460,7 @@ def door_of(body: Any) -> Door:
 
 def explain_fields(body: JsonMap, table: Fates, changes: Iterable[Change]) -> dict[str, str]:
     """The fate of each field of a body, and of each changed place inside one, by JSON pointer."""
-    explained: dict[str, str] = {}
+    explained = {}
     for key, value in body.items():
         fate, reason, _ = table.get(key, UNKNOWN)
         if value is None:
@@ -3835,7 +3835,7 @@ class SchemaReduction:
 
 def find_ref(root: Schema, ref: str) -> Schema | None:
     """The schema that a reference inside of `root` leads to."""
-    found: Any = root
+    found = root
     try:
         for step in ref.removeprefix("#/").split("/"):
             name = unquote(step).replace("~1", "/").replace("~0", "~")
@@ -3877,7 +3877,7 @@ def one_of(schemas: Iterable[JsonObject | None]) -> JsonObject | None:
     Vertex refuses a declaration that says anything beside anyOf.
     Source: https://github.com/akitaonrails/ai-memory/issues/735
     """
-    options: list[JsonObject] = []
+    options = []
     for schema in filter(None, schemas):
         options += [option for option in schema.get("anyOf", [schema]) if option not in options]
     if len(options) > 1 and NULL in options:
@@ -4150,7 +4150,7 @@ class ConfigBuilder(Builder):
         return {key: value for key, value in config.items() if value is not None}
 
     def build_sampling(self) -> JsonObject:
-        config: JsonObject = {}
+        config = {}
         for name, word, trait in SAMPLING:
             value = getattr(self.request, name)
             if trait == "penalties":
@@ -4317,7 +4317,7 @@ class ContentBuilder(Builder):
             contents.append(build_content("user", "Continue exactly where you stopped."))
 
     def build_parts(self, parts: Sequence[Part]) -> list[JsonObject]:
-        built: list[JsonObject] = []
+        built = []
         for part in parts:
             if part.__class__ is Text and part.signature is None:  # nine of ten
                 if part.text:
@@ -4366,8 +4366,8 @@ class ContentBuilder(Builder):
 
     def build_results(self, calls: Sequence[ToolCall]) -> list[JsonObject]:
         """A content with one functionResponse a call, and one with the files not inside these."""
-        responses: list[JsonObject] = []
-        files: list[JsonObject] = []
+        responses = []
+        files = []
         for call in calls:
             result = self.results.get(id(call))
             if result is None:
@@ -5180,7 +5180,7 @@ def refusal_of(status: int, error: JsonMap) -> UpstreamError:
 
 def details_of(error: JsonMap) -> list[JsonObject]:
     """The objects of an error's details and those in them."""
-    details: list[JsonObject] = []
+    details = []
     for detail in objects_in(error.get("details")):
         details.append(detail)
         for inner in (detail.get("violations"), [detail.get("metadata")], detail.get("links")):
@@ -5710,7 +5710,7 @@ class AccountPool:
         """
         rank_of, doubt = RANKS[self._strategy], ""
         is_careful = again or self._ledger.has_limits
-        ready: list[tuple[bool, float, int]] = []
+        ready = []
         for place, entry in enumerate(self._entries):
             if entry.account.name in tried:
                 state = "was tried"
@@ -5825,8 +5825,8 @@ class AccountPool:
         self, model: str, refusals: Mapping[str, UpstreamError], now: float
     ) -> tuple[dict[str, UpstreamError], dict[str, float]]:
         """The reason why each account did not answer, and the seconds until it may."""
-        reasons: dict[str, UpstreamError] = {}
-        waits: dict[str, float] = {}
+        reasons = {}
+        waits = {}
         for entry in self._entries:
             name, obstacle = entry.account.name, self._obstacle(entry, model, now) or UNASKED
             reasons[name] = reason = refusals.get(name, obstacle.error)
@@ -6042,7 +6042,7 @@ def masked(name: str) -> str:
 
 def log_fields(trace: Trace, status: int, now: float) -> JsonObject:
     """The fields of a finished request's log line; never a prompt, never a key."""
-    fields: JsonObject = {
+    fields = {
         "id": trace.id,
         "client_id": trace.client_id,
         "client": trace.client,
@@ -6671,7 +6671,7 @@ def proxy_for(url: str, own: str | None) -> str | None:
         return own
     proxies = environment.getproxies_environment()
     proxy = proxies.get(parts.scheme) or proxies.get("all")
-    bypass: Any = environment.proxy_bypass_environment  # type: ignore[attr-defined]
+    bypass = environment.proxy_bypass_environment  # type: ignore[attr-defined]
     if not proxy or bypass(parts.netloc, proxies):
         return None
     return proxy if "://" in proxy else f"http://{proxy}"
@@ -7647,7 +7647,7 @@ class Catalog:
 
     async def _pages_of(self, account: Account) -> tuple[str, ...]:
         """Source: https://ai.google.dev/api/models#method:-models.list"""
-        names: list[str] = []
+        names = []
         page = ""
         for _ in range(MODEL_PAGES_MAX):
             path = f"/v1beta/models?pageSize=1000&pageToken={quote(page)}"
@@ -7784,7 +7784,7 @@ class Merged:
         if not self._reads:
             raise StopAsyncIteration
         done, _ = await asyncio.wait(self._reads, return_when=asyncio.FIRST_COMPLETED)
-        events: list[Event] = []
+        events = []
         for task in sorted(done, key=self._reads.__getitem__):
             choice = self._reads.pop(task)
             events += self._renumbered(choice, task.result())
@@ -8395,7 +8395,7 @@ class KeptResponses:
             return None
         fields = body if isinstance(body, dict) else {}
         previous, items = fields.get("previous_response_id"), fields.get("input")
-        past: list[Any] = []
+        past = []
         if isinstance(previous, str) and previous:
             past = await self._past(previous, client)
         if isinstance(items, list):
@@ -9177,7 +9177,7 @@ async def handle_unknown(request: web.Request) -> web.StreamResponse:
     """Refuses what has no route: by the methods that the path has, else by the base URL that is
     meant.
     """
-    allowed: set[str] = set()
+    allowed = set()
     for resource in request.app.router.resources():
         allowed |= (await resource.resolve(request))[1]
     methods = ", ".join(sorted(allowed - {"*", "HEAD"}))
@@ -9988,7 +9988,7 @@ def demo_json(config: DemoJson, prompt: str) -> str:
     """An answer as the schema wants it; "" where no JSON is wanted."""
     if config.get("responseMimeType") != "application/json":
         return ""
-    value: Any = {"demo": True, "echo": prompt or "demo"}
+    value = {"demo": True, "echo": prompt or "demo"}
     if schema := config.get("responseJsonSchema") or config.get("responseSchema"):
         value = demo_value(schema, prompt)
     return json.dumps(value, ensure_ascii=False)
@@ -10360,7 +10360,7 @@ class MaskingHandler(logging.StreamHandler[Any]):
 
     def learn(self, config: Config) -> Config:
         """Masks the config's secrets too; the earlier ones stay, for a request may carry them."""
-        owners: list[Any] = [*config.accounts, *config.api_key]
+        owners = [*config.accounts, *config.api_key]
         known = itertools.chain.from_iterable(map(secrets_of, owners))
         forms = {form for key in known for form in (key, encode_basestring(key)[1:-1]) if key}
         longest_first = sorted(forms.union(self._known), key=len, reverse=True)
@@ -10852,7 +10852,7 @@ async def log_in(account: Account, config: Config, paste: bool) -> str:
     """
     state, verifier = secrets.token_urlsafe(24), secrets.token_urlsafe(48)
     async with AsyncExitStack() as stack:
-        landed: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        landed = asyncio.get_running_loop().create_future()
         port = 1 if paste else await listen(landing_app(state, landed), "127.0.0.1", 0, stack)
         redirect = f"http://127.0.0.1:{port}/"
         url = login_url(account, redirect, state, verifier)
@@ -11035,7 +11035,7 @@ def print_status(as_json: bool, **where: Any) -> None:
 
 def status_table(accounts: Sequence[JsonMap]) -> str:
     """A line an account, and one for each model that it was asked for."""
-    rows: list[Sequence[str]] = [STATUS_COLUMNS]
+    rows = [STATUS_COLUMNS]
     for account in accounts:
         state = account["state"]
         if account["quota_group"]:
