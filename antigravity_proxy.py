@@ -739,6 +739,7 @@ class ToolChoice:
 @value
 class JsonFormat:
     schema: JsonMap | None
+    source: str = "/response_format"
 
 
 @value
@@ -775,9 +776,11 @@ class Request:
     n: int = 1
     stream: bool = False
     include_usage: bool = False
-    sources: Mapping[str, str] = field(default_factory=dict)
-    """JSON pointers of fields that the front formats name differently; `search` is here if a web
-    search is wanted."""
+    search_source: str = ""
+    """JSON pointer of the field that asks for a web search; empty if none is wanted."""
+    limit_source: str = "/max_tokens"  # pointers of fields that front formats name differently
+    logprobs_source: str = "/logprobs"
+    messages_source: str = "/messages"
     changes: tuple[Change, ...] = ()
     payloads: Mapping[str, bytes] = field(default_factory=dict)
     """Long base64 that was cut out of the body before it was parsed, by the text in its place."""
@@ -1672,7 +1675,6 @@ def read_fields(fields: Fields, table: Fates) -> JsonObject:
     Each loss becomes a Change. Raises BadRequest.
     """
     attributes: JsonObject = {}
-    sources: dict[str, str] = {}
     done = set()
     for key, value in fields.value.items():
         if value is None:
@@ -1683,14 +1685,10 @@ def read_fields(fields: Fields, table: Fates) -> JsonObject:
                 fields.get(key, read)
         elif read not in done:  # one reader may serve several fields: it is called once
             done.add(read)
-            found = read(fields)
-            sources |= found.pop("sources", {})  # those of all readers add up
-            attributes |= found
+            attributes |= read(fields)
         # An empty value asks for nothing, so nothing is lost.
         if fate == "dropped" and value is not False and value not in ([], {}):
             fields.changes.append(Change(f"/{escaped(key)}", "dropped", reason))
-    if sources:
-        attributes["sources"] = sources
     return attributes
 
 
@@ -1734,6 +1732,20 @@ def read_stream(fields: Fields) -> JsonObject:
     if options := fields.object("stream_options"):
         streamed["include_usage"] = options.flag("include_usage")
     return streamed
+
+
+def limit_of(*names: str, low: int = 1) -> Reader:
+    """A reader of the limit of output tokens, by the first of these fields that is there. With
+    `low` 0 a zero sets no limit."""
+
+    def read(fields: Fields) -> JsonObject:
+        name = next(name for name in names if fields.value.get(name) is not None)
+        return {
+            "max_output_tokens": fields.count(name, low=low) or None,
+            "limit_source": f"/{name}",
+        }
+
+    return read
 
 
 def read_parallel(fields: Fields) -> JsonObject:
@@ -1802,13 +1814,14 @@ def parse_format(format: Fields | None, *, nested: bool) -> JsonFormat | None:
     kind = format and format.text("type")
     if format is None or kind == "text":
         return None
+    source = pointer_of(format.path)
     if kind == "json_object":
-        return JsonFormat(None)
+        return JsonFormat(None, source)
     if kind != "json_schema":
         raise format.not_served("type", "Send text, json_object or json_schema")
     if nested:
         format = format.object("json_schema") or format.missing("json_schema")
-    return JsonFormat(format.get("schema", "an object"))
+    return JsonFormat(format.get("schema", "an object"), source)
 
 
 # ==============================================================================
@@ -1895,13 +1908,12 @@ def parse_custom(entry: Fields) -> Tool:
     return Tool(name, description, CUSTOM_PARAMETERS, custom=True, source=tool.path)
 
 
-def search_source(fields: Fields) -> dict[str, str]:
+def search_source(fields: Fields) -> str:
     """The place where a web search is asked for: a hosted tool, or chat's own field."""
-    options = fields.object("web_search_options")
     for i, tool in enumerate(fields.get("tools", "an array") or ()):
         if isinstance(tool, dict) and WEB_SEARCH.fullmatch(str(tool.get("type"))):
-            return {"search": f"/tools/{i}"}
-    return {"search": "/web_search_options"} if options else {}
+            return f"/tools/{i}"
+    return "/web_search_options" if fields.object("web_search_options") else ""
 
 
 def parse_tool_choice(fields: Fields, tools: Sequence[Tool]) -> ToolChoice:
@@ -2257,23 +2269,16 @@ COMPLETE_THE_MIDDLE = (
 CHAT_THINKING = ThinkingWish(show=True, source="/reasoning_effort")
 
 
-def read_chat_limit(fields: Fields) -> JsonObject:
-    limit = "max_completion_tokens"
-    if fields.count(limit) is None:
-        limit = "max_tokens"
-    return {"max_output_tokens": fields.count(limit), "sources": {"max_output_tokens": f"/{limit}"}}
-
-
 def read_logprobs(fields: Fields) -> JsonObject:
-    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or 0
-    source = "logprobs" if fields.flag("logprobs") else "top_logprobs"
-    wanted = alternatives or source == "logprobs"
-    return {"logprobs": alternatives if wanted else None, "sources": {"logprobs": source}}
+    """The number of alternatives, by `top_logprobs` alone too; None where none are wanted."""
+    alternatives = fields.count("top_logprobs", TOP_LOGPROBS_MAX, low=0) or None
+    if fields.flag("logprobs"):
+        return {"logprobs": alternatives or 0}
+    return {"logprobs": alternatives, "logprobs_source": "/top_logprobs"}
 
 
 def read_response_format(fields: Fields) -> JsonObject:
-    format = parse_format(fields.object("response_format"), nested=True)
-    return {"json_format": format, "sources": {"json_format": "/response_format"}}
+    return {"json_format": parse_format(fields.object("response_format"), nested=True)}
 
 
 def read_effort(fields: Fields) -> JsonObject:
@@ -2299,7 +2304,7 @@ def read_modalities(fields: Fields) -> JsonObject:
 def read_chat_tools(fields: Fields) -> JsonObject:
     tools = parse_tools(fields, hosted=False)
     choice = parse_tool_choice(fields, tools)
-    return {"tools": tools, "tool_choice": choice, "sources": search_source(fields)}
+    return {"tools": tools, "tool_choice": choice, "search_source": search_source(fields)}
 
 
 CHAT_FIELDS = (
@@ -2307,7 +2312,7 @@ CHAT_FIELDS = (
     | TOOL_FIELDS
     | mapped(messages="contents and systemInstruction", system="systemInstruction")
     | mapped(
-        read_chat_limit,
+        limit_of("max_completion_tokens", "max_tokens"),
         max_tokens="generationConfig.maxOutputTokens, where max_completion_tokens is not there",
         max_completion_tokens="generationConfig.maxOutputTokens",
     )
@@ -2368,15 +2373,10 @@ def parse_chat(
 # ---- completions
 
 
-def read_completion_limit(fields: Fields) -> JsonObject:
-    limit = fields.count("max_tokens", low=0) or None
-    return {"max_output_tokens": limit, "sources": {"max_output_tokens": "/max_tokens"}}
-
-
 COMPLETION_FIELDS = (
     SAMPLING_FIELDS
     | mapped(prompt="contents, one upstream call each", suffix="an instruction")
-    | mapped(read_completion_limit, max_tokens="generationConfig.maxOutputTokens")
+    | mapped(limit_of("max_tokens", low=0), max_tokens="generationConfig.maxOutputTokens")
     | mapped("true or false", echo="the prompt before the text")
     | ignored("a whole number", best_of="the first answer is the best")
     | dropped("a whole number", logprobs=NOT_HERE)
@@ -2705,13 +2705,6 @@ COMPLETIONS = Door(
 RESPONSE_THINKING = ThinkingWish(source="/reasoning/effort")
 
 
-def read_response_limit(fields: Fields) -> JsonObject:
-    limit = "max_output_tokens"
-    if fields.count(limit) is None:
-        limit = "max_tokens"
-    return {"max_output_tokens": fields.count(limit), "sources": {"max_output_tokens": f"/{limit}"}}
-
-
 def read_text(fields: Fields) -> JsonObject:
     text = fields.object("text")
     return {"json_format": parse_format(text and text.object("format"), nested=False)}
@@ -2742,7 +2735,7 @@ RESPONSE_FIELDS = (
         prompt="refused",
     )
     | mapped(
-        read_response_limit,
+        limit_of("max_output_tokens", "max_tokens"),
         max_tokens="generationConfig.maxOutputTokens, where max_output_tokens is not there",
         max_output_tokens="generationConfig.maxOutputTokens",
     )
@@ -2766,7 +2759,6 @@ RESPONSE_FIELDS = (
     | dropped("a whole number", n=NOT_HERE)
     | dropped(check_top_logprobs, logprobs=NOT_HERE, top_logprobs=NOT_HERE)
 )
-RESPONSE_SOURCES = {"json_format": "/text/format", "messages": "/input"}
 
 
 def parse_response(body: Any, past: Past = None) -> list[Request]:
@@ -2776,10 +2768,9 @@ def parse_response(body: Any, past: Past = None) -> list[Request]:
     messages, system, tools = parse_input(fields, past or ())
     choice = parse_tool_choice(fields, tools)
     read: JsonObject = {"thinking": RESPONSE_THINKING} | read_fields(fields, RESPONSE_FIELDS)
-    read["sources"] = RESPONSE_SOURCES | read.get("sources", {}) | search_source(fields)
-    changes = tuple(fields.changes)
-    request = Request(fields.model(), messages, system, tools, choice, changes=changes, **read)
-    return [request]
+    read |= {"messages_source": "/input", "search_source": search_source(fields)}
+    read["changes"] = tuple(fields.changes)
+    return [Request(fields.model(), messages, system, tools, choice, **read)]
 
 
 def refuse_state(fields: Fields, *, keeps: bool) -> None:
@@ -3251,7 +3242,7 @@ class ResponseRenderer(Renderer):
 
     def _open_item(self, item: JsonObject | None) -> str:
         """The frames that open an item. What its deltas have in common is dumped here, once."""
-        if item is None or self._silent:
+        if item is None:
             return ""
         self._item_id, filling = item["id"], filling_of(item)
         name = f"response.{filling.deltas}.delta"
@@ -3261,9 +3252,7 @@ class ResponseRenderer(Renderer):
         return frames + self._item_frames(filling.before)
 
     def _done(self, item: JsonObject) -> str:
-        frames = ""
-        if not self._silent:
-            frames = self._item_frames(filling_of(item).after) + self._output_frame("done", item)
+        frames = self._item_frames(filling_of(item).after) + self._output_frame("done", item)
         self.response["output"].append(item)
         return frames
 
@@ -3954,7 +3943,7 @@ def build_generate_content(
     body: JsonObject = {"contents": contents}
     if system:
         body["systemInstruction"] = {"parts": [{"text": text} for text in system]}
-    if tools.tools or "search" in request.sources:
+    if tools.tools or request.search_source:
         body |= tools.build(config)
     if config:
         body["generationConfig"] = config
@@ -4052,7 +4041,7 @@ class ToolBuilder(Builder):
         forced = choice.mode == "required"
         if self.traits.json_with_tools and not forced:
             return
-        source = self.request.sources.get("json_format", "/response_format")
+        source = json_format.source
         schema = config.pop("responseJsonSchema", None) or config.pop("responseSchema", None)
         del config["responseMimeType"]
         if forced:
@@ -4074,7 +4063,7 @@ class ToolBuilder(Builder):
 
     def build(self, config: JsonMap) -> JsonObject:
         """The body's `tools` and `toolConfig`."""
-        search = self.request.sources.get("search")
+        search = self.request.search_source
         if self.tools:
             if search:
                 self.change(search, "dropped", "web search cannot be combined with functions")
@@ -4155,17 +4144,16 @@ class ConfigBuilder(Builder):
             value = getattr(self.request, name)
             if trait == "penalties":
                 value = value or None  # no penalty is taken by all models, if it is not sent
-            if value is not None and self.keeps(name, getattr(self.traits, trait)):
+            if value is not None and self.keeps(f"/{name}", getattr(self.traits, trait)):
                 config[word] = value
-        logprobs, sources = self.request.logprobs, self.request.sources
-        field = sources.get("logprobs", "logprobs")
-        if logprobs is not None and self.keeps(field, self.traits.logprobs):
+        logprobs, source = self.request.logprobs, self.request.logprobs_source
+        if logprobs is not None and self.keeps(source, self.traits.logprobs):
             config |= {"responseLogprobs": True, "logprobs": logprobs or None}
         return config
 
-    def keeps(self, field: str, supported: bool) -> bool:
+    def keeps(self, source: str, supported: bool) -> bool:
         if not supported:
-            self.change(f"/{field}", "dropped", "this model does not take it")
+            self.change(source, "dropped", "this model does not take it")
         return supported
 
     def choose_modalities(self) -> list[str] | None:
@@ -4193,8 +4181,7 @@ class ConfigBuilder(Builder):
         if schema and self.traits.json_schema:
             config["responseJsonSchema"] = lone_refs(schema)
         elif schema:
-            source = self.request.sources.get("json_format", "/response_format")
-            config["responseSchema"] = self.reduce_schema(schema, source) or None
+            config["responseSchema"] = self.reduce_schema(schema, json_format.source) or None
         return config
 
     def limit_output(self, wanted: int, thinking: JsonMap) -> int:
@@ -4205,12 +4192,11 @@ class ConfigBuilder(Builder):
         level = thinking.get("thinkingLevel", "none").lower()
         thoughts: int = max(0, thinking.get("thinkingBudget", EFFORT_BUDGETS[level]))
         limit = min(wanted + thoughts, self.traits.output_tokens_max)
-        source = self.request.sources.get("max_output_tokens", "/max_tokens")
         reason = f"raised to {limit}: thoughts count against it"
         if limit < wanted:
             reason = f"the model's limit is {limit}"
         if limit != wanted:
-            self.change(source, "clamped", reason)
+            self.change(self.request.limit_source, "clamped", reason)
         return limit
 
     def build_thinking(self) -> JsonObject:
@@ -4236,7 +4222,7 @@ class ConfigBuilder(Builder):
             return wish
         if wish.effort is not None or wish.budget is not None:
             return wish
-        source = self.request.sources.get("max_output_tokens", "/max_tokens")
+        source = self.request.limit_source
         self.change(source, "clamped", "before so short an answer little is thought")
         # Levels differ from model to model, but all that write texts have the low one.
         effort = "none" if traits.thinking == "budget" else "low"
@@ -4291,7 +4277,7 @@ class ContentBuilder(Builder):
         self.matched = {id(result) for result in self.results.values()}
 
     def emulate(self, reason: str) -> None:
-        self.change(self.request.sources.get("messages", "/messages"), "emulated", reason)
+        self.change(self.request.messages_source, "emulated", reason)
 
     def build(self) -> list[JsonObject]:
         contents: list[JsonObject] = []
