@@ -1623,15 +1623,12 @@ class Fields:
         return name
 
     def flag(self, key: str, default: bool = False) -> bool:
-        if self.value.get(key) is None:
-            return default
-        return bool(self.get(key, "true or false"))
+        flag: bool | None = self.get(key, "true or false")
+        return default if flag is None else flag
 
     def number(self, key: str, low: float, high: float, kind: str = "a number") -> Any:
-        if self.value.get(key) is None:
-            return None
         value = self.get(key, kind)
-        if low <= value <= high:
+        if value is None or low <= value <= high:
             return value
         code = f"{RANGE_CODES[kind]}_{'below_min' if value < low else 'above_max'}_value"
         limits = f"at least {low}" if isinf(high) else f"from {low} to {high}"
@@ -1642,14 +1639,13 @@ class Fields:
         return count
 
     def object(self, key: str) -> Fields | None:
-        if self.value.get(key) is None:
+        value = self.get(key, "an object")
+        if value is None:
             return None
-        return Fields(self.get(key, "an object"), self.at(key), self.changes)
+        return Fields(value, self.at(key), self.changes)
 
     def objects(self, key: str) -> list[Fields]:
-        if self.value.get(key) is None:
-            return []
-        items, path = self.get(key, "an array"), self.at(key)
+        items, path = self.get(key, "an array") or (), self.at(key)
         return [Fields(item, f"{path}[{i}]", self.changes) for i, item in enumerate(items)]
 
 
@@ -1868,8 +1864,7 @@ def each_once(fields: Fields, tools: Iterable[Tool]) -> tuple[Tool, ...]:
 def parse_tool(entry: Fields, hosted: bool) -> list[Tool]:
     """One entry of `tools`, nested (chat) or flat (Responses); a namespace holds several tools."""
     kind = entry.text("type") or "function"
-    anthropic = "input_schema" in entry.value
-    if kind == "custom" and not anthropic:
+    if kind == "custom" and "input_schema" not in entry.value:  # else it is Anthropic's
         return [parse_custom(entry)]
     if kind in ("function", "custom"):
         return [parse_function(entry.object("function") or entry)]
@@ -2366,8 +2361,8 @@ def parse_chat(
     messages, system = parse_messages(fields)
     if body.get("system"):  # Anthropic's form, which Cursor sends
         system[:0] = texts_of(fields, "system")
-    changes = tuple(fields.changes)
-    return [Request(model, messages, tuple(system), changes=changes, **read)]
+    read["changes"] = tuple(fields.changes)
+    return [Request(model, messages, tuple(system), **read)]
 
 
 # ---- completions
@@ -2390,10 +2385,11 @@ def parse_completion(body: Any, past: Past = None) -> list[Request]:
     read = read_fields(fields, COMPLETION_FIELDS)
     prompts = parse_prompts(fields, read.get("n", 1))
     system = (COMPLETE_THE_MIDDLE,) if fields.text("suffix") else ()
-    changes = tuple(fields.changes)
-    shared = Request(fields.model(), (), system, changes=changes, **read)
-    messages = [Message("user", (Text(prompt),)) for prompt in prompts]
-    return [replace(shared, messages=(message,)) for message in messages]
+    read["changes"] = tuple(fields.changes)
+    return [
+        Request(fields.model(), (Message("user", (Text(prompt),)),), system, **read)
+        for prompt in prompts
+    ]
 
 
 def parse_prompts(fields: Fields, n: int) -> list[str]:
@@ -2719,8 +2715,7 @@ def read_reasoning(fields: Fields) -> JsonObject:
     reasoning = fields.object("reasoning") or Fields({})
     effort = reasoning.text("effort")
     summary = reasoning.text("summary") or reasoning.text("generate_summary")
-    wish = parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary))
-    return {"thinking": wish}
+    return {"thinking": parse_thinking(fields, effort, "/reasoning/effort", show=bool(summary))}
 
 
 RESPONSE_FIELDS = (
@@ -2941,8 +2936,8 @@ def text_part(text: Text) -> JsonObject:
     annotations = [
         {"type": "url_citation", **render_citation(citation)} for citation in text.citations
     ]
-    part = {"type": "output_text", "text": text.text, "annotations": annotations}
-    return part | {"logprobs": []}
+    part = {"type": "output_text", "text": text.text}
+    return part | {"annotations": annotations, "logprobs": []}
 
 
 def summary_part(text: str) -> JsonObject:
@@ -6761,8 +6756,14 @@ class Incoming(ABC):
     `more` and `read` raise UpstreamTimeout and UpstreamBroken, and nothing foreign.
     """
 
-    status: int
-    headers: Mapping[str, str]  # by names in lower case
+    def __init__(self, loop: asyncio.AbstractEventLoop, timeouts: Timeouts) -> None:
+        self.status = 0  # until the head has come
+        self.headers: Mapping[str, str] = {}  # by names in lower case
+        self._loop = loop
+        self._begins_by = loop.time() + timeouts.first_event_s
+        self._idle_s = timeouts.idle_s
+        self._over = False
+        self._error: UpstreamError | None = None
 
     @abstractmethod
     async def more(self, *, first: bool = False) -> bytes:
@@ -6775,6 +6776,12 @@ class Incoming(ABC):
     @abstractmethod
     def abort(self, error: UpstreamError | None = None) -> None:
         """Ends an answer that is not over yet. The error is raised to whoever waits for more."""
+
+    def deadline(self, first: bool) -> float:
+        """The moment of the loop's clock until which `more` waits."""
+        if first:
+            return self._begins_by
+        return self._loop.time() + self._idle_s
 
     async def read(self) -> bytes:
         """The whole body, within first_event_s. Where the reader is cancelled, the answer ends."""
@@ -6895,16 +6902,11 @@ class DirectIncoming(Incoming):
     """An answer on a connection of our own. It reads on until UNREAD_BYTES_MAX are not pulled."""
 
     def __init__(self, connection: Connection, timeouts: Timeouts) -> None:
-        self.status = 0  # until the head has come
-        self.headers = {}
+        super().__init__(connection.loop, timeouts)
         self._connection = connection
-        self._begins_by = connection.loop.time() + timeouts.first_event_s
-        self._idle_s = timeouts.idle_s
         self._pieces: list[bytes] = []
         self._unread = 0
         self._paused = False
-        self._over = False
-        self._error: UpstreamError | None = None
 
     def begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.status, self.headers = status, headers
@@ -6948,10 +6950,7 @@ class DirectIncoming(Incoming):
         return data
 
     async def _wait(self, first: bool) -> None:
-        moment = self._begins_by
-        if not first:
-            moment = self._connection.loop.time() + self._idle_s
-        if not await self._connection.heard(moment):
+        if not await self._connection.heard(self.deadline(first)):
             self.abort(too_slow(first))
 
     def abort(self, error: UpstreamError | None = None) -> None:
@@ -7181,27 +7180,27 @@ def tls_context() -> ssl.SSLContext:
 class ProxiedIncoming(Incoming):
     """An answer of aiohttp's client, which pauses by itself."""
 
-    def __init__(
-        self,
-        response: aiohttp.ClientResponse,
-        begins_by: float,
-        idle_s: float,
-        proxy: str | None,
-    ) -> None:
-        self.status = response.status
-        self.headers = {name.lower(): value for name, value in response.headers.items()}
-        self._response = response
-        self._begins_by, self._idle_s, self._proxy = begins_by, idle_s, proxy
-        self._over = False
-        self._error: UpstreamError | None = None
+    def __init__(self, timeouts: Timeouts, proxy: str | None) -> None:
+        super().__init__(asyncio.get_running_loop(), timeouts)
+        self._proxy = proxy
+        self._response: aiohttp.ClientResponse
+
+    async def head(self, asked: Awaitable[aiohttp.ClientResponse]) -> None:
+        """Returns once status and headers are there. Raises as `more`."""
+        try:
+            async with asyncio.timeout_at(self.deadline(first=True)):
+                self._response = await asked
+        except TimeoutError:
+            raise too_slow(first=True) from None
+        except (aiohttp.ClientError, OSError, RuntimeError) as error:
+            raise broken_over(self._proxy, error) from None
+        self.status, headers = self._response.status, self._response.headers
+        self.headers = {name.lower(): value for name, value in headers.items()}
 
     async def more(self, *, first: bool = False) -> bytes:
-        moment = self._begins_by
-        if not first:
-            moment = asyncio.get_running_loop().time() + self._idle_s
         data = b""
         try:
-            async with asyncio.timeout_at(moment):
+            async with asyncio.timeout_at(self.deadline(first)):
                 data = await self._response.content.readany()  # b"" at the end
         except TimeoutError:
             self.abort(too_slow(first))
@@ -7229,23 +7228,12 @@ class ProxiedTransport:
     async def send(self, path: str, headers: Mapping[str, str], body: bytes | None) -> Incoming:
         """Does what `DirectTransport.send` does. Raises UpstreamTimeout and UpstreamBroken."""
         method = "GET" if body is None else "POST"
-        begins_by = asyncio.get_running_loop().time() + self._timeouts.first_event_s
-        asked = self._session.request(
-            method,
-            self._url + path,
-            data=body,
-            headers=headers,
-            proxy=self.proxy,
-            allow_redirects=False,
+        incoming = ProxiedIncoming(self._timeouts, self.proxy)
+        sent: JsonObject = {"data": body, "headers": headers, "allow_redirects": False}
+        await incoming.head(
+            self._session.request(method, self._url + path, proxy=self.proxy, **sent)
         )
-        try:
-            async with asyncio.timeout_at(begins_by):
-                response = await asked
-        except TimeoutError:
-            raise too_slow(first=True) from None
-        except (aiohttp.ClientError, OSError, RuntimeError) as error:
-            raise broken_over(self.proxy, error) from None
-        return ProxiedIncoming(response, begins_by, self._timeouts.idle_s, self.proxy)
+        return incoming
 
     async def close(self) -> None:
         await self._session.close()
